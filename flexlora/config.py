@@ -1,0 +1,488 @@
+"""What a run is: the whole configuration, one YAML file plus ``key=value`` overrides."""
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flexlora import FlexLoraError
+
+TRUNCATED_VALUE_LENGTH = 80
+MOST_CHECKS = 6
+PLACEHOLDER = "?"
+VARIANT_TAGS = ("generated", "natural_instructions", "instructions", "fedit", "zero_pad", "flexlora")
+METHOD_TAGS = ("fedit", "zero_pad", "flexlora")
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+class ConfigError(FlexLoraError, ValueError):
+    """One or more settings are wrong; the message lists all of them."""
+
+    def __init__(self, problems: Sequence[str], source: str) -> None:
+        self.problems = tuple(problems)
+        noun = "problem" if len(problems) == 1 else "problems"
+        super().__init__(f"{len(problems)} {noun} in {source}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """The base model, shared by all clients and never changed."""
+
+    name_or_path: str = Field(
+        "embedded", description="`embedded`, a local folder in Hugging Face format, or a hub id such as `org/model`."
+    )
+    revision: str | None = Field(None, description="Hub revision (branch, tag or commit); null is the default branch.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type of the base weights; LoRA factors are trained in float32 either way."
+    )
+    device: str = Field("auto", description="`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention kernel of transformers."
+    )
+    trust_remote_code: bool = Field(False, description="Let a hub repository run its own model code.")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads for tensor work; null leaves the choice to PyTorch."
+    )
+
+
+class LoraConfig(_Section):
+    """Where adapters sit and how rank turns into scaling."""
+
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="`all-linear`, or a list of module name endings such as `[q_proj, v_proj]`."
+    )
+    scaling: Literal["constant_alpha", "constant_ratio", "rslora"] = Field(
+        "constant_alpha",
+        description=(
+            "Factor in front of B A: `constant_alpha` is lora_alpha / rank (PEFT, the paper), `constant_ratio` is "
+            "lora_alpha at every rank, `rslora` is lora_alpha / sqrt(rank)."
+        ),
+    )
+    lora_alpha: float = Field(16.0, gt=0, description="See `lora.scaling`.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the input of the adapters.")
+
+
+class _DataConfig(_Section):
+    template: Literal["alpaca", "chat", "plain"] = Field(
+        "alpaca", description="Prompt format; `chat` uses the tokenizer's own chat template."
+    )
+    max_length: int = Field(512, ge=16, description="Longest sequence in tokens; longer inputs are cut, never answers.")
+    loss_on: Literal["answers", "all"] = Field(
+        "answers", description="Tokens the loss looks at; the paper's released code uses `all`."
+    )
+    num_clients: int | None = Field(None, ge=1, description="Number of clients; null takes all there are (or 100).")
+    train_examples_per_client: int | None = Field(
+        None, ge=1, description="Upper limit of training examples per client; null keeps all."
+    )
+    test_examples_per_task: int = Field(
+        16, ge=1, description="Examples scored per unseen task, and per client when own tasks are scored."
+    )
+    validation_examples: int = Field(
+        128, ge=0, description="Size of the fixed validation set, drawn from validation parts of clients."
+    )
+
+
+class GeneratedData(_DataConfig):
+    """The built-in corpus of generated text tasks; one task is one client."""
+
+    name: Literal["generated"] = "generated"
+    corpus_seed: int = Field(0, description="Seed of the corpus itself, independent of the seed of the run.")
+    examples_per_task: int = Field(100, ge=10, description="Examples generated per task, split 80/10/10.")
+    num_unseen_tasks: int = Field(64, ge=1, description="Tasks no client has, spread over the families.")
+    unseen_categories: tuple[str, ...] = Field((), description="Families held out as a whole.")
+
+
+class NaturalInstructionsData(_DataConfig):
+    """Super-Natural Instructions in its original form; one task is one client."""
+
+    name: Literal["natural_instructions"]
+    path: str = Field(description="Folder of task files, or the folder that holds `tasks/`.")
+    subsample_fraction: float = Field(
+        1.0, gt=0, le=1, description="Share of the instances kept in each task; the paper uses 0.1 of the full corpus."
+    )
+    min_examples: int = Field(10, ge=3, description="Tasks with fewer instances after subsampling are left out.")
+    num_unseen_tasks: int = Field(0, ge=0, description="Tasks held out by number, seeded, spread over the categories.")
+    unseen_tasks: tuple[str, ...] = Field((), description="Tasks held out by name (with or without `.json`).")
+    unseen_categories: tuple[str, ...] = Field((), description="Tasks held out by category.")
+    exclude_pretraining_tasks: bool = Field(
+        True, description="Leave out every task that the embedded base model saw in pretraining."
+    )
+
+
+class InstructionsData(_DataConfig):
+    """Any instruction data: JSON, JSON lines, CSV, parquet, or a hub data set."""
+
+    name: Literal["instructions"]
+    path: str = Field(description="A file, a folder of files, or a hub id.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Renames columns, for example `{instruction: question, response: answer}`."
+    )
+    partition: Literal["natural", "dirichlet", "iid"] = Field("iid", description="How rows are dealt to clients.")
+    client_column: str | None = Field(None, description="Column with the owner of a row, for `partition: natural`.")
+    label_column: str | None = Field(None, description="Column with the label, for `partition: dirichlet` and tables.")
+    dirichlet_alpha: float = Field(0.5, gt=0, description="Concentration of `partition: dirichlet`; small is uneven.")
+    min_examples: int = Field(10, ge=3, description="Fewest rows a client may have.")
+    unseen_labels: tuple[str, ...] = Field((), description="Labels held out as unseen tasks.")
+    unseen_fraction: float = Field(0.1, ge=0, lt=1, description="Share of rows held out where no label is.")
+
+
+DataConfig = Annotated[GeneratedData | NaturalInstructionsData | InstructionsData, Field(discriminator="name")]
+
+
+class RankConfig(_Section):
+    """Ranks of one client type; 0 leaves the part without adapter."""
+
+    attention: int = Field(ge=0, description="Rank of attention projections.")
+    ffn: int = Field(ge=0, description="Rank of every other adapted module.")
+    patterns: dict[str, int] = Field(
+        default_factory=dict, description="Regular expression over module paths -> rank; comes before the two above."
+    )
+
+
+class ClientsConfig(_Section):
+    """What the clients' devices can afford."""
+
+    types: Literal["paper", "small"] | dict[str, RankConfig] = Field(
+        "small",
+        description=(
+            "`paper` (8/8, 30/30, 30/200, 200/200 for attention/FFN), `small` (the same idea for small models), or "
+            "a mapping of type name to `{attention: RANK, ffn: RANK}`."
+        ),
+    )
+    distribution: (
+        Literal["uniform", "heavy_tail_light", "heavy_tail_strong", "normal", "extreme_heavy_tail"] | dict[str, float]
+    ) = Field(
+        "heavy_tail_light",
+        description="How types are spread over clients: a named distribution, or `{type: weight}` in any unit.",
+    )
+
+
+class FedItMethod(_Section):
+    """Weighted average of the factors at one rank (arXiv:2305.05644); with SGD, the paper's FedAvg."""
+
+    name: Literal["fedit"]
+
+
+class ZeroPadMethod(_Section):
+    """Factors padded to the largest rank, averaged, truncated on dispatch."""
+
+    name: Literal["zero_pad"]
+
+
+class FlexLoraMethod(_Section):
+    """Mean of products, one SVD per module, best approximation per client (arXiv:2402.11505)."""
+
+    name: Literal["flexlora"] = "flexlora"
+    server_rank: int | None = Field(
+        None, ge=1, description="Directions the server keeps per module; null is the largest rank of any client type."
+    )
+    split: Literal["b", "balanced"] = Field(
+        "b", description="Where singular values go: all into B (the paper's code), or their roots into A and B."
+    )
+    error_compensation: bool = Field(
+        False, description="Add back what truncation hid from low-rank clients, so that high directions do not decay."
+    )
+    fold_tail: bool = Field(
+        False, description="Send each client the directions above its rank too, as a branch it does not train."
+    )
+
+
+MethodConfig = Annotated[FedItMethod | ZeroPadMethod | FlexLoraMethod, Field(discriminator="name")]
+
+
+class TrainingConfig(_Section):
+    """Local training of one client in one round."""
+
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Fresh for each client in each round.")
+    learning_rate: float = Field(1e-3, gt=0, description="Learning rate of round 1 (after warm-up).")
+    schedule: Literal["constant", "linear", "cosine", "halve"] = Field(
+        "constant", description="Learning rate over rounds; `halve` divides by two at each of `halve_at`."
+    )
+    halve_at: tuple[int, ...] = Field((15,), description="Rounds at which `schedule: halve` divides by two.")
+    warmup_rounds: int = Field(0, ge=0, description="Rounds over which the learning rate rises linearly.")
+    num_epochs: float = Field(1.0, gt=0, description="Passes over the client's examples per round.")
+    max_steps: int | None = Field(None, ge=1, description="Upper limit of optimiser steps per client and round.")
+    batch_size: int = Field(4, ge=1, description="Examples per forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per optimiser step.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled for AdamW.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of SGD.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Norm at which gradients are clipped; null never.")
+
+
+class RoundsConfig(_Section):
+    """The federated loop."""
+
+    num_rounds: int = Field(20, ge=1, description="Number of server rounds.")
+    cohort_size: int | None = Field(None, ge=1, description="Clients per round; null uses `cohort_fraction`.")
+    cohort_fraction: float = Field(0.05, gt=0, le=1, description="Share of the clients per round; the paper uses 0.05.")
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints.")
+    patience: int | None = Field(
+        None, ge=1, description="Stop after this many evaluations without a lower validation loss; null never."
+    )
+    max_failed_rounds: int = Field(
+        3, ge=1, description="End the run, with an error, after this many rounds in a row in which every client failed."
+    )
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Type in which factors travel."
+    )
+
+
+class EvaluationConfig(_Section):
+    """What is scored, how often, and against what."""
+
+    every: int = Field(5, ge=1, description="Rounds between evaluations; the last round always has one.")
+    max_new_tokens: int = Field(32, ge=1, description="Longest generated answer in tokens.")
+    batch_size: int = Field(64, ge=1, description="Prompts decoded at once.")
+    rank_group_clients: int = Field(
+        8, ge=0, description="Clients per type whose own test data are scored at the end; 0 skips it."
+    )
+    local_only_clients: int = Field(
+        8, ge=0, description="Sampled clients that also train alone, for comparison; 0 skips it."
+    )
+    fedit_reference: bool = Field(
+        True, description="Also run FedIT with every client at the smallest rank, same seed and rounds."
+    )
+
+
+class Config(_Section):
+    """One run."""
+
+    seed: int = Field(0, ge=0, description="Seed of everything random but the generated corpus.")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    data: DataConfig = Field(default_factory=GeneratedData)
+    clients: ClientsConfig = Field(default_factory=ClientsConfig)
+    method: MethodConfig = Field(default_factory=FlexLoraMethod)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    rounds: RoundsConfig = Field(default_factory=RoundsConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+
+def _disagreements(config: Config) -> Iterator[str]:
+    if config.training.optimizer == "adamw" and config.training.momentum:
+        yield (
+            f"training.momentum is {config.training.momentum} but only training.optimizer=sgd has momentum; "
+            "set training.momentum=0 or training.optimizer=sgd"
+        )
+    if config.rounds.patience is not None and config.data.validation_examples == 0:
+        yield "rounds.patience needs a validation set; set data.validation_examples above 0 or rounds.patience=null"
+    data = config.data
+    if isinstance(data, NaturalInstructionsData) and not (
+        data.num_unseen_tasks or data.unseen_tasks or data.unseen_categories
+    ):
+        yield (
+            "data holds out no unseen task; set data.num_unseen_tasks above 0, data.unseen_tasks or "
+            "data.unseen_categories"
+        )
+    if isinstance(data, InstructionsData):
+        if data.partition == "dirichlet" and data.label_column is None:
+            yield "data.partition=dirichlet needs the name of the label column; set data.label_column"
+        if data.partition == "natural" and data.client_column is None:
+            yield "data.partition=natural needs the column with the owner of a row; set data.client_column"
+        if data.unseen_labels and data.label_column is None:
+            yield "data.unseen_labels needs the name of the label column; set data.label_column"
+        if not data.unseen_labels and data.unseen_fraction == 0:
+            yield "data holds out nothing to score; set data.unseen_labels or data.unseen_fraction above 0"
+    types, distribution = config.clients.types, config.clients.distribution
+    if isinstance(types, dict):
+        if not types:
+            yield "clients.types is an empty mapping; name at least one type, for example small: {attention: 2, ffn: 2}"
+        for name, ranks in types.items():
+            if ranks.attention == 0 and ranks.ffn == 0 and not any(ranks.patterns.values()):
+                yield f"clients.types.{name} adapts nothing; give attention, ffn or a pattern a rank of at least 1"
+            yield from (
+                f"clients.types.{name}.patterns: rank of {pattern!r} must be 0 or more; got {rank}"
+                for pattern, rank in ranks.patterns.items()
+                if rank < 0
+            )
+    known = list(types) if isinstance(types, dict) else ["type1", "type2", "type3", "type4"]
+    if isinstance(distribution, dict):
+        for name, share in distribution.items():
+            if name not in known:
+                yield f"clients.distribution names the type {name!r}; clients.types has {', '.join(known)}"
+            if share < 0:
+                yield f"clients.distribution.{name} must be 0 or more; got {share}"
+        if not any(share > 0 for share in distribution.values()):
+            yield "clients.distribution gives every type weight 0; raise at least one"
+    elif len(known) != 4:
+        yield (
+            f"clients.distribution={distribution} is defined for four types; clients.types has {len(known)}: "
+            "write clients.distribution as {type: weight}"
+        )
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool = False) -> Config:
+    """Return the configuration in the YAML file ``path`` with ``key.sub=value`` overrides applied.
+
+    Args:
+        path: The YAML file.
+        overrides: Such as ``rounds.num_rounds=3``; values are YAML.
+        check_paths: Also report data and model folders that do not exist.
+
+    Raises:
+        ConfigError: With every problem found, each naming key, value and rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} holds {', '.join(near)}" if near else ""
+        raise ConfigError([f"there is no such file{hint}"], str(path))
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f"must hold a mapping of sections; got {type(tree).__name__}"], str(path))
+    problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
+    source = str(path) if not overrides else f"{path} with {len(overrides)} override(s)"
+    return parse_config(tree, source, problems, check_paths=check_paths)
+
+
+def parse_config(
+    tree: Mapping[str, Any], source: str, problems: Sequence[str] = (), *, check_paths: bool = False
+) -> Config:
+    """Return the configuration in a plain tree, as read from YAML.
+
+    Raises:
+        ConfigError: With every problem found and those already known.
+    """
+    found = list(problems)
+    pruned = copy.deepcopy(dict(tree))
+    config = None
+    # Settings that fail alone would hide those that disagree, so wrong ones are set aside and the rest checked again.
+    for _ in range(MOST_CHECKS):
+        try:
+            config = Config.model_validate(pruned)
+            break
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                found.extend(problem for problem in _explain(detail) if problem not in found)
+                _set_aside(pruned, detail)
+    if config is not None:
+        found.extend(_disagreements(config))
+    if config is not None and check_paths:
+        found.extend(problem for problem in _missing_paths(config) if PLACEHOLDER not in problem)
+    if found or config is None:
+        raise ConfigError(found or ["no valid setting could be read"], source)
+    return config
+
+
+def _missing_paths(config: Config) -> Iterator[str]:
+    data, name = config.data, config.model.name_or_path
+    if isinstance(data, NaturalInstructionsData) and not Path(data.path).is_dir():
+        yield f"data.path: must be a folder of task files; there is no folder {data.path}"
+    if isinstance(data, InstructionsData) and _looks_local(data.path) and not Path(data.path).exists():
+        yield f"data.path: there is no file or folder {data.path}; a hub id looks like org/name"
+    if name != "embedded" and _looks_local(name) and not Path(name).is_dir():
+        yield f"model.name_or_path: there is no folder {name}; use `embedded`, a local folder or a hub id like org/name"
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or name.count("/") != 1 or bool(Path(name).suffix in DATA_SUFFIXES)
+
+
+def _written_location(location: Sequence[Any]) -> list[str]:
+    """Return the key as a person wrote it, without the variants that pydantic adds to the path."""
+    return [
+        str(part)
+        for index, part in enumerate(location)
+        if not (index == 1 and part in VARIANT_TAGS) and not str(part).startswith(("literal[", "dict[", "tuple["))
+    ]
+
+
+def _set_aside(tree: dict[str, Any], detail: Any) -> None:
+    location = _written_location(detail["loc"])
+    node: Any = tree
+    for part in location[:-1]:
+        if not isinstance(node, dict) or part not in node:
+            return
+        node = node[part]
+    if not location or not isinstance(node, dict):
+        return
+    if detail["type"] == "missing":
+        node[location[-1]] = PLACEHOLDER
+    else:
+        node.pop(location[-1], None)
+
+
+def dump_config(config: Config) -> str:
+    """Return the configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str | None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        return f"override {override!r} must look like key.sub=value"
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return f"override {override!r}: the value is not valid YAML"
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            return f"override {override!r}: {parent} is {child!r}, not a section"
+        node = child
+    # YAML reads 1e-3 as text; numbers written so are meant as numbers.
+    node[last] = _number(value) if isinstance(value, str) else value
+    return None
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text) if any(digit.isdigit() for digit in text) else text
+    except ValueError:
+        return text
+
+
+def _explain(detail: Any) -> Iterator[str]:
+    location = [str(part) for part in detail["loc"]]
+    shown = _written_location(location)
+    if isinstance(detail["input"], dict) and any(part.startswith("literal[") for part in location):
+        return  # The other reading of the setting, as a mapping, is explained by its own entry.
+    key = ".".join(shown)
+    if detail["type"] == "extra_forbidden":
+        choices = _known_keys(location)
+        near = difflib.get_close_matches(shown[-1], choices, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(choices))}"
+        yield f"{key}: there is no such setting; {hint}"
+    elif detail["type"] == "missing":
+        yield f"{key}: must be set, for example {key}=VALUE on the command line"
+    elif detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        choices = [tag for tag in VARIANT_TAGS if (tag in METHOD_TAGS) == (key == "method")]
+        given = detail["input"].get("name") if isinstance(detail["input"], dict) else detail["input"]
+        yield f"{key}.name: must be one of {', '.join(choices)}; got {given!r}"
+    else:
+        value = repr(detail["input"])
+        if len(value) > TRUNCATED_VALUE_LENGTH:
+            value = value[:TRUNCATED_VALUE_LENGTH] + "..."
+        yield f"{key}: {detail['msg']}; got {value}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    variants: dict[str, type[BaseModel]] = {
+        "generated": GeneratedData,
+        "natural_instructions": NaturalInstructionsData,
+        "instructions": InstructionsData,
+        "fedit": FedItMethod,
+        "zero_pad": ZeroPadMethod,
+        "flexlora": FlexLoraMethod,
+    }
+    if len(location) == 1:
+        return list(Config.model_fields)
+    if location[1] in variants:
+        return list(variants[location[1]].model_fields)
+    if location[0] == "clients" and len(location) > 3:
+        return list(RankConfig.model_fields)
+    section = Config.model_fields[location[0]].annotation
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
