@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from flexlora.lora.product import Spectrum
+from flexlora.lora.spectrum import effective_rank, energy_kept, principal_angles, truncation_error
+
+
+def of_values(values: list[float], tail: float = 0.0) -> Spectrum:
+    k = len(values)
+    return Spectrum(
+        torch.eye(6, k, dtype=torch.float64),
+        torch.tensor(values, dtype=torch.float64),
+        torch.eye(k, 5, dtype=torch.float64),
+        tail,
+    )
+
+
+def test_truncation_error_and_energy_count_the_discarded_tail():
+    spectrum = of_values([4.0, 2.0], tail=2.0)  # 16 + 4 + 4
+    assert truncation_error(spectrum, 1) == pytest.approx(8**0.5)
+    assert truncation_error(spectrum, 7) == pytest.approx(2)
+    assert energy_kept(spectrum, 1) == pytest.approx(16 / 24)
+    assert energy_kept(spectrum, 7) == pytest.approx(20 / 24)
+
+
+def test_the_zero_change_keeps_all_energy_and_has_effective_rank_zero():
+    assert energy_kept(of_values([]), 1) == 1
+    assert effective_rank(of_values([])) == 0
+    assert effective_rank(of_values([0.0, 0.0])) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([3.0, 3.0, 3.0], 3), ([5.0, 0.0], 1), ([2.0, 1.0, 1.0], 2**1.5)],  # entropy of 1/2 1/4 1/4 is 1.5 bits
+)
+def test_effective_rank_is_the_exponential_of_the_entropy(values, expected):
+    assert effective_rank(of_values(values)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("k", "m"), [(3, 3), (2, 4), (4, 2)])
+def test_principal_angles_agree_with_scipy(k, m):
+    rng = np.random.default_rng(0)
+    rows, other = rng.standard_normal((k, 9)), rng.standard_normal((m, 9))
+    found = principal_angles(torch.tensor(rows), torch.tensor(other))
+    np.testing.assert_allclose(found.numpy(), np.sort(scipy.linalg.subspace_angles(rows.T, other.T)), rtol=1e-10)
+
+
+def test_principal_angles_resolve_small_and_right_angles():
+    rows = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.float64)
+    other = torch.tensor([[1.0, 0, 1e-9, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    np.testing.assert_allclose(principal_angles(rows, other).numpy(), [1e-9, np.pi / 2], rtol=1e-6)
