@@ -1,0 +1,85 @@
+"""FedIT: the mean of ``A`` and the mean of ``B`` (arXiv:2305.05644), which needs one rank per module.
+
+``A+ = sum_i w_i A_i``, ``B+ = sum_i w_i B_i`` with ``w_i = n_i / sum n``. The product of the means is not the mean of
+the products: it misses ``sum_i w_i (B_i - B+) (A_i - A+)``. With SGD as local optimiser this is FedAvg on the adapter.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from flexlora.aggregators.base import AggregationError, weighed
+from flexlora.clients import Broadcast, Update
+from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
+
+
+@dataclass(frozen=True)
+class FedItState:
+    """The averaged adapter in float64."""
+
+    adapter: Mapping[str, LoraFactors]
+
+
+@dataclass(frozen=True)
+class FedIt:
+    """Averages the factors of clients that all have the same rank in every module.
+
+    Attributes:
+        scaling: The scaling rule of the clients.
+    """
+
+    scaling: Scaling
+
+    def init(self, adapter: AdapterState) -> FedItState:
+        """Return the initial adapter, its scalings taken over by the rule."""
+        return FedItState({module: _at_server(adapter[module], self.scaling) for module in sorted(adapter)})
+
+    def aggregate(self, state: FedItState, updates: Iterable[Update]) -> FedItState:
+        """Return the weighted mean of ``A`` and of ``B``, module by module.
+
+        Raises:
+            AggregationError: If an update lacks a module or has another rank than the server's adapter.
+        """
+        total = 0.0
+        A = {module: torch.zeros_like(factors.A) for module, factors in state.adapter.items()}
+        B = {module: torch.zeros_like(factors.B) for module, factors in state.adapter.items()}
+        for update in weighed(state.adapter, updates):
+            ranks = {module: factors.rank for module, factors in update.payload.items()}
+            _require_server_ranks(state.adapter, ranks, f"client {update.client_id!r}")
+            total += update.weight
+            for module, factors in update.payload.items():
+                client = _at_server(factors, self.scaling)
+                A[module] += update.weight * client.A
+                B[module] += update.weight * client.B
+        return FedItState(
+            {
+                module: LoraFactors(A[module] / total, B[module] / total, factors.scaling)
+                for module, factors in state.adapter.items()
+            }
+        )
+
+    def broadcast(self, state: FedItState, ranks: Mapping[str, int]) -> Broadcast:
+        """Return the averaged adapter in float32; ``ranks`` must be the server's.
+
+        Raises:
+            AggregationError: If they are not.
+        """
+        _require_server_ranks(state.adapter, ranks, "the receiving client")
+        return Broadcast({module: state.adapter[module].to(torch.float32) for module in sorted(ranks)})
+
+
+def _at_server(factors: LoraFactors, scaling: Scaling) -> LoraFactors:
+    """Return a float64 copy under the scaling that the rule gives for its rank."""
+    return factors.to(torch.float64).with_scaling(scaling(factors.rank))
+
+
+def _require_server_ranks(adapter: AdapterState, ranks: Mapping[str, int], who: str) -> None:
+    """Raise unless ``ranks`` names the rank of the server's adapter for every module."""
+    for module, factors in adapter.items():
+        if ranks.get(module, 0) != factors.rank:
+            raise AggregationError(
+                f"fedit averages A and B and needs one rank per module on every client, {factors.rank} in {module!r}; "
+                f"{who} has {ranks.get(module, 0)}. Give all clients one rank (clients.distribution) or choose "
+                "zero_pad or flexlora"
+            )

@@ -1,0 +1,139 @@
+"""FlexLoRA: average the products, decompose once, hand each client the best approximation of its rank.
+
+With ``P_i = s_i B_i A_i``, ``w_i = n_i / sum n`` and ``T_r`` the best approximation of rank ``r`` (arXiv:2402.11505):
+
+    G+ = sum_i w_i P_i = U diag(sigma) Vh,        client i receives T_{r_i}(G+)
+
+Scalings multiply on arrival and divide on dispatch, inside ``flexlora.lora``. A module that a client lacks is a zero
+product; its weight counts.
+
+If clients return what they got, ``sigma_j`` is multiplied by its coverage ``c_j = sum_{i: r_i >= j} w_i`` each round,
+and what only large ranks can hold dies out. Two independent switches, both off in the paper:
+
+``error_compensation`` adds back what the participants of this round could not hold (ranks read off the payloads):
+
+    G+ = sum_i w_i P_i + U diag((1 - c_j) sigma_j) Vh = G + sum_i w_i (P_i - T_{r_i}(G))
+
+Every client contributes its change against what it was sent. Without training ``G+ = G``; a module that nobody brought
+stays.
+
+``fold_tail`` sends ``F_i = G - T_{r_i}(G)`` along as a frozen branch, so that the client computes its gradient at
+``G``. It returns only the trained branch, so ``P_i`` means the same as without it, and the server's rule stays:
+
+- with ``error_compensation``, ``sum_i w_i (P_i + F_i)`` is the very formula above: ``G+`` is the mean of the models the
+  clients really ran, and both sides agree. This is the combination to use.
+- alone, ``G+ = sum_i w_i P_i`` drops the ``F_i`` that the clients trained against; without training it decays by
+  ``c_j`` as the paper's method does. It is there to tell the effects of the two switches apart.
+
+Before anything has been learned ``G`` has no directions and each client receives the first rows of the initial ``A``
+and a zero ``B``: round 1 starts as standard LoRA does.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexlora.aggregators.base import weighed
+from flexlora.clients import Broadcast, Update
+from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
+from flexlora.lora.product import ProductSum, Spectrum, Split, add_product, add_spectrum, decompose, spectrum_of
+
+
+@dataclass(frozen=True)
+class FlexLoraState:
+    """The aggregate of each module.
+
+    Attributes:
+        spectra: ``G`` per module, float64, scaling included.
+        initial_rows: The initial ``A``, which gives clients fresh rows where ``G`` has no direction.
+        max_ranks: Number of directions kept per module.
+    """
+
+    spectra: Mapping[str, Spectrum]
+    initial_rows: Mapping[str, Tensor]
+    max_ranks: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class FlexLora:
+    """Averages products and redistributes them by singular value decomposition.
+
+    Attributes:
+        scaling: The scaling rule of the clients.
+        server_rank: Directions of ``G`` to keep in each module; None keeps as many as the initial adapter has or any
+            update ever brought, which loses nothing that could be dispatched.
+        split: All singular values in ``B`` (the paper's) or balanced over both factors.
+        error_compensation: Add back what the ranks of this round's participants could not hold.
+        fold_tail: Send what a client's rank cannot hold as a frozen branch.
+    """
+
+    scaling: Scaling
+    server_rank: int | None = None
+    split: Split = "b"
+    error_compensation: bool = False
+    fold_tail: bool = False
+
+    def init(self, adapter: AdapterState) -> FlexLoraState:
+        """Return the state whose aggregate is the change of ``adapter``, none for PEFT's initial one."""
+        modules = sorted(adapter)
+        max_ranks = {module: self.server_rank or adapter[module].rank for module in modules}
+        return FlexLoraState(
+            spectra={module: spectrum_of(adapter[module]).truncate(max_ranks[module]) for module in modules},
+            initial_rows={module: adapter[module].A.detach().to(torch.float32, copy=True) for module in modules},
+            max_ranks=max_ranks,
+        )
+
+    def aggregate(self, state: FlexLoraState, updates: Iterable[Update]) -> FlexLoraState:
+        """Return the decomposed mean of products, with what the round could not hold added back if so configured."""
+        total = 0.0
+        sums = {module: ProductSum(*spectrum.shape) for module, spectrum in state.spectra.items()}
+        weight_by_rank: dict[str, dict[int, float]] = {module: {} for module in sums}
+        for update in weighed(sums, updates):
+            total += update.weight
+            for module, factors in update.payload.items():
+                sums[module] = add_product(sums[module], factors, update.weight)
+                weights = weight_by_rank[module]
+                weights[factors.rank] = weights.get(factors.rank, 0.0) + update.weight
+        max_ranks = {
+            module: self.server_rank or max([state.max_ranks[module], *weight_by_rank[module]]) for module in sums
+        }
+        if self.error_compensation:
+            for module, spectrum in state.spectra.items():
+                uncovered = total - _covered_weight(weight_by_rank[module], spectrum)
+                sums[module] = add_spectrum(sums[module], spectrum, uncovered * spectrum.S)
+        spectra = {module: decompose(sums[module], max_ranks[module], total) for module in sums}
+        return FlexLoraState(spectra, state.initial_rows, max_ranks)
+
+    def broadcast(self, state: FlexLoraState, ranks: Mapping[str, int]) -> Broadcast:
+        """Return ``T_r(G)`` per module in float32 and, under ``fold_tail``, the rest as the frozen branch.
+
+        The frozen branch also covers modules that the client lacks, where the rest is all of ``G``.
+        """
+        trainable = {
+            module: state.spectra[module]
+            .factors(rank, self.scaling(rank), self.split, state.initial_rows[module])
+            .to(torch.float32)
+            for module, rank in sorted(ranks.items())
+        }
+        return Broadcast(trainable, _tails(state, ranks) if self.fold_tail else None)
+
+
+def _covered_weight(weight_by_rank: Mapping[int, float], spectrum: Spectrum) -> Tensor:
+    """Return, for each direction of ``spectrum``, the weight of the clients whose rank reaches it."""
+    directions = torch.arange(spectrum.S.shape[0], device=spectrum.S.device)
+    covered = torch.zeros_like(spectrum.S)
+    for rank, weight in sorted(weight_by_rank.items()):
+        covered += weight * (directions < rank)
+    return covered
+
+
+def _tails(state: FlexLoraState, ranks: Mapping[str, int]) -> dict[str, LoraFactors] | None:
+    """Return ``G - T_r(G)`` of every module where it is not zero, or None if it is zero everywhere."""
+    tails: dict[str, LoraFactors] = {}
+    for module, spectrum in state.spectra.items():
+        rest = spectrum.below(ranks.get(module, 0))
+        if rest.S.shape[0] > 0:
+            tails[module] = rest.factors(rest.S.shape[0], 1.0).to(torch.float32)
+    return tails or None

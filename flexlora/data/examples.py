@@ -1,0 +1,45 @@
+"""What a training example is, whatever corpus it came from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Example:
+    """One instruction with its accepted answers.
+
+    Attributes:
+        instruction: The task definition or the user's request.
+        input: The instance the instruction is applied to; may be empty.
+        outputs: Accepted answers, at least one; training picks one, ROUGE-L takes the best over all.
+        history: Earlier turns of a chat as (role, content) pairs; empty for single turns.
+    """
+
+    instruction: str
+    input: str
+    outputs: tuple[str, ...]
+    history: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class ExampleSplits:
+    """The examples of one owner (a client's task, or an unseen task)."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class FederatedCorpus:
+    """Everything the experiment reads: data of clients, and tasks no client has.
+
+    Attributes:
+        clients: client id -> its examples.
+        unseen: task id -> examples for zero-shot evaluation (their ``test`` part is scored).
+        validation: Examples of the fixed validation set used for early stopping, drawn from clients only.
+    """
+
+    clients: Mapping[str, ExampleSplits]
+    unseen: Mapping[str, ExampleSplits]

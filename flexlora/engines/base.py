@@ -1,0 +1,17 @@
+"""How a cohort gets trained: the protocol that rounds call."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Trains the clients of a round; a failing client is yielded as a ``ClientFailure``, never raised."""
+
+    def train(
+        self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
+    ) -> Iterator[Update | ClientFailure]:
+        """Yield one outcome per client of ``cohort``, in cohort order."""
+        ...

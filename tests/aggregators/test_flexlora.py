@@ -1,0 +1,261 @@
+"""Expected values come from numpy (dense float64 sums, numpy.linalg.svd), from PEFT, or from the coverage law."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from flexlora.aggregators.flexlora import FlexLora, FlexLoraState
+from flexlora.clients import Update
+from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
+
+SHAPES = {"attn.q_proj": (24, 24), "mlp.down_proj": (20, 33), "mlp.up_proj": (33, 20)}
+SCALING = Scaling("constant_alpha", 16.0)
+SERVER_RANK = 8
+
+
+def random_adapter(ranks: dict[str, int], seed: int, scaling: Scaling = SCALING) -> AdapterState:
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        module: LoraFactors(
+            torch.randn(rank, SHAPES[module][1], generator=rng),
+            torch.randn(SHAPES[module][0], rank, generator=rng),
+            scaling(rank),
+        )
+        for module, rank in sorted(ranks.items())
+    }
+
+
+def uniform(rank: int) -> dict[str, int]:
+    return dict.fromkeys(SHAPES, rank)
+
+
+def initial_adapter() -> AdapterState:
+    adapter = random_adapter(uniform(SERVER_RANK), seed=123)
+    return {module: LoraFactors(f.A, torch.zeros_like(f.B), f.scaling) for module, f in adapter.items()}
+
+
+def learned(aggregator: FlexLora, seed: int = 0) -> FlexLoraState:
+    """Return the state after one client of full rank has brought a random change."""
+    state = aggregator.init(initial_adapter())
+    return aggregator.aggregate(state, [Update("first", random_adapter(uniform(SERVER_RANK), seed), 1.0)])
+
+
+def echo_round(aggregator: FlexLora, state: FlexLoraState, cohort: list[tuple[dict[str, int], float]]):
+    updates = [Update(None, aggregator.broadcast(state, ranks).trainable, weight) for ranks, weight in cohort]
+    return aggregator.aggregate(state, updates)
+
+
+def numpy_mean_of_products(updates: list[Update], module: str) -> np.ndarray:
+    total = np.zeros(SHAPES[module])
+    for update in updates:
+        if module in update.payload:
+            f = update.payload[module]
+            total += update.weight * f.scaling * (f.B.double().numpy() @ f.A.double().numpy())
+    return total / sum(update.weight for update in updates)
+
+
+def numpy_truncation(W: np.ndarray, rank: int) -> np.ndarray:
+    U, S, Vh = np.linalg.svd(W)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+@pytest.mark.parametrize("policy", ["constant_alpha", "constant_ratio", "rslora"])
+@pytest.mark.parametrize("split", ["b", "balanced"])
+@pytest.mark.parametrize("num_clients", [2, 25])
+def test_every_client_receives_the_eckart_young_truncation_of_the_mean_of_products(num_clients, split, policy):
+    scaling = Scaling(policy, 6.0)
+    aggregator = FlexLora(scaling=scaling, split=split)
+    plans = [
+        {"attn.q_proj": 1 + i % 8, "mlp.down_proj": 1 + i % 3, **({"mlp.up_proj": 5} if i % 2 else {})}
+        for i in range(num_clients)
+    ]
+    updates = [Update(str(i), random_adapter(plan, i, scaling), 3.0 + i) for i, plan in enumerate(plans)]
+    state = aggregator.aggregate(aggregator.init(initial_adapter()), updates)
+    for module in SHAPES:
+        W = numpy_mean_of_products(updates, module)
+        S = np.linalg.svd(W, compute_uv=False)
+        for rank in range(1, SERVER_RANK + 1):
+            factors = aggregator.broadcast(state, {module: rank}).trainable[module]
+            found = factors.scaling * factors.B.double().numpy() @ factors.A.double().numpy()
+            assert np.linalg.norm(found - numpy_truncation(W, rank)) < 1e-6 * np.linalg.norm(W)
+            assert np.linalg.norm(W - found) == pytest.approx(np.linalg.norm(S[rank:]), abs=1e-6 * S[0])
+
+
+def test_the_aggregate_does_not_depend_on_the_gauge_of_the_payloads():
+    aggregator = FlexLora(scaling=SCALING)
+    rng = np.random.default_rng(0)
+    updates = [Update(str(i), random_adapter(uniform(2 + i), i), 1.0 + i) for i in range(3)]
+
+    def turned(factors: LoraFactors) -> LoraFactors:
+        M = torch.tensor(rng.standard_normal((factors.rank, factors.rank)) + 3 * np.eye(factors.rank))
+        return LoraFactors(torch.linalg.solve(M, factors.A.double()), factors.B.double() @ M, factors.scaling)
+
+    other = [Update(u.client_id, {m: turned(f) for m, f in u.payload.items()}, u.weight) for u in updates]
+    state = aggregator.init(initial_adapter())
+    first, second = aggregator.aggregate(state, updates), aggregator.aggregate(state, other)
+    for module in SHAPES:
+        W = first.spectra[module].delta()
+        assert (second.spectra[module].delta() - W).norm() < 1e-11 * W.norm()
+
+
+COHORT = [(uniform(1), 40.0), (uniform(2), 30.0), ({**uniform(4), "mlp.up_proj": 6}, 20.0), (uniform(8), 10.0)]
+COVERAGE = {
+    "attn.q_proj": [1, 0.6, 0.3, 0.3, 0.1, 0.1, 0.1, 0.1],
+    "mlp.down_proj": [1, 0.6, 0.3, 0.3, 0.1, 0.1, 0.1, 0.1],
+    "mlp.up_proj": [1, 0.6, 0.3, 0.3, 0.3, 0.3, 0.1, 0.1],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"split": "balanced"}, {"fold_tail": True}], ids=str)
+def test_echoing_clients_decay_each_direction_by_its_coverage(options):
+    aggregator = FlexLora(scaling=SCALING, **options)
+    start = state = learned(aggregator)
+    for server_round in range(1, 6):
+        state = echo_round(aggregator, state, COHORT)
+        for module, coverage in COVERAGE.items():
+            expected = start.spectra[module].S.numpy() * np.array(coverage) ** server_round
+            np.testing.assert_allclose(state.spectra[module].S.numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fold_tail", [False, True])
+def test_error_compensation_keeps_everything_whoever_echoes(fold_tail):
+    aggregator = FlexLora(scaling=SCALING, error_compensation=True, fold_tail=fold_tail)
+    start = state = learned(aggregator)
+    cohorts = [COHORT, COHORT[:1], [({"mlp.up_proj": 3}, 1.0)], COHORT[1:3], COHORT[:2]]
+    for cohort in cohorts:
+        state = echo_round(aggregator, state, cohort)
+    for module in SHAPES:
+        W = start.spectra[module].delta()
+        assert (state.spectra[module].delta() - W).norm() < 1e-6 * W.norm()
+
+
+def test_error_compensation_adds_each_change_against_what_was_sent():
+    aggregator = FlexLora(scaling=SCALING, error_compensation=True, server_rank=33)
+    state = learned(aggregator)
+    cohort = [({"attn.q_proj": 3, "mlp.down_proj": 2}, 2.0), (uniform(6), 6.0)]
+    updates = [Update(str(i), random_adapter(ranks, i), weight) for i, (ranks, weight) in enumerate(cohort)]
+    after = aggregator.aggregate(state, updates)
+    for module in SHAPES:
+        G = state.spectra[module].delta().numpy()
+        sent = sum(weight / 8 * numpy_truncation(G, ranks.get(module, 0)) for ranks, weight in cohort)
+        expected = G + numpy_mean_of_products(updates, module) - sent
+        assert np.linalg.norm(after.spectra[module].delta().numpy() - expected) < 1e-12 * np.linalg.norm(expected)
+
+
+def test_with_both_switches_the_aggregate_is_the_mean_of_the_models_clients_ran():
+    aggregator = FlexLora(scaling=SCALING, error_compensation=True, fold_tail=True, server_rank=33)
+    state = learned(aggregator)
+    ranks_of = [{"attn.q_proj": 3, "mlp.down_proj": 2}, uniform(6), uniform(8)]
+    updates = [Update(str(i), random_adapter(ranks, i), 1.0 + i) for i, ranks in enumerate(ranks_of)]
+    after = aggregator.aggregate(state, updates)
+    for module in SHAPES:
+        ran = np.zeros(SHAPES[module])
+        for update, ranks in zip(updates, ranks_of, strict=True):
+            for branch in (update.payload, aggregator.broadcast(state, ranks).frozen or {}):
+                ran += update.weight / 6 * (branch[module].delta().numpy() if module in branch else 0)
+        assert np.linalg.norm(after.spectra[module].delta().numpy() - ran) < 1e-6 * np.linalg.norm(ran)
+
+
+@pytest.mark.parametrize("split", ["b", "balanced"])
+def test_the_trainable_and_the_frozen_branch_add_up_to_the_aggregate(split):
+    aggregator = FlexLora(scaling=SCALING, fold_tail=True, split=split)
+    state = learned(aggregator)
+    broadcast = aggregator.broadcast(state, {"attn.q_proj": 3, "mlp.down_proj": 8})
+    assert broadcast.frozen is not None
+    assert {module: factors.rank for module, factors in broadcast.frozen.items()} == {
+        "attn.q_proj": 5,
+        "mlp.up_proj": 8,
+    }
+    for module in SHAPES:
+        branches = [branch[module].delta() for branch in (broadcast.trainable, broadcast.frozen) if module in branch]
+        W = state.spectra[module].delta()
+        assert (torch.stack(branches).sum(0) - W).norm() < 1e-6 * W.norm()
+
+
+def test_nothing_is_frozen_when_nothing_is_left_over():
+    folding, plain = FlexLora(scaling=SCALING, fold_tail=True), FlexLora(scaling=SCALING)
+    assert folding.broadcast(folding.init(initial_adapter()), uniform(2)).frozen is None
+    assert folding.broadcast(learned(folding), uniform(SERVER_RANK)).frozen is None
+    assert plain.broadcast(learned(plain), uniform(1)).frozen is None
+
+
+def test_a_module_nobody_brought_goes_to_zero_or_stays_under_error_compensation():
+    cohort = [({"attn.q_proj": 4}, 1.0)]
+    plain, compensated = FlexLora(scaling=SCALING), FlexLora(scaling=SCALING, error_compensation=True)
+    assert echo_round(plain, learned(plain), cohort).spectra["mlp.up_proj"].S.shape == (0,)
+    start = learned(compensated).spectra["mlp.up_proj"]
+    found = echo_round(compensated, learned(compensated), cohort).spectra["mlp.up_proj"]
+    np.testing.assert_allclose(found.S.numpy(), start.S.numpy(), rtol=1e-12)
+
+
+def test_a_rank_above_the_aggregates_is_filled_with_rows_that_can_learn():
+    aggregator = FlexLora(scaling=SCALING)
+    state = aggregator.init(initial_adapter())
+    state = aggregator.aggregate(state, [Update("small", random_adapter(uniform(2), 0), 1.0)])
+    for module, factors in aggregator.broadcast(state, uniform(40)).trainable.items():
+        out_features, in_features = SHAPES[module]
+        assert (factors.A.shape, factors.B.shape) == ((40, in_features), (out_features, 40))
+        assert not factors.B[:, 2:].any()
+        assert factors.A.norm(dim=1).allclose(torch.ones(40))
+        rows = factors.A[:in_features]
+        assert torch.allclose(rows @ rows.T, torch.eye(in_features), atol=1e-6)
+
+
+def test_the_server_keeps_the_largest_rank_it_has_met_unless_told_otherwise():
+    updates = [Update(str(i), random_adapter(uniform(12), i), 1.0) for i in range(4)]
+    grown, capped = FlexLora(scaling=SCALING), FlexLora(scaling=SCALING, server_rank=3)
+    state = grown.aggregate(grown.init(initial_adapter()), updates)
+    assert {len(spectrum.S) for spectrum in state.spectra.values()} == {12}
+    assert {len(s.S) for s in grown.aggregate(state, updates[:1]).spectra.values()} == {12}
+    kept = capped.aggregate(capped.init(initial_adapter()), updates).spectra["mlp.up_proj"]
+    S = np.linalg.svd(numpy_mean_of_products(updates, "mlp.up_proj"), compute_uv=False)
+    assert len(kept.S) == 3
+    assert kept.tail == pytest.approx(np.linalg.norm(S[3:]))
+
+
+def test_an_adapter_that_has_already_learned_is_kept_by_init():
+    adapter = random_adapter(uniform(4), 5)
+    aggregator = FlexLora(scaling=SCALING)
+    found = aggregator.broadcast(aggregator.init(adapter), uniform(4)).trainable
+    for module, factors in adapter.items():
+        assert (found[module].delta() - factors.delta()).norm() < 1e-6 * factors.norm()
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 19, bias=False)
+        self.down = nn.Linear(19, 10, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
+
+
+def test_the_aggregate_equals_the_concatenation_that_peft_makes_of_several_adapters():
+    ranks, alphas, weights = [2, 3, 5], [8.0, 3.0, 16.0], [0.5, 0.2, 0.3]
+    torch.manual_seed(0)  # PEFT initialises from the global stream
+    names = [f"client{i}" for i in range(3)]
+    for i, (rank, alpha) in enumerate(zip(ranks, alphas, strict=True)):
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["up", "down"], init_lora_weights=False)
+        if i == 0:
+            model = get_peft_model(TwoLayers(), config, adapter_name=names[0])
+        else:
+            model.add_adapter(names[i], config)
+    model.add_weighted_adapter(names, weights, "merged", combination_type="cat")
+    layers = {module: getattr(model.base_model.model, module) for module in ("up", "down")}
+    updates = [
+        Update(
+            name,
+            {m: LoraFactors(x.lora_A[name].weight, x.lora_B[name].weight, x.scaling[name]) for m, x in layers.items()},
+            weight,
+        )
+        for name, weight in zip(names, weights, strict=True)
+    ]
+    aggregator = FlexLora(scaling=Scaling("rslora", 16.0), server_rank=10)
+    state = aggregator.init({m: LoraFactors(f.A, 0 * f.B, f.scaling) for m, f in updates[2].payload.items()})
+    found = aggregator.broadcast(aggregator.aggregate(state, updates), {"up": 10, "down": 10}).trainable
+    for module, layer in layers.items():
+        expected = layer.get_delta_weight("merged").detach().double()
+        assert (found[module].delta() - expected).norm() < 1e-6 * expected.norm()
