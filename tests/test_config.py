@@ -1,0 +1,119 @@
+"""The configuration reports every mistake at once, with key, rule, value and fix."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flexlora.config import Config, ConfigError, dump_config, load_config, parse_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+def problems(tree: dict[str, object], **options: bool) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree, "test", **options)
+    return str(caught.value)
+
+
+def test_defaults_are_a_valid_configuration() -> None:
+    assert parse_config({}, "empty") == Config()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_says_what_it_is_for(path: Path) -> None:
+    overrides = [] if path.stem == "demo" else ["data.path=somewhere"]
+    load_config(path, overrides)
+    head = path.read_text(encoding="utf-8").split("seed:")[0]
+    for word in ("Launch:", "Expected:", "Cost:"):
+        assert word in head
+
+
+def test_a_dumped_configuration_reads_back_equal() -> None:
+    config = parse_config({"data": {"name": "natural_instructions", "path": "x", "num_unseen_tasks": 3}}, "test")
+    assert parse_config(yaml.safe_load(dump_config(config)), "dump") == config
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    message = problems(
+        {
+            "seed": -1,
+            "model": {"dtype": "int8", "dtypo": "float32"},
+            "training": {"momentum": 0.5},
+            "rounds": {"patience": 2},
+            "data": {"name": "natural_instructions", "validation_examples": 0},
+        }
+    )
+    for expected in (
+        "seed: Input should be greater than or equal to 0; got -1",
+        "model.dtype: Input should be 'float32' or 'bfloat16'; got 'int8'",
+        "model.dtypo: there is no such setting; did you mean dtype?",
+        "data.path: must be set",
+        "training.momentum is 0.5",
+        "rounds.patience needs a validation set",
+        "data holds out no unseen task",
+    ):
+        assert expected in message
+    assert message.startswith("7 problems in test")
+
+
+def test_a_wrong_variant_lists_the_right_ones() -> None:
+    assert "method.name: must be one of fedit, zero_pad, flexlora; got 'fedavg'" in problems({"method": {"name": "fedavg"}})
+    assert "data.name: must be one of generated, natural_instructions, instructions; got None" in problems({"data": {}})
+
+
+def test_wrong_keys_inside_a_variant_get_a_suggestion() -> None:
+    assert "did you mean error_compensation?" in problems({"method": {"name": "flexlora", "error_compensatoin": True}})
+    assert "did you mean ffn?" in problems({"clients": {"types": {"a": {"attention": 1, "fnn": 2}}}})
+
+
+def test_missing_paths_are_reported_when_asked(tmp_path: Path) -> None:
+    data = {"name": "natural_instructions", "path": str(tmp_path / "nope"), "num_unseen_tasks": 1}
+    message = problems({"data": data, "model": {"name_or_path": "./nowhere"}}, check_paths=True)
+    assert "data.path: must be a folder of task files" in message
+    assert "model.name_or_path: there is no folder ./nowhere" in message
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"clients": {"distribution": {"phone": 1}}}, "clients.distribution names the type 'phone'"),
+        ({"clients": {"distribution": {"type1": 0}}}, "gives every type weight 0"),
+        ({"clients": {"types": {"a": {"attention": 1, "ffn": 1}}}}, "is defined for four types"),
+        (
+            {"clients": {"types": {"a": {"attention": 0, "ffn": 0}}, "distribution": {"a": 1}}},
+            "clients.types.a adapts nothing",
+        ),
+        ({"data": {"name": "instructions", "path": "x", "partition": "natural"}}, "set data.client_column"),
+        ({"data": {"name": "instructions", "path": "x", "unseen_labels": ["a"]}}, "set data.label_column"),
+        ({"data": {"name": "instructions", "path": "x", "unseen_fraction": 0}}, "holds out nothing to score"),
+    ],
+)
+def test_settings_that_disagree_are_named_with_the_fix(tree: dict[str, object], expected: str) -> None:
+    assert expected in problems(tree)
+
+
+def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 3\nrounds: {num_rounds: 5}\n")
+    config = load_config(path, ["rounds.num_rounds=7", "training.learning_rate=1e-4", "method.name=zero_pad"])
+    assert (config.seed, config.rounds.num_rounds) == (3, 7)
+    assert config.training.learning_rate == 1e-4
+    assert config.method.name == "zero_pad"
+
+
+def test_broken_overrides_and_files_are_explained(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 3\n")
+    with pytest.raises(ConfigError, match="must look like key.sub=value"):
+        load_config(path, ["rounds"])
+    with pytest.raises(ConfigError, match="seed is 3, not a section"):
+        load_config(path, ["seed.sub=1"])
+    with pytest.raises(ConfigError, match=r"there is no such file.*c\.yaml"):
+        load_config(tmp_path / "d.yaml")
+    path.write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(path)
+    path.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load_config(path)
