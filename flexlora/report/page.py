@@ -1,0 +1,566 @@
+"""A run folder -> `report.html`: one file that needs nothing else, for a screen, a phone or paper."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from flexlora import FlexLoraError
+from flexlora.report import figures, tables
+from flexlora.report.figures import Chart, Series
+from flexlora.report.records import (
+    MANIFEST_FILE,
+    RECORDS_FILE,
+    REFERENCES_FILE,
+    EvaluationRecord,
+    ManifestRecord,
+    ReferencesRecord,
+    RoundRecord,
+    ScoreRecord,
+    SpectrumRecord,
+    read_manifest,
+    read_records,
+    read_references,
+)
+
+REPORT_FILE = "report.html"
+CONFIG_FILE = "config.yaml"
+MAX_SPECTRA = 2400
+"""Spectra in one page; with more, rounds are left out evenly."""
+MAX_FAILURES = 200
+
+FEDERATED, FEDIT, LOCAL, BASE = "c1", "c2", "c3", "c6"
+
+
+class ReportError(FlexLoraError, ValueError):
+    """A folder cannot be reported on."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What was found in a run folder; any of it may be missing while the run goes on."""
+
+    name: str
+    records: Sequence[RoundRecord]
+    references: ReferencesRecord
+    manifest: ManifestRecord | None
+    config: str | None
+    adapters: Sequence[str]
+
+    @cached_property
+    def plan_ranks(self) -> dict[str, dict[str, int]]:
+        """Plan name -> module path -> rank, smallest ranks first."""
+        return tables.plan_ranks(self.records, self.manifest)
+
+    @cached_property
+    def plan_styles(self) -> dict[str, str]:
+        """Plan name -> CSS class."""
+        return {plan: f"p{1 + place % 6}" for place, plan in enumerate(self.plan_ranks)}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One large number at the top of the page."""
+
+    label: str
+    value: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its title, unit and caption; ``chart`` is None when nothing has been measured."""
+
+    key: str
+    title: str
+    unit: str
+    caption: str
+    chart: Chart | None
+
+
+@dataclass(frozen=True)
+class SpectraView:
+    """The singular values of every module and round, made small enough for a page."""
+
+    modules: Sequence[str]
+    rounds: Sequence[int]
+    num_rounds_left_out: int
+    curve: Chart
+    heat: Chart
+    heat_top: float
+    plans: Sequence[str]
+    error_rows: Sequence[tuple[str, Sequence[tuple[int, float | None]]]]
+    data: dict[str, object]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into a run folder, atomically, and return its path.
+
+    Works on finished, interrupted and running runs alike: what has not been measured is said to be missing.
+
+    Raises:
+        ReportError: The folder holds nothing that a run writes.
+        RecordsError: A file of the run is damaged.
+    """
+    page = render(read_run(run_folder))
+    path = run_folder / REPORT_FILE
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def read_run(run_folder: Path) -> RunFolder:
+    """Return what a run folder holds.
+
+    Raises:
+        ReportError: The folder holds nothing that a run writes.
+        RecordsError: A file of the run is damaged.
+    """
+    if not any((run_folder / name).exists() for name in (RECORDS_FILE, MANIFEST_FILE, CONFIG_FILE)):
+        raise ReportError(
+            f"a run folder holds {RECORDS_FILE}, {MANIFEST_FILE} or {CONFIG_FILE}; {run_folder} holds none of them; "
+            "name the folder given to `flexlora run --out`"
+        )
+    config = run_folder / CONFIG_FILE
+    adapters = (path.name for path in run_folder.glob("adapters/rank-*") if path.is_dir())
+    return RunFolder(
+        name=run_folder.resolve().name,
+        records=read_records(run_folder / RECORDS_FILE),
+        references=read_references(run_folder / REFERENCES_FILE),
+        manifest=read_manifest(run_folder / MANIFEST_FILE),
+        config=config.read_text(encoding="utf-8") if config.exists() else None,
+        adapters=sorted(adapters, key=lambda name: (len(name), name)),
+    )
+
+
+def render(run: RunFolder) -> str:
+    """Return the page of a run."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=tables.number_text,
+        rate=lambda value: tables.NONE if tables.finite(value) is None else f"{value:.3g}",
+        signed=tables.signed_text,
+        percent=tables.percent_text,
+        bytes=tables.bytes_text,
+        duration=tables.seconds_text,
+        count=tables.count_text,
+        ranks=tables.describe_ranks,
+        readings=_readings,
+    )
+    spectra = spectra_view(run)
+    failures = tables.failure_table(run.records)
+    fairness = tables.fairness_table(run.records, run.references, run.manifest)
+    categories = tables.category_table(run.records, run.references)
+    totals = tables.total_rows(run.records, run.references)
+    return environment.get_template("page.html.j2").render(
+        run=run,
+        headline=headline(run),
+        status=status(run),
+        notices=notices(run),
+        tiles=tiles(run),
+        summary=tables.summary_table(run.records, run.references, run.manifest.method if run.manifest else None),
+        curves=curves(run),
+        categories=categories,
+        totals=totals,
+        category_top=_top([value for row in [*categories, *totals] for value in (row.base, row.federated, row.fedit)]),
+        plans=tables.plan_table(run.records, run.manifest),
+        participation=participation(run),
+        spectra=spectra,
+        energy=energy(run),
+        traffic=traffic(run),
+        fairness=fairness,
+        fairness_top=_top([value for row in fairness for value in (row.base, row.local_only, row.federated)]),
+        times=tables.time_table(run.records),
+        time_figure=stage_times(run),
+        failures=failures[:MAX_FAILURES],
+        num_failures=len(failures),
+        example_rank=max((rank for ranks in run.plan_ranks.values() for rank in ranks.values()), default=8),
+        dot_row=figures.dot_row,
+        heat_class=figures.heat_class,
+        styles={"federated": FEDERATED, "fedit": FEDIT, "local": LOCAL, "base": BASE},
+    )
+
+
+def headline(run: RunFolder) -> str:
+    """Return what was run and what came of it, in two or three sentences with numbers."""
+    rows = {row.name.split(" (")[0]: row for row in tables.summary_table(run.records, run.references)}
+    base, federated = rows.get("Base model"), rows.get("Federated")
+    if not federated or federated.rouge_l is None:
+        what = _what_was_run(run, _num_rounds(run))
+        if base and base.rouge_l is not None:
+            return f"{what} Base model alone: ROUGE-L {tables.number_text(base.rouge_l)} of 100 on unseen tasks."
+        return f"{what} No result on unseen tasks yet."
+    parts = [_what_was_run(run, _num_rounds(run))]
+    score = tables.number_text(federated.rouge_l)
+    if base and base.rouge_l is not None and federated.difference is not None:
+        verb = "rose" if federated.difference > 0 else "fell" if federated.difference < 0 else "stayed"
+        before = tables.number_text(base.rouge_l)
+        change = tables.signed_text(federated.difference)
+        parts.append(f"ROUGE-L on unseen tasks {verb} from {before} (base model alone) to {score}: {change} points.")
+    else:
+        parts.append(f"ROUGE-L on unseen tasks reached {score} of 100.")
+    others = [
+        ("FedIT at the smallest rank", "FedIT at the smallest rank"),
+        ("Training alone", "training alone"),
+    ]
+    compared = [
+        f"{words} reached {tables.number_text(rows[name].rouge_l)} "
+        f"({_ahead(tables.difference(federated.rouge_l, rows[name].rouge_l))})"
+        for name, words in others
+        if name in rows and rows[name].rouge_l is not None
+    ]
+    comparison = "; ".join(compared)
+    return " ".join([*parts, *([comparison[0].upper() + comparison[1:] + "."] if compared else [])])
+
+
+def status(run: RunFolder) -> str | None:
+    """Return one sentence if the run is not finished or ended early, else None."""
+    if not run.records:
+        return "No round is finished yet."
+    stopped = next((record for record in run.records if record.stopped), None)
+    if stopped:
+        return f"Ended early after round {stopped.server_round}: {str(stopped.stopped).rstrip('.')}."
+    wanted = run.manifest.num_rounds if run.manifest else None
+    if wanted is not None and _num_rounds(run) < wanted:
+        return (
+            f"Not finished: {_num_rounds(run)} of {tables.count_text(wanted, 'round')}. The page shows what there is."
+        )
+    return None
+
+
+def notices(run: RunFolder) -> list[str]:
+    """Return the warnings of the run and the notes of its rounds."""
+    warnings = list(run.manifest.warnings) if run.manifest else []
+    return warnings + [f"Round {record.server_round}: {record.note}" for record in run.records if record.note]
+
+
+def tiles(run: RunFolder) -> list[Tile]:
+    """Return the large numbers at the top."""
+    rows = {row.name.split(" (")[0]: row for row in tables.summary_table(run.records, run.references)}
+    found = []
+    federated = rows.get("Federated")
+    if federated:
+        detail = f"{tables.signed_text(federated.difference)} points over base"
+        if federated.difference is None:
+            detail = "of 100, on unseen tasks"
+        found.append(Tile("Unseen ROUGE-L", tables.number_text(federated.rouge_l), detail))
+    others = [
+        ("FedIT at the smallest rank", "Versus FedIT, smallest rank"),
+        ("Training alone", "Versus training alone"),
+    ]
+    for name, label in others:
+        if federated and name in rows:
+            gain = tables.difference(federated.rouge_l, rows[name].rouge_l)
+            detail = f"points; it reached {tables.number_text(rows[name].rouge_l)}"
+            found.append(Tile(label, tables.signed_text(gain), detail))
+    if any(record.clients for record in run.records):
+        moved = sum(record.up_bytes + record.down_bytes for record in run.records)
+        up = tables.bytes_text(sum(record.up_bytes for record in run.records))
+        down = tables.bytes_text(sum(record.down_bytes for record in run.records))
+        found.append(Tile("Traffic", tables.bytes_text(moved), f"{up} up, {down} down"))
+    return found
+
+
+def curves(run: RunFolder) -> list[Figure]:
+    """Return the scores and losses over rounds, with the references as levels and lines."""
+    what = [
+        ("rouge_l", "ROUGE-L on unseen tasks", "0 to 100, higher is better", True, 1),
+        ("exact_match", "Exact match on unseen tasks", "% of answers, higher is better", True, 1),
+        ("loss", "Loss on unseen tasks", "nats per answer token, lower is better", False, 3),
+    ]
+    shown = [
+        Figure(
+            key=f"curve-{measure.replace('_', '-')}",
+            title=title,
+            unit=unit,
+            caption="Weighted by examples.",
+            chart=figures.line_chart(
+                _unseen_series(run, measure), what=title, from_zero=from_zero, write=_writer(digits)
+            ),
+        )
+        for measure, title, unit, from_zero, digits in what
+    ]
+    training = [
+        Series("Training, surviving clients", FEDERATED, [(r.server_round, r.train_loss) for r in run.records]),
+        Series("Validation set", "c5", [(r.server_round, _score(r.evaluation, "loss")) for r in run.records]),
+    ]
+    chart = figures.line_chart(training, what="Loss while training", from_zero=False, write=_writer(3))
+    caption = "Training loss is the mean over the steps of each client; early stopping watches the validation set."
+    return [*shown, Figure("curve-training", "Loss while training", "nats per answer token", caption, chart)]
+
+
+def energy(run: RunFolder) -> list[Figure]:
+    """Return how much of the global change lies above the smallest ranks and inside each plan's, over rounds."""
+    above = [(r.server_round, _percent(r.energy_above_smallest)) for r in run.records]
+    kept = [
+        Series(plan, style, [(r.server_round, _percent(r.energy_kept.get(plan))) for r in run.records])
+        for plan, style in run.plan_styles.items()
+    ]
+    return [
+        Figure(
+            "energy-above",
+            "Energy above the smallest rank",
+            "% of the squared singular values, all modules together",
+            "A line that sinks to zero is rank collapse: what only larger clients can hold is lost.",
+            figures.line_chart(
+                [Series("above the smallest ranks", FEDERATED, above)],
+                what="Share of the squared singular values",
+                from_zero=True,
+                write=_in_percent,
+            ),
+        ),
+        Figure(
+            "energy-kept",
+            "Energy inside the ranks of each plan",
+            "% of the squared singular values, all modules together",
+            "100 % means that clients of the plan receive the whole change.",
+            figures.line_chart(
+                kept, what="Share of the squared singular values inside", from_zero=False, write=_in_percent
+            ),
+        ),
+    ]
+
+
+def participation(run: RunFolder) -> list[Figure]:
+    """Return who took part in each round, and how often clients were sampled."""
+    rounds = [record for record in run.records if record.clients]
+    cohorts = [(r.server_round, _sum_by_plan([(c.plan, 1) for c in r.clients])) for r in rounds]
+    histograms = tables.times_sampled(run.records, run.manifest)
+    most = max((times for histogram in histograms.values() for times in histogram), default=-1) if rounds else -1
+    columns = [
+        (times, {plan: float(histogram[times]) for plan, histogram in histograms.items()}) for times in range(most + 1)
+    ]
+    write = _counter("client")
+    styles = run.plan_styles
+    return [
+        Figure(
+            "cohort-chart",
+            "Clients per round",
+            "clients sampled, by rank plan",
+            "Clients that failed are included.",
+            figures.stacked_bars(
+                cohorts, styles, what="Sampled clients", heading="Round {}", write=write, with_sums=False
+            ),
+        ),
+        Figure(
+            "sampled-chart",
+            "How often clients were sampled",
+            "clients, over the number of rounds they took part in",
+            "Sampling is a function of the seed and the round alone.",
+            figures.stacked_bars(columns, styles, what="Clients", heading="Sampled {} ×", write=write),
+        ),
+    ]
+
+
+def traffic(run: RunFolder) -> Figure:
+    """Return the bytes moved in each round by rank plan."""
+    rounds = [
+        (r.server_round, _sum_by_plan([(c.plan, c.up_bytes + c.down_bytes) for c in r.clients]))
+        for r in run.records
+        if r.clients
+    ]
+    most = max((sum(parts.values()) for _, parts in rounds), default=0.0)
+    unit, name = next(
+        (size, name) for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")) if most >= size or size == 1
+    )
+    chart = figures.stacked_bars(
+        rounds, run.plan_styles, what="Bytes moved", heading="Round {}", write=tables.bytes_text, unit=unit
+    )
+    caption = "Serialised factors as they travel, both directions."
+    return Figure(
+        "traffic-chart", "Traffic per round", f"{name if chart else 'bytes'} up and down, by rank plan", caption, chart
+    )
+
+
+def stage_times(run: RunFolder) -> Figure:
+    """Return the wall time of each round by stage."""
+    stages = [row.stage for row in tables.time_table(run.records)]
+    rounds = [(r.server_round, {k: v for k, v in r.seconds.items() if k != "total"}) for r in run.records if r.seconds]
+    chart = figures.stacked_bars(
+        rounds,
+        {stage: f"c{1 + place % 6}" for place, stage in enumerate(stages)},
+        what="Wall time",
+        heading="Round {}",
+        write=tables.seconds_text,
+    )
+    return Figure("time-chart", "Time per round", "seconds, by stage", "Wall time on the machine of the run.", chart)
+
+
+def spectra_view(run: RunFolder) -> SpectraView | None:
+    """Return the singular values with their truncation errors; None when no round recorded any that is not zero."""
+    recorded = [record for record in run.records if record.spectra]
+    modules = sorted({module for record in recorded for module in record.spectra}, key=tables.layer_order)
+    values = [v for r in recorded for s in r.spectra.values() for v in s.singular_values if v > 0 and math.isfinite(v)]
+    if not values:
+        return None
+    kept = _thin(recorded, max(2, MAX_SPECTRA // len(modules)))
+    high = 10.0 ** math.ceil(math.log10(max(values)))
+    low = max(10.0 ** math.floor(math.log10(min(values))), high * 1e-8)
+    length = max(len(s.singular_values) for r in recorded for s in r.spectra.values())
+    plan_ranks = run.plan_ranks
+    errors = {
+        plan: [[_error(record.spectra.get(module), ranks.get(module, 0)) for record in kept] for module in modules]
+        for plan, ranks in plan_ranks.items()
+    }
+    present = [e for lines in errors.values() for line in lines for e in line if e is not None]
+    top = max(0.1, math.ceil(10 * max(present, default=0.1) - 1e-9) / 10)
+    smallest = next(iter(plan_ranks), "")
+    rounds = [record.server_round for record in kept]
+    short = tables.short_names(modules)
+    first = kept[-1].spectra.get(modules[0])
+    return SpectraView(
+        modules=modules,
+        rounds=rounds,
+        num_rounds_left_out=len(recorded) - len(kept),
+        curve=Chart(
+            figures.spectrum_chart(low, high, length, [("then", []), ("c1", first.singular_values if first else [])]),
+            [],
+            [],
+            f"Singular values of one module on a logarithmic axis from {low:g} to {high:g}",
+        ),
+        heat=figures.heatmap(short, rounds, errors.get(smallest, [[None] * len(kept)] * len(modules)), top),
+        heat_top=top,
+        plans=list(plan_ranks),
+        error_rows=[
+            (name, [(plan_ranks[plan].get(modules[place], 0), errors[plan][place][-1]) for plan in plan_ranks])
+            for place, name in enumerate(short)
+        ],
+        data={
+            "modules": modules,
+            "rounds": rounds,
+            "plans": [
+                {"name": plan, "style": run.plan_styles[plan], "ranks": [ranks.get(module, 0) for module in modules]}
+                for plan, ranks in plan_ranks.items()
+            ],
+            "low": math.log10(low),
+            "high": math.log10(high),
+            "length": max(length, 2),
+            "box": [figures.LEFT, figures.RIGHT, figures.TOP, figures.BOTTOM],
+            "top": top,
+            "errors": [[figures.encode(line, 0.0, 1.0) for line in errors[plan]] for plan in plan_ranks],
+            **_pack([[record.spectra.get(module) for record in kept] for module in modules], low, high),
+        },
+    )
+
+
+def _pack(spectra: Sequence[Sequence[SpectrumRecord | None]], low: float, high: float) -> dict[str, object]:
+    """Return ``indices`` (lists of 1-based places) and ``values`` (per module and round, ``list:codes``)."""
+    lengths: list[int] = []
+    values = []
+    for line in spectra:
+        cells = []
+        for spectrum in line:
+            numbers = spectrum.singular_values if spectrum else []
+            if len(numbers) not in lengths:
+                lengths.append(len(numbers))
+            logs = [
+                math.log10(max(numbers[k - 1], low)) if math.isfinite(numbers[k - 1]) else None
+                for k in figures.sampled_indices(len(numbers))
+            ]
+            codes = figures.encode(logs, math.log10(low), math.log10(high))
+            cells.append(f"{lengths.index(len(numbers))}:{codes}")
+        values.append(cells)
+    return {"indices": [figures.sampled_indices(length) for length in lengths], "values": values}
+
+
+def _readings(chart: Chart) -> list[tuple[float, str, list[tuple[str, str, str]]]]:
+    """Return what the page's script shows where the pointer is, as plain lists."""
+    return [(reading.x, reading.heading, list(reading.lines)) for reading in chart.readings]
+
+
+def _unseen_series(run: RunFolder, measure: str) -> list[Series]:
+    name = f"Federated, {run.manifest.method}" if run.manifest else "Federated"
+    scores = [(r.server_round, getattr(r.evaluation.unseen, measure) if r.evaluation else None) for r in run.records]
+    series = [Series(name, FEDERATED, scores)]
+    fedit = run.references.fedit_smallest_rank
+    if fedit:
+        points = [(e.server_round, getattr(e.unseen, measure)) for e in fedit.evaluations]
+        if not points and fedit.final:
+            points = [(0, getattr(fedit.final.unseen, measure))]
+        series.append(Series("FedIT, smallest rank", FEDIT, points, is_level=not fedit.evaluations))
+    local = run.references.local_only
+    if local and local.unseen:
+        series.append(Series("Training alone", LOCAL, [(0, getattr(local.unseen, measure))], is_level=True))
+    base = tables.base_evaluation(run.records, run.references)
+    if base:
+        series.append(Series("Base model", BASE, [(0, getattr(base.unseen, measure))], is_level=True))
+    return series
+
+
+def _what_was_run(run: RunFolder, num_rounds: int) -> str:
+    if num_rounds == 0:
+        return "No round of training is finished yet."
+    if not run.manifest:
+        return f"{tables.count_text(num_rounds, 'round')} of federated tuning."
+    manifest = run.manifest
+    kinds = len(run.plan_ranks)
+    mixed = f" in {kinds} rank plans" if kinds > 1 else ""
+    return (
+        f"{tables.count_text(num_rounds, 'round')} of {manifest.method} on {manifest.base_model} with "
+        f"{tables.count_text(manifest.num_clients, 'client')}{mixed}."
+    )
+
+
+def _num_rounds(run: RunFolder) -> int:
+    return run.records[-1].server_round if run.records else 0
+
+
+def _ahead(gain: float | None) -> str:
+    if gain is None:
+        return "not comparable"
+    if abs(gain) < 0.05:
+        return "the same"
+    return f"{tables.number_text(abs(gain))} points {'less' if gain > 0 else 'more'}"
+
+
+def _score(evaluation: EvaluationRecord | None, measure: str) -> float | None:
+    score: ScoreRecord | None = evaluation.validation if evaluation else None
+    return getattr(score, measure) if score else None
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _sum_by_plan(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for plan, value in pairs:
+        sums[plan] = sums.get(plan, 0.0) + value
+    return sums
+
+
+def _error(spectrum: SpectrumRecord | None, rank: int) -> float | None:
+    return tables.truncation_error(spectrum, rank) if spectrum else None
+
+
+def _thin(records: Sequence[RoundRecord], most: int) -> list[RoundRecord]:
+    """Return at most ``most`` of the records, evenly spread, first and last included."""
+    if len(records) <= most:
+        return list(records)
+    return [records[round(place * (len(records) - 1) / (most - 1))] for place in range(most)]
+
+
+def _top(values: Sequence[float | None]) -> float:
+    return max([10.0, *(10 * math.ceil(value / 10) for value in values if value is not None)])
+
+
+def _writer(digits: int) -> figures.NumberText:
+    return lambda value: tables.number_text(value, digits)
+
+
+def _in_percent(value: float) -> str:
+    return tables.number_text(value, 1, " %")
+
+
+def _counter(noun: str) -> figures.NumberText:
+    return lambda value: tables.count_text(round(value), noun)

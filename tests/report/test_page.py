@@ -1,0 +1,283 @@
+"""The page: complete, self-contained, safe, small, and there at every stage of a run."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from flexlora import FlexLoraError
+from flexlora.report.page import headline, read_run, status, write_report
+from flexlora.report.records import (
+    RoundRecord,
+    append_record,
+)
+
+SECTIONS = [
+    "headline",
+    "results",
+    "curves",
+    "categories",
+    "clients",
+    "spectra",
+    "energy",
+    "fairness",
+    "traffic",
+    "time",
+    "failures",
+    "use",
+    "configuration",
+]
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+LOADING = {"src", "href", "srcset", "data", "action", "poster", "formaction", "xlink:href", "background"}
+
+
+class Page(HTMLParser):
+    """Collects what a test asks about, and complains about tags that do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[tuple[str, str, str]] = []
+        self.labelled_by: list[str] = []
+        self.rows: list[list[str]] = []
+        self.scripts: list[tuple[str | None, str]] = []
+        self.words: list[str] = []
+        self.readings: list[str] = []
+        self.unlabelled: list[str] = []
+        self.attributes: set[str] = set()
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        assert len(values) == len(attrs), f"{tag} has an attribute twice"
+        self.attributes |= set(values)
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in values:
+            self.ids.append(values["id"])
+        self.links += [(tag, name, value) for name, value in values.items() if name in LOADING]
+        self.labelled_by += [values[name] for name in ("aria-labelledby", "for") if name in values]
+        if values.get("tabindex") == "0" and tag != "pre" and not values.get("aria-label"):
+            self.unlabelled.append(tag)
+        if "data-readings" in values:
+            self.readings.append(values["data-readings"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in {"td", "th"}:
+            self.rows[-1].append("")
+        if tag == "script":
+            self.scripts.append((values.get("type"), ""))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self.open:
+            kind, text = self.scripts[-1]
+            self.scripts[-1] = (kind, text + data)
+        elif "style" not in self.open:
+            self.words.append(data)
+            if {"td", "th"} & set(self.open):
+                self.rows[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page_of(folder: Path) -> tuple[str, Page]:
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    text = path.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+@pytest.fixture(params=["whole_run", "base_only_run", "running_run"])
+def any_run(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def test_every_section_is_there_at_every_stage_of_a_run(any_run: Path) -> None:
+    _, page = page_of(any_run)
+    assert [name for name in page.ids if name in SECTIONS] == SECTIONS
+    assert len(page.ids) == len(set(page.ids))
+    assert set(page.labelled_by) <= set(page.ids)
+    assert {value.removeprefix("#") for tag, _, value in page.links if tag == "a"} <= set(page.ids)
+    assert page.unlabelled == []
+
+
+def test_the_page_loads_nothing(any_run: Path) -> None:
+    text, page = page_of(any_run)
+    assert {tag for tag, _, value in page.links if not value.startswith("#")} == set()
+    assert not re.search(r"@import|url\(|\bfetch\(|XMLHttpRequest|WebSocket|\bimport\(", text)
+    assert set(re.findall(r"https?://[^\"'\s<)]+", text)) <= {"http://www.w3.org/2000/svg"}
+    assert "default-src 'none'" in text
+
+
+def test_no_text_of_the_run_becomes_markup(whole_run: Path) -> None:
+    text, page = page_of(whole_run)
+    assert "<script>alert" not in text
+    assert "<b>data" not in text
+    assert "<script>alert('type1-" in page.text
+    assert "path: <b>data & more</b>" in page.text
+    assert sorted(kind or "code" for kind, _ in page.scripts) == ["application/json", "code"]
+
+
+@pytest.mark.parametrize("evil", ["</script><script>x()</script>", "' onload='x()", '"><img src=x>', "{{ 7*7 }}"])
+def test_names_of_plans_and_modules_cannot_break_out(whole_run: Path, records: list[RoundRecord], evil: str) -> None:
+    spectra = {f"model.{evil}": records[12].spectra["model.layers.0.self_attn.q_proj"]}
+    client = records[12].clients[0].model_copy(update={"plan": evil, "ranks": {f"model.{evil}": 2}})
+    append_record(
+        whole_run / "records.jsonl",
+        records[12].model_copy(update={"server_round": 13, "spectra": spectra, "clients": [client], "note": evil}),
+    )
+    _, page = page_of(whole_run)
+    assert "img" not in {tag for tag, _, _ in page.links}
+    assert [name for name in page.attributes if name.startswith("on")] == []
+    assert evil in page.text
+    assert len(page.scripts) == 2
+
+
+def test_scripts_carry_valid_json(whole_run: Path) -> None:
+    _, page = page_of(whole_run)
+    data = json.loads(next(text for kind, text in page.scripts if kind))
+    assert data["rounds"] == list(range(1, 13))
+    assert len(data["modules"]) == 14
+    assert [plan["name"] for plan in data["plans"]] == ["type1", "type2", "type3", "type4"]
+    assert data["plans"][2]["ranks"] == [6, 6, 6, 6, 16, 16, 16] * 2
+    assert len(page.readings) == 10
+    assert json.loads(page.readings[0])[0][1] == "Round 0"
+
+
+def test_spectra_and_errors_in_the_page_are_those_of_the_records(whole_run: Path, records: list[RoundRecord]) -> None:
+    _, page = page_of(whole_run)
+    data = json.loads(next(text for kind, text in page.scripts if kind))
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+
+    def decode(codes: str, place: int, low: float, high: float) -> float:
+        number = 64 * digits.index(codes[2 * place]) + digits.index(codes[2 * place + 1])
+        return low + (high - low) * number / 4094
+
+    for module, name in enumerate(data["modules"]):
+        for column, server_round in enumerate(data["rounds"]):
+            spectrum = records[server_round].spectra[name]
+            indices, codes = data["values"][module][column].split(":")
+            for place, k in enumerate(data["indices"][int(indices)]):
+                shown = 10 ** decode(codes, place, data["low"], data["high"])
+                assert shown == pytest.approx(spectrum.singular_values[k - 1], rel=2e-3)
+            squares = [value**2 for value in spectrum.singular_values] + [spectrum.tail**2]
+            for plan, ranks in enumerate(entry["ranks"] for entry in data["plans"]):
+                error = decode(data["errors"][plan][module], column, 0.0, 1.0)
+                assert error == pytest.approx((sum(squares[ranks[module] :]) / sum(squares)) ** 0.5, abs=2e-4)
+
+
+def test_the_tables_hold_the_numbers_of_the_run(whole_run: Path) -> None:
+    _, page = page_of(whole_run)
+    rows = {row[0]: row[1:] for row in page.rows}
+    # Final ROUGE-L is 12 + 30 (1 - 0.75^12) = 41.05.
+    assert rows["Federated (flexlora)after round 12"][:3] == ["41.0", "+29.0", "39.5"]
+    assert rows["FedIT at the smallest rank2 in every module"][:2] == ["32.9", "+20.9"]
+    assert rows["Word Analogy"][:4] == ["15.6", "53.4", "+37.8", "42.8"]
+    assert rows["All, weighted by examples"][:3] == ["12.0", "41.0", "+29.0"]
+    plans = [row[1:] for row in page.rows if row[0] == "type12 in every module"]
+    assert [row[0] for row in plans] == ["60", "11.0", "11.5 kB"]
+    assert "1 min 53 s" in rows["train"]
+
+
+def test_the_headline_says_what_was_run_and_what_came_of_it(whole_run: Path) -> None:
+    assert headline(read_run(whole_run)) == (
+        "12 rounds of flexlora on flexlora/tiny-llama with 80 clients in 4 rank plans. ROUGE-L on unseen tasks rose "
+        "from 12.0 (base model alone) to 41.0: +29.0 points. FedIT at the smallest rank reached 32.9 (8.1 points "
+        "less); training alone reached 17.5 (23.5 points less)."
+    )
+    assert status(read_run(whole_run)) is None
+
+
+def test_a_run_that_got_worse_says_so(whole_run: Path, records: list[RoundRecord]) -> None:
+    (whole_run / "records.jsonl").unlink()
+    worse = records[0].evaluation
+    assert worse
+    worse = worse.model_copy(update={"unseen": worse.unseen.model_copy(update={"rouge_l": 9.5})})
+    append_record(whole_run / "records.jsonl", records[0])
+    append_record(whole_run / "records.jsonl", records[2].model_copy(update={"evaluation": worse}))
+    text = headline(read_run(whole_run))
+    assert "fell from 12.0 (base model alone) to 9.5: \u22122.5 points" in text
+    assert "FedIT at the smallest rank reached 32.9 (23.4 points more)" in text
+
+
+def test_a_run_in_progress_says_how_far_it_is(running_run: Path) -> None:
+    assert status(read_run(running_run)) == "Not finished: 4 of 12 rounds. The page shows what there is."
+    assert "rose from 12.0 (base model alone) to 29.3" in headline(read_run(running_run))
+
+
+def test_a_run_that_stopped_early_says_why(running_run: Path, records: list[RoundRecord]) -> None:
+    append_record(running_run / "records.jsonl", records[5].model_copy(update={"stopped": "no progress in 3 rounds."}))
+    assert status(read_run(running_run)) == "Ended early after round 5: no progress in 3 rounds."
+
+
+def test_the_base_alone_makes_a_page(base_only_run: Path) -> None:
+    _, page = page_of(base_only_run)
+    assert "Base model alone: ROUGE-L 12.0 of 100 on unseen tasks." in page.text
+    assert "No client has taken part yet." in page.text
+
+
+def test_numbers_that_are_not_numbers_make_a_page(tmp_path: Path, broken_numbers: RoundRecord) -> None:
+    append_record(tmp_path / "records.jsonl", broken_numbers)
+    _, page = page_of(tmp_path)
+    assert "nan" not in page.text.lower().split()
+    assert "inf" not in page.text.lower().split()
+
+
+def test_a_manifest_alone_makes_a_page(whole_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "started"
+    folder.mkdir()
+    (folder / "manifest.json").write_bytes((whole_run / "manifest.json").read_bytes())
+    _, page = page_of(folder)
+    assert "No round is finished yet." in page.text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FlexLoraError, match=r"a run folder holds records.jsonl"):
+        write_report(tmp_path)
+
+
+def test_the_page_is_the_same_every_time(whole_run: Path) -> None:
+    first = write_report(whole_run).read_bytes()
+    assert write_report(whole_run).read_bytes() == first
+    assert not list(whole_run.glob("*.partial"))
+
+
+@pytest.mark.parametrize("large_run", [(6, 50, 80), (32, 12, 2)], indirect=True)
+def test_a_large_run_stays_below_two_megabytes(large_run: Path) -> None:
+    text, page = page_of(large_run)
+    assert len(text.encode()) < 2_000_000
+    data = json.loads(next(content for kind, content in page.scripts if kind))
+    assert (data["rounds"][0], data["rounds"][-1]) in {(1, 50), (1, 12)}
+    left_out = re.search(r"(\d+) rounds? left out evenly", page.text)
+    assert len(data["rounds"]) + (int(left_out[1]) if left_out else 0) in {50, 12}
+
+
+def test_the_template_is_found_beside_the_package() -> None:
+    assert files("flexlora.report").joinpath("page.html.j2").is_file()
+
+
+def test_reports_need_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, flexlora.report.page; "
+        "assert not {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
