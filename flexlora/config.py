@@ -36,19 +36,22 @@ class ModelConfig(_Section):
     """The base model, shared by all clients and never changed."""
 
     name_or_path: str = Field(
-        "embedded", description="`embedded`, a local folder in Hugging Face format, or a hub id such as `org/model`."
+        default="embedded",
+        description="`embedded`, a local folder in Hugging Face format, or a hub id such as `org/model`.",
     )
-    revision: str | None = Field(None, description="Hub revision (branch, tag or commit); null is the default branch.")
+    revision: str | None = Field(
+        default=None, description="Hub revision (branch, tag or commit); null is the default branch."
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type of the base weights; LoRA factors are trained in float32 either way."
+        default="float32", description="Type of the base weights; LoRA factors are trained in float32 either way."
     )
-    device: str = Field("auto", description="`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.")
+    device: str = Field(default="auto", description="`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Attention kernel of transformers."
+        default="sdpa", description="Attention kernel of transformers."
     )
-    trust_remote_code: bool = Field(False, description="Let a hub repository run its own model code.")
+    trust_remote_code: bool = Field(default=False, description="Let a hub repository run its own model code.")
     num_threads: int | None = Field(
-        None, ge=1, description="CPU threads for tensor work; null leaves the choice to PyTorch."
+        default=None, ge=1, description="CPU threads for tensor work; null leaves the choice to PyTorch."
     )
 
 
@@ -56,36 +59,37 @@ class LoraConfig(_Section):
     """Where adapters sit and how rank turns into scaling."""
 
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", description="`all-linear`, or a list of module name endings such as `[q_proj, v_proj]`."
+        default="all-linear", description="`all-linear`, or a list of module name endings such as `[q_proj, v_proj]`."
     )
     scaling: Literal["constant_alpha", "constant_ratio", "rslora"] = Field(
-        "constant_alpha",
+        default="constant_alpha",
         description=(
             "Factor in front of B A: `constant_alpha` is lora_alpha / rank (PEFT, the paper), `constant_ratio` is "
             "lora_alpha at every rank, `rslora` is lora_alpha / sqrt(rank)."
         ),
     )
-    lora_alpha: float = Field(16.0, gt=0, description="See `lora.scaling`.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the input of the adapters.")
+    lora_alpha: float = Field(default=16.0, gt=0, description="See `lora.scaling`.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability on the input of the adapters.")
 
 
 class _DataConfig(_Section):
     template: Literal["alpaca", "chat", "plain"] = Field(
-        "alpaca", description="Prompt format; `chat` uses the tokenizer's own chat template."
+        default="alpaca", description="Prompt format; `chat` uses the tokenizer's own chat template."
     )
-    max_length: int = Field(512, ge=16, description="Longest sequence in tokens; longer inputs are cut, never answers.")
+    max_length: int = Field(
+        default=512, ge=16, description="Longest sequence in tokens; longer inputs are cut, never answers."
+    )
     loss_on: Literal["answers", "all"] = Field(
-        "answers", description="Tokens the loss looks at; the paper's released code uses `all`."
+        default="answers", description="Tokens the loss looks at; the paper's released code uses `all`."
     )
-    num_clients: int | None = Field(None, ge=1, description="Number of clients; null takes all there are (or 100).")
-    train_examples_per_client: int | None = Field(
-        None, ge=1, description="Upper limit of training examples per client; null keeps all."
+    num_clients: int | None = Field(
+        default=None, ge=1, description="Number of clients; null takes all there are (or 100)."
     )
     test_examples_per_task: int = Field(
-        16, ge=1, description="Examples scored per unseen task, and per client when own tasks are scored."
+        default=16, ge=1, description="Examples scored per unseen task, and per client when own tasks are scored."
     )
     validation_examples: int = Field(
-        128, ge=0, description="Size of the fixed validation set, drawn from validation parts of clients."
+        default=128, ge=0, description="Size of the fixed validation set, drawn from validation parts of clients."
     )
 
 
@@ -93,10 +97,10 @@ class GeneratedData(_DataConfig):
     """The built-in corpus of generated text tasks; one task is one client."""
 
     name: Literal["generated"] = "generated"
-    corpus_seed: int = Field(0, description="Seed of the corpus itself, independent of the seed of the run.")
-    examples_per_task: int = Field(100, ge=10, description="Examples generated per task, split 80/10/10.")
-    num_unseen_tasks: int = Field(64, ge=1, description="Tasks no client has, spread over the families.")
-    unseen_categories: tuple[str, ...] = Field((), description="Families held out as a whole.")
+    corpus_seed: int = Field(default=0, description="Seed of the corpus itself, independent of the seed of the run.")
+    examples_per_task: int = Field(default=100, ge=10, description="Examples generated per task, split 80/10/10.")
+    num_unseen_tasks: int = Field(default=64, ge=1, description="Tasks no client has, spread over the families.")
+    unseen_categories: tuple[str, ...] = Field(default=(), description="Families held out as a whole.")
 
 
 class NaturalInstructionsData(_DataConfig):
@@ -105,14 +109,24 @@ class NaturalInstructionsData(_DataConfig):
     name: Literal["natural_instructions"]
     path: str = Field(description="Folder of task files, or the folder that holds `tasks/`.")
     subsample_fraction: float = Field(
-        1.0, gt=0, le=1, description="Share of the instances kept in each task; the paper uses 0.1 of the full corpus."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the instances kept in each task; the paper uses 0.1 of the full corpus.",
     )
-    min_examples: int = Field(10, ge=3, description="Tasks with fewer instances after subsampling are left out.")
-    num_unseen_tasks: int = Field(0, ge=0, description="Tasks held out by number, seeded, spread over the categories.")
-    unseen_tasks: tuple[str, ...] = Field((), description="Tasks held out by name (with or without `.json`).")
-    unseen_categories: tuple[str, ...] = Field((), description="Tasks held out by category.")
+    max_examples_per_task: int | None = Field(
+        default=None, ge=10, description="Most instances kept per task; null keeps all."
+    )
+    min_examples: int = Field(
+        default=10, ge=3, description="Tasks with fewer instances after subsampling are left out."
+    )
+    num_unseen_tasks: int = Field(
+        default=0, ge=0, description="Tasks held out by number, seeded, spread over the categories."
+    )
+    unseen_tasks: tuple[str, ...] = Field(default=(), description="Tasks held out by name (with or without `.json`).")
+    unseen_categories: tuple[str, ...] = Field(default=(), description="Tasks held out by category.")
     exclude_pretraining_tasks: bool = Field(
-        True, description="Leave out every task that the embedded base model saw in pretraining."
+        default=True, description="Leave out every task that the embedded base model saw in pretraining."
     )
 
 
@@ -124,13 +138,21 @@ class InstructionsData(_DataConfig):
     columns: dict[str, str] = Field(
         default_factory=dict, description="Renames columns, for example `{instruction: question, response: answer}`."
     )
-    partition: Literal["natural", "dirichlet", "iid"] = Field("iid", description="How rows are dealt to clients.")
-    client_column: str | None = Field(None, description="Column with the owner of a row, for `partition: natural`.")
-    label_column: str | None = Field(None, description="Column with the label, for `partition: dirichlet` and tables.")
-    dirichlet_alpha: float = Field(0.5, gt=0, description="Concentration of `partition: dirichlet`; small is uneven.")
-    min_examples: int = Field(10, ge=3, description="Fewest rows a client may have.")
-    unseen_labels: tuple[str, ...] = Field((), description="Labels held out as unseen tasks.")
-    unseen_fraction: float = Field(0.1, ge=0, lt=1, description="Share of rows held out where no label is.")
+    partition: Literal["natural", "dirichlet", "iid"] = Field(
+        default="iid", description="How rows are dealt to clients."
+    )
+    client_column: str | None = Field(
+        default=None, description="Column with the owner of a row, for `partition: natural`."
+    )
+    label_column: str | None = Field(
+        default=None, description="Column with the label, for `partition: dirichlet` and tables."
+    )
+    dirichlet_alpha: float = Field(
+        default=0.5, gt=0, description="Concentration of `partition: dirichlet`; small is uneven."
+    )
+    min_examples: int = Field(default=10, ge=3, description="Fewest rows a client may have.")
+    unseen_labels: tuple[str, ...] = Field(default=(), description="Labels held out as unseen tasks.")
+    unseen_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of rows held out where no label is.")
 
 
 DataConfig = Annotated[GeneratedData | NaturalInstructionsData | InstructionsData, Field(discriminator="name")]
@@ -150,7 +172,7 @@ class ClientsConfig(_Section):
     """What the clients' devices can afford."""
 
     types: Literal["paper", "small"] | dict[str, RankConfig] = Field(
-        "small",
+        default="small",
         description=(
             "`paper` (8/8, 30/30, 30/200, 200/200 for attention/FFN), `small` (the same idea for small models), or "
             "a mapping of type name to `{attention: RANK, ffn: RANK}`."
@@ -159,7 +181,7 @@ class ClientsConfig(_Section):
     distribution: (
         Literal["uniform", "heavy_tail_light", "heavy_tail_strong", "normal", "extreme_heavy_tail"] | dict[str, float]
     ) = Field(
-        "heavy_tail_light",
+        default="heavy_tail_light",
         description="How types are spread over clients: a named distribution, or `{type: weight}` in any unit.",
     )
 
@@ -181,16 +203,19 @@ class FlexLoraMethod(_Section):
 
     name: Literal["flexlora"] = "flexlora"
     server_rank: int | None = Field(
-        None, ge=1, description="Directions the server keeps per module; null is the largest rank of any client type."
+        default=None,
+        ge=1,
+        description="Directions the server keeps per module; null is the largest rank of any client type.",
     )
     split: Literal["b", "balanced"] = Field(
-        "b", description="Where singular values go: all into B (the paper's code), or their roots into A and B."
+        default="b", description="Where singular values go: all into B (the paper's code), or their roots into A and B."
     )
     error_compensation: bool = Field(
-        False, description="Add back what truncation hid from low-rank clients, so that high directions do not decay."
+        default=False,
+        description="Add back what truncation hid from low-rank clients, so that high directions do not decay.",
     )
     fold_tail: bool = Field(
-        False, description="Send each client the directions above its rank too, as a branch it does not train."
+        default=False, description="Send each client the directions above its rank too, as a branch it does not train."
     )
 
 
@@ -200,62 +225,73 @@ MethodConfig = Annotated[FedItMethod | ZeroPadMethod | FlexLoraMethod, Field(dis
 class TrainingConfig(_Section):
     """Local training of one client in one round."""
 
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Fresh for each client in each round.")
-    learning_rate: float = Field(1e-3, gt=0, description="Learning rate of round 1 (after warm-up).")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="Fresh for each client in each round.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Learning rate of round 1 (after warm-up).")
     schedule: Literal["constant", "linear", "cosine", "halve"] = Field(
-        "constant", description="Learning rate over rounds; `halve` divides by two at each of `halve_at`."
+        default="constant", description="Learning rate over rounds; `halve` divides by two at each of `halve_at`."
     )
-    halve_at: tuple[int, ...] = Field((15,), description="Rounds at which `schedule: halve` divides by two.")
-    warmup_rounds: int = Field(0, ge=0, description="Rounds over which the learning rate rises linearly.")
-    num_epochs: float = Field(1.0, gt=0, description="Passes over the client's examples per round.")
-    max_steps: int | None = Field(None, ge=1, description="Upper limit of optimiser steps per client and round.")
-    batch_size: int = Field(4, ge=1, description="Examples per forward pass.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per optimiser step.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled for AdamW.")
-    momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of SGD.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Norm at which gradients are clipped; null never.")
+    halve_at: tuple[int, ...] = Field(default=(15,), description="Rounds at which `schedule: halve` divides by two.")
+    warmup_rounds: int = Field(default=0, ge=0, description="Rounds over which the learning rate rises linearly.")
+    num_epochs: float = Field(default=1.0, gt=0, description="Passes over the client's examples per round.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Upper limit of optimiser steps per client and round."
+    )
+    batch_size: int = Field(default=4, ge=1, description="Examples per forward pass.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forward passes per optimiser step.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled for AdamW.")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="Momentum of SGD.")
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0, description="Norm at which gradients are clipped; null never."
+    )
 
 
 class RoundsConfig(_Section):
     """The federated loop."""
 
-    num_rounds: int = Field(20, ge=1, description="Number of server rounds.")
-    cohort_size: int | None = Field(None, ge=1, description="Clients per round; null uses `cohort_fraction`.")
-    cohort_fraction: float = Field(0.05, gt=0, le=1, description="Share of the clients per round; the paper uses 0.05.")
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.")
-    checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints.")
+    num_rounds: int = Field(default=20, ge=1, description="Number of server rounds.")
+    cohort_size: int | None = Field(default=None, ge=1, description="Clients per round; null uses `cohort_fraction`.")
+    cohort_fraction: float = Field(
+        default=0.05, gt=0, le=1, description="Share of the clients per round; the paper uses 0.05."
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
+    checkpoint_every: int = Field(default=1, ge=1, description="Rounds between checkpoints.")
     patience: int | None = Field(
-        None, ge=1, description="Stop after this many evaluations without a lower validation loss; null never."
+        default=None, ge=1, description="Stop after this many evaluations without a lower validation loss; null never."
     )
     max_failed_rounds: int = Field(
-        3, ge=1, description="End the run, with an error, after this many rounds in a row in which every client failed."
+        default=3,
+        ge=1,
+        description="End the run, with an error, after this many rounds in a row in which every client failed.",
     )
     wire_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Type in which factors travel."
+        default="float32", description="Type in which factors travel."
     )
 
 
 class EvaluationConfig(_Section):
     """What is scored, how often, and against what."""
 
-    every: int = Field(5, ge=1, description="Rounds between evaluations; the last round always has one.")
-    max_new_tokens: int = Field(32, ge=1, description="Longest generated answer in tokens.")
-    batch_size: int = Field(64, ge=1, description="Prompts decoded at once.")
+    every: int = Field(default=5, ge=1, description="Rounds between evaluations; the last round always has one.")
+    max_new_tokens: int = Field(default=32, ge=1, description="Longest generated answer in tokens.")
+    batch_size: int = Field(default=64, ge=1, description="Prompts decoded at once.")
     rank_group_clients: int = Field(
-        8, ge=0, description="Clients per type whose own test data are scored at the end; 0 skips it."
+        default=8, ge=0, description="Clients per type whose own test data are scored at the end; 0 skips it."
     )
     local_only_clients: int = Field(
-        8, ge=0, description="Sampled clients that also train alone, for comparison; 0 skips it."
+        default=8, ge=0, description="Sampled clients that also train alone, for comparison; 0 skips it."
+    )
+    local_only_epochs: float = Field(
+        default=3.0, gt=0, description="Passes over their examples when clients train alone."
     )
     fedit_reference: bool = Field(
-        True, description="Also run FedIT with every client at the smallest rank, same seed and rounds."
+        default=True, description="Also run FedIT with every client at the smallest rank, same seed and rounds."
     )
 
 
 class Config(_Section):
     """One run."""
 
-    seed: int = Field(0, ge=0, description="Seed of everything random but the generated corpus.")
+    seed: int = Field(default=0, ge=0, description="Seed of everything random but the generated corpus.")
     model: ModelConfig = Field(default_factory=ModelConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
     data: DataConfig = Field(default_factory=GeneratedData)
@@ -407,7 +443,7 @@ def _set_aside(tree: dict[str, Any], detail: Any) -> None:
         node = node[part]
     if not location or not isinstance(node, dict):
         return
-    if detail["type"] == "missing":
+    if detail["type"] == "missing" or detail["input"] is None:
         node[location[-1]] = PLACEHOLDER
     else:
         node.pop(location[-1], None)
@@ -448,6 +484,8 @@ def _number(text: str) -> float | str:
 def _explain(detail: Any) -> Iterator[str]:
     location = [str(part) for part in detail["loc"]]
     shown = _written_location(location)
+    if detail["input"] == PLACEHOLDER:
+        return
     if isinstance(detail["input"], dict) and any(part.startswith("literal[") for part in location):
         return  # The other reading of the setting, as a mapping, is explained by its own entry.
     key = ".".join(shown)
@@ -456,7 +494,7 @@ def _explain(detail: Any) -> Iterator[str]:
         near = difflib.get_close_matches(shown[-1], choices, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(choices))}"
         yield f"{key}: there is no such setting; {hint}"
-    elif detail["type"] == "missing":
+    elif detail["type"] == "missing" or detail["input"] is None:
         yield f"{key}: must be set, for example {key}=VALUE on the command line"
     elif detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
         choices = [tag for tag in VARIANT_TAGS if (tag in METHOD_TAGS) == (key == "method")]

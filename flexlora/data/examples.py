@@ -38,7 +38,6 @@ class FederatedCorpus:
     Attributes:
         clients: client id -> its examples.
         unseen: task id -> examples for zero-shot evaluation (their ``test`` part is scored).
-        validation: Examples of the fixed validation set used for early stopping, drawn from clients only.
     """
 
     clients: Mapping[str, ExampleSplits]

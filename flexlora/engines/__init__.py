@@ -1,0 +1,1 @@
+"""Ways to get a cohort trained, behind one protocol."""

@@ -1,0 +1,200 @@
+"""The verbs: what a person types, and what the terminal shows.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 1 an unexpected error; 2 wrong
+configuration, input or usage; 3 the run made no progress; 130 interrupted, ``--resume`` goes on.
+"""
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from flexlora import FlexLoraError, __version__
+
+EXIT_ERROR, EXIT_WRONG_INPUT, EXIT_NO_PROGRESS, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    name="flexlora",
+    help="Fine-tune one language model across many data owners whose devices afford different LoRA ranks.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 unexpected error, 2 wrong configuration or input, 3 no progress, 130 interrupted.",
+)
+out = Console()
+err = Console(stderr=True)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the file, as rounds.num_rounds=3."),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log messages of lower importance.")] = False,
+) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit()
+    handler = RichHandler(console=err, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], format="%(message)s")
+
+
+@app.command(epilog="Example: flexlora run configs/demo.yaml rounds.num_rounds=10 --out runs/demo")
+def run(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/run"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in --out first.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the final table.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune federatedly and leave adapters, records and a report behind."""
+    from flexlora.config import load_config
+    from flexlora.display import LiveProgress, print_summary
+    from flexlora.experiment import run_experiment
+
+    settings = load_config(config, overrides or (), check_paths=True)
+    try:
+        with LiveProgress(err, hidden=quiet or as_json) as progress:
+            result = run_experiment(settings, folder, resume=resume, overwrite=overwrite, notify=progress)
+    except KeyboardInterrupt:
+        err.print("Interrupted; the same command with --resume goes on from the last checkpoint.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if as_json:
+        _print_json(result.summary())
+    else:
+        print_summary(out, result)
+    if not result.has_progress:
+        err.print(
+            f"[bold red]No progress:[/] {result.stopped or 'no client ever sent a usable update'}. "
+            f"The reasons are under Failures in {result.report}."
+        )
+        raise typer.Exit(EXIT_NO_PROGRESS)
+
+
+@app.command(epilog="Example: flexlora plan configs/natural_instructions.yaml data.path=natural-instructions")
+def plan(config: ConfigArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Show what a run will do and what it will cost each kind of client, before any weight is loaded."""
+    from flexlora.config import load_config
+    from flexlora.display import print_plan
+    from flexlora.experiment import plan_experiment
+
+    planned = plan_experiment(load_config(config, overrides or (), check_paths=True))
+    if as_json:
+        _print_json(planned.to_json())
+    else:
+        print_plan(out, planned)
+
+
+@app.command(epilog="Example: flexlora export runs/demo --rank 8 --out adapter")
+def export(
+    run_folder: RunArgument,
+    folder: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Up to the server's; default all of it.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the adapter merged in.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the global adapter of a run as a standard PEFT folder, at any rank."""
+    from flexlora.experiment import export_run
+
+    written = export_run(run_folder, folder, rank=rank, merged=merged)
+    if as_json:
+        _print_json({"folder": str(folder), **written})
+    else:
+        out.print(f"Wrote {folder} ({', '.join(f'{key} {value}' for key, value in written.items())})")
+
+
+@app.command(name="eval", epilog="Example: flexlora eval runs/demo --rank 4 data.test_examples_per_task=50")
+def evaluate(
+    run_folder: RunArgument,
+    overrides: OverridesArgument = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Cut the adapter to this rank first.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score the adapter of a run on its unseen tasks, beside the base model alone."""
+    from flexlora.display import print_evaluation
+    from flexlora.experiment import evaluate_run
+
+    scores = evaluate_run(run_folder, overrides or (), rank=rank)
+    if as_json:
+        _print_json({name: record.model_dump(mode="json") for name, record in scores.items()})
+    else:
+        print_evaluation(out, scores)
+
+
+@app.command(epilog="Example: flexlora report runs/demo")
+def report(run_folder: RunArgument, as_json: JsonOption = False) -> None:
+    """Write report.html again from what a run has recorded so far."""
+    from flexlora.report.page import write_report
+
+    if not run_folder.is_dir():
+        raise FlexLoraError(f"RUN must be the folder of a run; there is no folder {run_folder}")
+    path = write_report(run_folder)
+    if as_json:
+        _print_json({"report": str(path)})
+    else:
+        out.print(f"Wrote {path}")
+
+
+@app.command(epilog="Example: flexlora doctor")
+def doctor(as_json: JsonOption = False) -> None:
+    """Check versions, devices and files, and say how to mend what is wrong."""
+    from flexlora.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json([finding.to_json() for finding in findings])
+    else:
+        table = Table("", "Check", "Found", "What to do", box=None, pad_edge=False)
+        for finding in findings:
+            mark = "[green]ok[/]" if finding.is_fine else "[yellow]!![/]"
+            table.add_row(mark, finding.check, finding.found, finding.fix)
+        out.print(table)
+    if any(finding.is_fatal for finding in findings):
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _print_json(value: Any) -> None:
+    # Not through rich: it wraps long lines, and programs read this.
+    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _guarded(command: Callable[[], None]) -> int:
+    try:
+        command()
+    except FlexLoraError as error:
+        err.print("[bold red]Error:[/]", end=" ")
+        err.print(str(error), markup=False, highlight=False)
+        return EXIT_WRONG_INPUT
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else EXIT_ERROR
+    except Exception:
+        err.print(traceback.format_exc(), markup=False, highlight=False)
+        err.print("[bold red]This should not have happened.[/] Please report it with the lines above.")
+        return EXIT_ERROR
+    return 0
+
+
+def main() -> None:
+    """Run the command line and leave with one of the documented exit codes."""
+    sys.exit(_guarded(app))
+
+
+if __name__ == "__main__":
+    main()

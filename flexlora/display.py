@@ -1,0 +1,173 @@
+"""What the terminal shows: live progress of a run and the tables at its end."""
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flexlora.experiment import Plan, RunResult, Stage
+from flexlora.report.records import EvaluationRecord, RoundRecord
+from flexlora.report.tables import (
+    SUMMARY_COLUMNS,
+    bytes_text,
+    describe_ranks,
+    number_text,
+    seconds_text,
+    summary_cells,
+    summary_table,
+)
+from flexlora.rounds import RoundEvent
+
+
+class LiveProgress:
+    """Shows each stage as it goes: round, cohort, loss, unseen score, bytes and time left.
+
+    Where the console is no terminal, one line a round is printed instead of a moving bar.
+    """
+
+    def __init__(self, console: Console, *, hidden: bool) -> None:
+        self._console = console
+        self._hidden = hidden
+        self._plain = not console.is_terminal
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=hidden or self._plain,
+        )
+        self._task = self._progress.add_task("starting", total=None, detail="")
+        self._title = "training"
+        self._bytes = 0
+        self._shown = ""
+        self._unseen = ""
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> "LiveProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: RoundEvent | Stage) -> None:
+        """Take one event from the experiment or its round loop."""
+        if self._hidden:
+            return
+        if isinstance(event, Stage):
+            self._begin(event)
+        elif event.kind == "cohort":
+            self._update(f"round {event.server_round}", f"0/{event.num_clients} clients")
+        elif event.kind == "client" and event.client is not None:
+            self._progress.advance(self._task, 1)
+            state = "" if event.client.outcome == "ok" else " [red]failed[/]"
+            self._update(f"round {event.server_round}", f"{event.client.client_id[:24]}{state} {self._status()}")
+        elif event.kind == "evaluating":
+            self._update(f"round {event.server_round}", f"scoring {self._status()}")
+        elif event.kind == "done" and event.record is not None:
+            self._finish_round(event.record)
+
+    def _begin(self, stage: Stage) -> None:
+        self._title = stage.title
+        self._shown = self._unseen = ""
+        self._bytes = 0
+        if self._plain:
+            self._console.print(stage.title, highlight=False)
+        else:
+            self._console.print(f"[bold cyan]{stage.title}[/]", highlight=False)
+        self._progress.reset(self._task, total=stage.num_steps, completed=stage.completed, detail="", description="")
+
+    def _finish_round(self, record: RoundRecord) -> None:
+        self._bytes += record.up_bytes + record.down_bytes
+        if record.train_loss is not None:
+            self._shown = f"loss {record.train_loss:.3f}"
+        if record.evaluation is not None:
+            self._unseen = f"unseen ROUGE-L {record.evaluation.unseen.rouge_l:.1f}"
+            name = f"round {record.server_round}" if record.server_round else "base model"
+            line = f"  {name}: {self._unseen}, exact match {record.evaluation.unseen.exact_match:.1f} %"
+            line += f", {self._shown}" if self._shown else ""
+            self._console.print(line, highlight=False)
+        if record.num_failed:
+            first = next(client for client in record.clients if client.outcome == "failed")
+            self._console.print(
+                f"  round {record.server_round}: {record.num_failed} of {len(record.clients)} clients failed, "
+                f"first {first.client_id}: {first.reason}",
+                style="yellow",
+                highlight=False,
+                markup=False,
+            )
+        self._update(f"round {record.server_round}", self._status())
+
+    def _status(self) -> str:
+        return "  ".join(part for part in (self._shown, self._unseen, bytes_text(self._bytes)) if part)
+
+    def _update(self, description: str, detail: str) -> None:
+        self._progress.update(self._task, description=description, detail=detail)
+
+
+def print_summary(console: Console, result: RunResult) -> None:
+    """Print the final table of a run and where its artefacts are."""
+    table = Table(title=f"Unseen tasks after {result.server_round} rounds", title_justify="left", header_style="bold")
+    for index, name in enumerate(SUMMARY_COLUMNS):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    rows = summary_table(result.records, result.references, result.method)
+    for row in rows:
+        table.add_row(*summary_cells(row), style="bold green" if row is rows[-1] else None)
+    console.print(table)
+    if result.stopped:
+        console.print(f"Stopped early: {result.stopped}", highlight=False)
+    console.print(f"Report   {result.report}", highlight=False, soft_wrap=True)
+    console.print(f"Adapters {result.folder / 'adapters'} (standard PEFT folders)", highlight=False, soft_wrap=True)
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Print what a run will do and cost."""
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in plan.facts:
+        facts.add_row(f"[bold]{name}[/]", value)
+    console.print(facts)
+    table = Table(title="One client, one round", title_justify="left", header_style="bold")
+    for name in ("type", "ranks", "clients", "trained", "memory", "down", "up", "time here"):
+        table.add_column(name, justify="left" if name in ("type", "ranks") else "right")
+    for row in plan.types:
+        table.add_row(
+            row.name,
+            describe_ranks(row.ranks),
+            f"{row.num_clients}",
+            f"{row.cost.num_trainable:,}",
+            bytes_text(row.cost.memory_bytes),
+            bytes_text(row.down_bytes),
+            bytes_text(row.cost.transfer_bytes),
+            seconds_text(row.cost.train_seconds),
+        )
+    console.print(table)
+    for line in plan.notes:
+        console.print(line, highlight=False)
+
+
+def print_evaluation(console: Console, scores: Mapping[str, EvaluationRecord]) -> None:
+    """Print models side by side: all unseen tasks, then each category."""
+    names: Sequence[str] = list(scores)
+    table = Table(header_style="bold")
+    table.add_column("unseen tasks")
+    table.add_column("tasks", justify="right")
+    table.add_column("examples", justify="right")
+    for name in names:
+        table.add_column(f"{name}\nROUGE-L", justify="right")
+    last = scores[names[-1]]
+    for title, pick in (("all, by examples", "unseen"), ("all, by tasks", "unseen_unweighted")):
+        record = getattr(last, pick)
+        cells = [number_text(getattr(scores[name], pick).rouge_l) for name in names]
+        table.add_row(title, f"{record.num_tasks}", f"{record.num_examples}", *cells, style="bold")
+    for category, record in last.categories.items():
+        cells = [number_text(scores[name].categories[category].rouge_l) for name in names]
+        table.add_row(category, f"{record.num_tasks}", f"{record.num_examples}", *cells)
+    console.print(table)
