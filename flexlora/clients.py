@@ -337,9 +337,7 @@ def _weights(plans: Mapping[str, RankPlan], distribution: str | Mapping[str, flo
     if not all(math.isfinite(weight) and weight >= 0 for weight in distribution.values()) or not any(
         distribution.values()
     ):
-        raise ClientError(
-            f"weights of clients.distribution must be 0 or more and not all 0; got {dict(distribution)}"
-        )
+        raise ClientError(f"weights of clients.distribution must be 0 or more and not all 0; got {dict(distribution)}")
     return dict(distribution)
 
 

@@ -1,0 +1,310 @@
+"""How an example becomes tokens: prompt templates, what the loss looks at, and what is cut when it is too long."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
+from typing import Literal
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from flexlora import FlexLoraError
+from flexlora.data.examples import Example
+
+Template = Literal["alpaca", "chat", "plain"]
+LossOn = Literal["answers", "all"]
+
+IGNORED = -100
+# Shares of the window that long neighbours cannot take away: from the prompt for the answer, and from the prompt's
+# text for the input (a definition without its instance teaches nothing).
+ANSWER_SHARE = 0.5
+INPUT_SHARE = 0.25
+BATCH = 512
+
+
+class PromptError(FlexLoraError, ValueError):
+    """An example cannot be written with this template, tokenizer or length."""
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """One training sequence.
+
+    Attributes:
+        input_ids: Prompt, answer and end of sequence.
+        labels: As ``input_ids`` where the loss looks and -100 elsewhere; the model shifts them.
+        truncated: Whether anything was cut.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A prompt as text and the character spans that may be cut, as (start, end)."""
+
+    text: str
+    instruction: tuple[int, int]
+    input: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt as tokens; ``offsets`` tells for each of them which characters of the text it stands for."""
+
+    rendered: _Rendered
+    ids: list[int]
+    offsets: Callable[[], list[tuple[int, int]]]
+
+
+def encode(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    max_length: int,
+    loss_on: LossOn = "answers",
+    answer_index: int = 0,
+) -> EncodedExample:
+    """Return the training sequence of one example; see ``encode_many``."""
+    return encode_many([example], tokenizer, template, max_length, loss_on, [answer_index])[0]
+
+
+def encode_many(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    max_length: int,
+    loss_on: LossOn = "answers",
+    answer_indices: Sequence[int] | None = None,
+) -> list[EncodedExample]:
+    """Return one training sequence per example, tokenized in one batch.
+
+    Prompt and answer are tokenized apart and joined, so the prompt has the very tokens that ``encode_prompt`` gives at
+    generation (unless one of the two had to be cut). The end-of-sequence token follows the answer and is always in the
+    loss. What does not fit is cut in this order: the middle of the input (a quarter of the prompt's text stays: many
+    inputs end with their question), the end of the instruction, and the end of an answer of more than half the window.
+
+    Args:
+        max_length: Longest sequence in tokens, everything included.
+        loss_on: ``answers``, or ``all`` for the prompt too.
+        answer_indices: Which accepted answer of each example is trained; drawn by the caller from its own stream,
+            the first ones by default.
+
+    Raises:
+        PromptError: No end-of-sequence token, no chat template, or a window smaller than the template itself.
+    """
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise PromptError(
+            "the tokenizer must have an end-of-sequence token, or generation cannot learn to stop; got none: "
+            "set `eos_token` in the tokenizer's configuration"
+        )
+    answers = _plain_ids(tokenizer, _chosen_answers(examples, answer_indices))
+    encoded = []
+    for example, prompt, answer in zip(examples, _prompts(examples, tokenizer, template), answers, strict=True):
+        room = max(max_length - len(prompt.ids), int(max_length * ANSWER_SHARE))
+        kept_answer = [*answer[: max(room - 1, 1)], end]
+        kept_prompt = _cut(example, prompt, tokenizer, template, max_length - len(kept_answer))
+        hidden = [IGNORED] * len(kept_prompt) if loss_on == "answers" else kept_prompt
+        truncated = len(kept_prompt) < len(prompt.ids) or len(kept_answer) <= len(answer)
+        encoded.append(EncodedExample((*kept_prompt, *kept_answer), (*hidden, *kept_answer), truncated))
+    return encoded
+
+
+def encode_prompt(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: Template, max_prompt_length: int
+) -> list[int]:
+    """Return the tokens generation starts from, cut as in training to at most ``max_prompt_length``."""
+    return encode_prompts([example], tokenizer, template, max_prompt_length)[0]
+
+
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template, max_prompt_length: int
+) -> list[list[int]]:
+    """Return the prompt tokens of every example, tokenized in one batch."""
+    return [
+        _cut(example, prompt, tokenizer, template, max_prompt_length)
+        for example, prompt in zip(examples, _prompts(examples, tokenizer, template), strict=True)
+    ]
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that fills a batch: the padding token, else end of sequence (masked either way).
+
+    Raises:
+        PromptError: The tokenizer has neither.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    raise PromptError(
+        "the tokenizer must have a padding or an end-of-sequence token to fill batches with; got neither: "
+        "set `pad_token` in the tokenizer's configuration"
+    )
+
+
+def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
+    """Return the prompt as text, without what the tokenizer adds in front."""
+    return _render(example, tokenizer, template).text
+
+
+def _chosen_answers(examples: Sequence[Example], answer_indices: Sequence[int] | None) -> list[str]:
+    indices = [0] * len(examples) if answer_indices is None else answer_indices
+    if len(indices) != len(examples):
+        raise PromptError(
+            f"answer_indices must name one answer per example; got {len(indices)} for {len(examples)} examples"
+        )
+    for number, (example, index) in enumerate(zip(examples, indices, strict=True)):
+        if not 0 <= index < len(example.outputs):
+            raise PromptError(
+                f"the answer index of example {number} must be in 0..{len(example.outputs) - 1}, its accepted "
+                f"answers; got {index}"
+            )
+    return [example.outputs[index] for example, index in zip(examples, indices, strict=True)]
+
+
+def _render(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> _Rendered:
+    if template == "alpaca":
+        return _render_alpaca(example)
+    if template == "plain":
+        return _render_plain(example)
+    if template == "chat":
+        return _render_chat(example, tokenizer)
+    raise PromptError(f"data.template must be one of alpaca, chat, plain; got {template!r}")
+
+
+def _render_alpaca(example: Example) -> _Rendered:
+    headings = {"user": "### Instruction:\n", "assistant": "### Response:\n"}
+    before = "".join(f"{headings.get(role, '')}{content}\n\n" for role, content in example.history)
+    return _join(before + headings["user"], example, "\n\n### Input:\n", "\n\n### Response:\n")
+
+
+def _render_plain(example: Example) -> _Rendered:
+    return _join("".join(f"{content}\n" for _, content in example.history), example, "\n", "\n")
+
+
+def _join(before: str, example: Example, between: str, after: str) -> _Rendered:
+    head = before + example.instruction
+    start = len(head) + len(between) if example.input else len(head)
+    text = (head + between + example.input if example.input else head) + after
+    return _Rendered(text, (len(before), len(head)), (start, start + len(example.input)))
+
+
+def _render_chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Rendered:
+    if not tokenizer.chat_template:
+        raise PromptError(
+            "data.template=chat needs a tokenizer with a chat template and this one has none; "
+            "set data.template to alpaca or plain, or use an instruction-tuned model"
+        )
+    request = "\n\n".join(part for part in (example.instruction, example.input) if part)
+    messages = [{"role": role, "content": content} for role, content in [*example.history, ("user", request)]]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # Templates raise whatever their authors chose, for example on a system turn.
+        roles = ", ".join(message["role"] for message in messages)
+        raise PromptError(
+            f"the tokenizer's chat template refuses turns of {roles} ({error}); "
+            "set data.template to alpaca or plain, or remove the turns it does not know"
+        ) from error
+    # Templates may strip the ends of a turn, so the parts are looked for without theirs.
+    instruction = _find(text, example.instruction.strip(), max(text.rfind(request.strip()), 0))
+    return _Rendered(text, instruction, _find(text, example.input.strip(), instruction[1]))
+
+
+def _find(text: str, part: str, start: int) -> tuple[int, int]:
+    """Return where ``part`` is in ``text`` from ``start`` on; empty, so that nothing is cut, if the template hid it."""
+    found = text.find(part, start)
+    return (found, found + len(part)) if found >= 0 else (start, start)
+
+
+def _prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template) -> Iterator[_Prompt]:
+    """Yield tokenized prompts, uncut; in batches, because offsets of many long texts fill gigabytes."""
+    # A chat template writes special tokens itself, the first one included; in other texts they stay text.
+    start = [] if template == "chat" else _start_ids(tokenizer)
+    for first in range(0, len(examples), BATCH):
+        rendered = [_render(example, tokenizer, template) for example in examples[first : first + BATCH]]
+        encoded = _tokenize(tokenizer, [prompt.text for prompt in rendered], split_special_tokens=template != "chat")
+        for index, prompt in enumerate(rendered):
+            offsets = partial(_offsets, tokenizer, encoded, index, len(start))
+            yield _Prompt(prompt, start + encoded["input_ids"][index], offsets)
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Yield tokens of texts of strangers: what looks like a special token in them stays text."""
+    for first in range(0, len(texts), BATCH):
+        yield from _tokenize(tokenizer, texts[first : first + BATCH], split_special_tokens=True)["input_ids"]
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, split_special_tokens: bool) -> BatchEncoding:
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=split_special_tokens,
+        return_attention_mask=False,
+        verbose=False,
+    )
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the beginning-of-sequence token if the tokenizer puts one in front of texts."""
+    start = tokenizer.bos_token_id
+    return [start] if isinstance(start, int) and tokenizer("a")["input_ids"][:1] == [start] else []
+
+
+def _offsets(
+    tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding, index: int, num_start: int
+) -> list[tuple[int, int]]:
+    if encoded.encodings is None:
+        raise PromptError(
+            f"cutting a long prompt needs a fast tokenizer; got {type(tokenizer).__name__}: raise data.max_length or "
+            "convert the tokenizer to tokenizer.json"
+        )
+    return [(-1, -1)] * num_start + encoded.encodings[index].offsets
+
+
+def _cut(
+    example: Example, prompt: _Prompt, tokenizer: PreTrainedTokenizerBase, template: Template, limit: int
+) -> list[int]:
+    """Return the prompt's tokens without the oldest turns, middle of the input and end of the instruction that
+    exceed ``limit``.
+    """
+    while example.history and len(prompt.ids) > limit:
+        example = replace(example, history=_without_oldest(example.history))
+        prompt = next(_prompts([example], tokenizer, template))
+    excess = len(prompt.ids) - limit
+    if excess <= 0:
+        return prompt.ids
+    offsets = prompt.offsets()
+    instruction = _tokens_within(offsets, prompt.rendered.instruction)
+    text_input = _tokens_within(offsets, prompt.rendered.input)
+    spare = max(limit - (len(prompt.ids) - len(instruction) - len(text_input)), 0)
+    from_input = min(excess, max(len(text_input) - int(spare * INPUT_SHARE), 0))
+    from_instruction = excess - from_input
+    if from_instruction > len(instruction):
+        raise PromptError(
+            f"the prompt must fit into {limit} tokens and its template alone needs more; raise data.max_length"
+        )
+    first_cut = text_input.start + (len(text_input) - from_input + 1) // 2
+    return (
+        prompt.ids[: instruction.stop - from_instruction]
+        + prompt.ids[instruction.stop : first_cut]
+        + prompt.ids[first_cut + from_input :]
+    )
+
+
+def _without_oldest(turns: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Return the turns without the oldest question and its answer; what the system said goes last."""
+    roles = [role for role, _ in turns]
+    first = next((index for index, role in enumerate(roles) if role != "system"), 0)
+    num_turns = 2 if roles[first : first + 2] == ["user", "assistant"] else 1
+    return turns[:first] + turns[first + num_turns :]
+
+
+def _tokens_within(offsets: list[tuple[int, int]], part: tuple[int, int]) -> range:
+    """Return the tokens that stand for characters of ``part`` only; offsets never go backwards."""
+    first = bisect_left(offsets, part[0], key=itemgetter(0))
+    last = bisect_right(offsets, part[1], key=itemgetter(1))
+    return range(first, max(first, last))

@@ -1,0 +1,292 @@
+"""Task files, splits inside a task, held-out tasks, and what is left out."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexlora.data.natural_instructions import (
+    HoldOut,
+    NaturalInstructionsError,
+    federate,
+    load_natural_instructions,
+    parse_task,
+    read_tasks,
+    split_task,
+    subsample,
+)
+
+SHARED = Path(os.environ.get("FLEXLORA_SHARED", Path(__file__).parents[2].parent / "shared"))
+
+
+def fields(num=40, category="Reversal", definition="Reverse the text.", **more):
+    instances = [{"id": f"i{n}", "input": f"text {n}", "output": [f"{n} txet"]} for n in range(num)]
+    return {"Definition": [definition], "Categories": [category], "Instances": instances, **more}
+
+
+def tasks(num_tasks=12, num_categories=3, num=40):
+    return [
+        parse_task(f"task{n:03d}", fields(num, f"category {n % num_categories}", f"Do thing {n}."))
+        for n in range(num_tasks)
+    ]
+
+
+def write(folder, name, content):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def inputs(examples):
+    return [example.input for example in examples]
+
+
+def test_a_task_of_the_original_corpus_is_read_as_it_is():
+    original = {
+        "Contributors": ["Somebody"],
+        "Source": ["quoref"],
+        "Categories": ["Question Answering", "Second Category"],
+        "Reasoning": [],
+        "Definition": ["Answer the question. ", "Use the passage."],
+        "Input_language": ["English"],
+        "Output_language": ["German"],
+        "Instruction_language": ["English"],
+        "Domains": ["Wikipedia"],
+        "Positive Examples": [{"input": "a", "output": "b", "explanation": "c"}],
+        "Negative Examples": [],
+        "Instances": [
+            {"id": "1", "input": "  Passage one? \n", "output": ["yes ", "Yes"]},
+            {"id": "2", "input": "Passage two?", "output": "no"},
+        ],
+        "Instance License": ["MIT"],
+    }
+    task = parse_task("task001_quoref", original)
+    assert task.definition == "Answer the question.  Use the passage."
+    assert task.category == "Question Answering"
+    assert task.languages == {"English", "German"}
+    assert [(e.instruction, e.input, e.outputs) for e in task.examples] == [
+        (task.definition, "Passage one?", ("yes", "Yes")),
+        (task.definition, "Passage two?", ("no",)),
+    ]
+
+
+def test_definition_and_category_may_be_plain_texts():
+    task = parse_task("t", fields(3) | {"Definition": "Reverse it.", "Categories": "Reversal"})
+    assert (task.definition, task.category) == ("Reverse it.", "Reversal")
+
+
+def test_repeated_inputs_become_one_example_that_accepts_all_answers():
+    instances = [{"input": "a", "output": ["1"]}, {"input": "a ", "output": ["2", "1"]}, {"input": "b", "output": "3"}]
+    task = parse_task("t", fields() | {"Instances": instances})
+    assert [(e.input, e.outputs) for e in task.examples] == [("a", ("1", "2")), ("b", ("3",))]
+    assert task.num_repeated == 1
+
+
+def test_instances_without_an_answer_are_left_out_and_counted():
+    instances = [{"input": "a", "output": []}, {"input": "b", "output": ["  "]}, {"input": "c", "output": "x"}]
+    task = parse_task("t", fields() | {"Instances": instances})
+    assert inputs(task.examples) == ["c"]
+    assert task.num_unanswered == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"Instances": []}, r"broken: Instances must be a list with at least one instance; got \[\]"),
+        ({"Instances": "text"}, "Instances must be a list"),
+        ({"Definition": [" "]}, "broken: Definition must say what to do; got an empty text"),
+        ({"Definition": 7}, "broken: Definition must be a text or a list of texts; got 7"),
+        (
+            {"Instances": [{"input": "a", "output": "b"}, "c"]},
+            "broken: instance 1 must be an object of input and output",
+        ),
+        ({"Instances": [{"output": "b"}]}, "broken: instance 0: input must be a text; got None"),
+        ({"Instances": [{"input": "a"}]}, "broken: instance 0: must have the key output; got the keys input"),
+        ({"Instances": [{"input": "a", "output": [1]}]}, r"instance 0: output must be a text or a list of texts; got"),
+    ],
+)
+def test_a_broken_task_is_refused_by_name(change, message):
+    with pytest.raises(NaturalInstructionsError, match=message):
+        parse_task("broken", fields() | change)
+
+
+@pytest.mark.parametrize("key", ["Definition", "Instances"])
+def test_a_task_without_a_key_is_refused_by_name(key):
+    with pytest.raises(NaturalInstructionsError, match=f"broken: .*{key}"):
+        parse_task("broken", {name: value for name, value in fields().items() if name != key})
+
+
+def test_both_the_tasks_folder_and_the_one_above_can_be_read(tmp_path):
+    write(tmp_path / "tasks", "task2_b.json", fields())
+    write(tmp_path / "tasks", "task1_a.json", fields())
+    write(tmp_path / "tasks", "README.md", "no task")
+    assert [task.task_id for task in read_tasks(tmp_path)] == ["task1_a", "task2_b"]
+    assert [task.task_id for task in read_tasks(tmp_path / "tasks")] == ["task1_a", "task2_b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "must be JSON in UTF-8"), ("[1]", "a task must be a JSON object; got list"), ("{}", "Definition")],
+)
+def test_a_broken_file_is_refused_by_its_path(tmp_path, content, message):
+    write(tmp_path, "task7.json", content)
+    with pytest.raises(NaturalInstructionsError, match=message) as caught:
+        list(read_tasks(tmp_path))
+    assert str(tmp_path / "task7.json") in str(caught.value)
+
+
+def test_a_folder_without_tasks_is_refused(tmp_path):
+    with pytest.raises(NaturalInstructionsError, match=r"data.path must be a folder of task files.*holds no .json"):
+        list(read_tasks(tmp_path))
+    with pytest.raises(NaturalInstructionsError, match="does not exist"):
+        list(read_tasks(tmp_path / "nowhere"))
+
+
+@given(num=st.integers(10, 130), seed=st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_a_split_is_disjoint_complete_and_four_fifths_for_training(num, seed):
+    task = parse_task("t", fields(num))
+    splits = split_task(task, seed)
+    parts = [inputs(splits.train), inputs(splits.validation), inputs(splits.test)]
+    assert sorted([*parts[0], *parts[1], *parts[2]]) == sorted(inputs(task.examples))
+    assert len(parts[1]) == len(parts[2]) == round(num / 10)
+
+
+def test_a_split_depends_on_seed_and_task_and_on_no_other_task():
+    together, _ = federate(tasks(12), 5, hold_out=HoldOut())
+    alone, _ = federate(tasks(12)[3:4], 5, hold_out=HoldOut())
+    assert together.clients["task003"] == alone.clients["task003"] == split_task(tasks(12)[3], 5)
+    assert split_task(tasks(12)[3], 6) != split_task(tasks(12)[3], 5)
+    assert inputs(together.clients["task003"].test) != inputs(together.clients["task004"].test)
+
+
+def test_the_order_of_tasks_changes_nothing():
+    options = {"hold_out": HoldOut(num_tasks=3), "num_clients": 5, "fraction": 0.5}
+    assert federate(tasks(), 1, **options) == federate(reversed(tasks()), 1, **options)
+    assert federate(tasks(), 1, **options) != federate(tasks(), 2, **options)
+
+
+def test_subsampling_keeps_the_share_asked_for_up_to_the_limit():
+    task = tasks(1, num=400)[0]
+    tenth = subsample(task, 0, 0.1)
+    assert len(tenth.examples) == 40
+    assert set(tenth.examples) < set(task.examples)
+    assert subsample(task, 0, 0.1) == tenth != subsample(task, 1, 0.1)
+    assert len(subsample(task, 0, 0.1, 15).examples) == 15
+    assert subsample(task, 0) is task
+
+
+def test_unseen_tasks_are_those_named_those_of_a_category_and_a_number_more():
+    hold_out = HoldOut(tasks=("task000.json", "task001"), categories=("category 2",), num_tasks=2)
+    corpus, summary = federate(tasks(12, 3), 0, hold_out=hold_out)
+    named = {"task000", "task001"} | {f"task{n:03d}" for n in range(2, 12, 3)}
+    assert named < set(corpus.unseen)
+    assert len(corpus.unseen) == len(named) + 2 == summary.num_unseen
+    assert not set(corpus.unseen) & set(corpus.clients)
+    assert len(corpus.unseen) + len(corpus.clients) == 12
+
+
+def test_unseen_tasks_drawn_by_number_spread_over_the_categories():
+    corpus, _ = federate(tasks(30, 5), 0, hold_out=HoldOut(num_tasks=11))
+    held = [splits.category for splits in corpus.unseen.values()]
+    assert sorted(held.count(f"category {n}") for n in range(5)) == [2, 2, 2, 2, 3]
+
+
+def test_everything_of_an_unseen_task_is_scored_and_nothing_trained():
+    corpus, summary = federate(tasks(), 0, hold_out=HoldOut(num_tasks=2))
+    for splits in corpus.unseen.values():
+        assert (splits.train, splits.validation) == ((), ())
+        assert len(splits.test) == 40
+    assert summary.num_unseen_test == 80
+    assert (summary.num_train, summary.num_validation, summary.num_test) == (320, 40, 40)
+
+
+def test_unknown_names_are_refused_with_what_is_near_them():
+    with pytest.raises(NaturalInstructionsError, match=r"data.unseen_tasks .* 'task01' is near 'task01\d'"):
+        federate(tasks(), 0, hold_out=HoldOut(tasks=("task01", "task002")))
+    with pytest.raises(NaturalInstructionsError, match=r"data.unseen_categories .* 'Category 1' is near 'category"):
+        federate(tasks(), 0, hold_out=HoldOut(categories=("Category 1",)))
+
+
+def test_tasks_seen_in_pretraining_are_left_out_counted_and_reported_when_asked_for():
+    seen = {"Do thing 1.", "Do thing 4."}
+
+    def exclude(definition, texts):
+        assert len(list(texts)) == 40
+        return definition in seen
+
+    hold_out = HoldOut(tasks=("task001", "task002"))
+    corpus, summary = federate(tasks(), 0, hold_out=hold_out, exclude=exclude, fraction=0.5)
+    assert not {"task001", "task004"} & (set(corpus.clients) | set(corpus.unseen))
+    assert summary.num_seen_in_pretraining == 2
+    assert summary.unseen_left_out == ("task001",)
+
+
+def test_small_tasks_and_other_languages_are_left_out_and_counted():
+    mixed = [
+        *tasks(4),
+        parse_task("small", fields(9)),
+        parse_task("german", fields(definition="G", Input_language=["German"], Output_language=["English"])),
+        parse_task("english", fields(definition="E", Input_language=["English"], Output_language=["English"])),
+    ]
+    corpus, summary = federate(mixed, 0, hold_out=HoldOut(), languages=["English"])
+    assert set(corpus.clients) == {"task000", "task001", "task002", "task003", "english"}
+    assert (summary.num_too_small, summary.num_other_language, summary.num_tasks) == (1, 1, 7)
+
+
+def test_the_number_of_clients_can_be_limited():
+    corpus, summary = federate(tasks(), 0, hold_out=HoldOut(num_tasks=2), num_clients=4)
+    assert len(corpus.clients) == summary.num_clients == 4
+    assert summary.num_not_drawn == 6
+
+
+def test_prompts_that_another_client_trains_on_leave_test_and_unseen_parts():
+    # Twins: the same definition and inputs under two names; whatever one trains on must not be scored for the other.
+    twins = [parse_task(name, fields(40)) for name in ("a", "b", "c")]
+    corpus, summary = federate(twins, 0, hold_out=HoldOut(tasks=("c",)))
+    trained = {example.input for splits in corpus.clients.values() for example in splits.train}
+    scored = {e.input for s in (*corpus.clients.values(), *corpus.unseen.values()) for e in (*s.validation, *s.test)}
+    assert not trained & scored
+    assert summary.num_leaked > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 0.0}, "data.subsample_fraction must be above 0 and at most 1; got 0"),
+        ({"min_examples": 2}, "data.min_examples must be 3 or more"),
+        ({"max_examples": 5}, "data.max_examples_per_task must not be below data.min_examples=10; got 5"),
+        ({"num_clients": 0}, "data.num_clients must be 1 or more"),
+        ({"num_clients": 13}, "data.num_clients must be at most 12, the tasks that are left; got 13"),
+        ({"hold_out": HoldOut(num_tasks=13)}, "data.num_unseen_tasks must be at most 12"),
+        ({"hold_out": HoldOut(num_tasks=12)}, "no task is left to be a client"),
+        ({"min_examples": 50}, "no task is left to be a client"),
+        ({"min_examples": 50, "hold_out": HoldOut(tasks=("task001",))}, "none of the 1 tasks to hold out is left"),
+    ],
+)
+def test_impossible_selections_are_refused(options, message):
+    with pytest.raises(NaturalInstructionsError, match=message):
+        federate(tasks(), 0, **({"hold_out": HoldOut()} | options))
+
+
+def test_two_tasks_of_one_name_are_refused():
+    with pytest.raises(NaturalInstructionsError, match="'task000' occurs twice"):
+        federate([*tasks(2), *tasks(1)], 0, hold_out=HoldOut())
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data" / "natural-instructions").is_dir(),
+    reason="needs data/natural-instructions; set FLEXLORA_SHARED to the folder that holds data/",
+)
+def test_the_whole_converted_corpus_is_read_in_seconds():
+    start = time.process_time()
+    corpus, summary = load_natural_instructions(
+        SHARED / "data" / "natural-instructions", 0, hold_out=HoldOut(num_tasks=64)
+    )
+    assert time.process_time() - start < 10
+    assert (summary.num_tasks, summary.num_unseen) == (1523, 64)
+    assert len(corpus.clients) > 1400
+    assert len({splits.category for splits in corpus.unseen.values()}) == 64
