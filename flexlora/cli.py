@@ -70,6 +70,7 @@ def run(
     from flexlora.experiment import run_experiment
 
     settings = load_config(config, overrides or (), check_paths=True)
+    _hide_other_progress_bars()
     try:
         with LiveProgress(err, hidden=quiet or as_json) as progress:
             result = run_experiment(settings, folder, resume=resume, overwrite=overwrite, notify=progress)
@@ -93,7 +94,7 @@ def plan(config: ConfigArgument, overrides: OverridesArgument = None, as_json: J
     """Show what a run will do and what it will cost each kind of client, before any weight is loaded."""
     from flexlora.config import load_config
     from flexlora.display import print_plan
-    from flexlora.experiment import plan_experiment
+    from flexlora.planning import plan_experiment
 
     planned = plan_experiment(load_config(config, overrides or (), check_paths=True))
     if as_json:
@@ -113,6 +114,7 @@ def export(
     """Write the global adapter of a run as a standard PEFT folder, at any rank."""
     from flexlora.experiment import export_run
 
+    _hide_other_progress_bars()
     written = export_run(run_folder, folder, rank=rank, merged=merged)
     if as_json:
         _print_json({"folder": str(folder), **written})
@@ -131,6 +133,7 @@ def evaluate(
     from flexlora.display import print_evaluation
     from flexlora.experiment import evaluate_run
 
+    _hide_other_progress_bars()
     scores = evaluate_run(run_folder, overrides or (), rank=rank)
     if as_json:
         _print_json({name: record.model_dump(mode="json") for name, record in scores.items()})
@@ -168,6 +171,12 @@ def doctor(as_json: JsonOption = False) -> None:
         out.print(table)
     if any(finding.is_fatal for finding in findings):
         raise typer.Exit(EXIT_ERROR)
+
+
+def _hide_other_progress_bars() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _print_json(value: Any) -> None:

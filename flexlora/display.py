@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from flexlora.experiment import Plan, RunResult, Stage
+from flexlora.experiment import RunResult
+from flexlora.planning import Plan
 from flexlora.report.records import EvaluationRecord, RoundRecord
 from flexlora.report.tables import (
     SUMMARY_COLUMNS,
@@ -20,6 +21,10 @@ from flexlora.report.tables import (
     summary_table,
 )
 from flexlora.rounds import RoundEvent
+from flexlora.workbench import Stage
+
+WIDE_COLUMNS = 120
+NARROW_COLUMNS = (SUMMARY_COLUMNS[0], "ROUGE-L", "exact match", "difference to base")
 
 
 class LiveProgress:
@@ -116,11 +121,14 @@ class LiveProgress:
 def print_summary(console: Console, result: RunResult) -> None:
     """Print the final table of a run and where its artefacts are."""
     table = Table(title=f"Unseen tasks after {result.server_round} rounds", title_justify="left", header_style="bold")
-    for index, name in enumerate(SUMMARY_COLUMNS):
-        table.add_column(name, justify="left" if index == 0 else "right")
+    wide = console.width >= WIDE_COLUMNS
+    shown = [index for index, name in enumerate(SUMMARY_COLUMNS) if wide or name in NARROW_COLUMNS]
+    for index in shown:
+        table.add_column(SUMMARY_COLUMNS[index], justify="left" if index == 0 else "right", no_wrap=index > 0)
     rows = summary_table(result.records, result.references, result.method)
     for row in rows:
-        table.add_row(*summary_cells(row), style="bold green" if row is rows[-1] else None)
+        cells = summary_cells(row)
+        table.add_row(*(cells[index] for index in shown), style="bold green" if row is rows[-1] else None)
     console.print(table)
     if result.stopped:
         console.print(f"Stopped early: {result.stopped}", highlight=False)
@@ -135,8 +143,9 @@ def print_plan(console: Console, plan: Plan) -> None:
         facts.add_row(f"[bold]{name}[/]", value)
     console.print(facts)
     table = Table(title="One client, one round", title_justify="left", header_style="bold")
-    for name in ("type", "ranks", "clients", "trained", "memory", "down", "up", "time here"):
-        table.add_column(name, justify="left" if name in ("type", "ranks") else "right")
+    for name in ("type", "ranks", "clients", "trained", "memory", "down", "up", "time"):
+        is_text = name in ("type", "ranks")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "ranks")
     for row in plan.types:
         table.add_row(
             row.name,

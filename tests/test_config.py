@@ -58,7 +58,9 @@ def test_all_mistakes_are_reported_at_once() -> None:
 
 
 def test_a_wrong_variant_lists_the_right_ones() -> None:
-    assert "method.name: must be one of fedit, zero_pad, flexlora; got 'fedavg'" in problems({"method": {"name": "fedavg"}})
+    assert "method.name: must be one of fedit, zero_pad, flexlora; got 'fedavg'" in problems(
+        {"method": {"name": "fedavg"}}
+    )
     assert "data.name: must be one of generated, natural_instructions, instructions; got None" in problems({"data": {}})
 
 
@@ -105,7 +107,7 @@ def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
 def test_broken_overrides_and_files_are_explained(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("seed: 3\n")
-    with pytest.raises(ConfigError, match="must look like key.sub=value"):
+    with pytest.raises(ConfigError, match=r"must look like key\.sub=value"):
         load_config(path, ["rounds"])
     with pytest.raises(ConfigError, match="seed is 3, not a section"):
         load_config(path, ["seed.sub=1"])

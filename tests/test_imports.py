@@ -17,12 +17,16 @@ LAYERS = (
     ("uplink", "aggregators", "engines.base", "data", "model", "adapters", "checkpoint"),
     ("training", "evaluation", "rounds", "doctor"),
     ("engines",),
+    ("participants",),
+    ("workbench",),
+    ("references", "planning"),
     ("experiment",),
     ("display",),
     ("cli",),
 )
 ALLOWED = {
     ("partition", "clients"),
+    ("evaluation", "training"),
     ("adapters", "model"),
     ("aggregators", "uplink"),
     ("model", "adapters"),
@@ -47,7 +51,9 @@ def imported(path: Path) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            names = [node.module or ""] if node.module != "flexlora" else [f"flexlora.{alias.name}" for alias in node.names]
+            names = (
+                [node.module or ""] if node.module != "flexlora" else [f"flexlora.{alias.name}" for alias in node.names]
+            )
         for name in names:
             target = name.removeprefix("flexlora.")
             if name.startswith("flexlora.") and (PACKAGE / target.replace(".", "/")).with_suffix(".py").exists():

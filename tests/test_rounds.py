@@ -167,7 +167,12 @@ def test_a_failing_client_is_left_out_and_reported(tmp_path: Path) -> None:
     assert outcome.has_progress
     record = read_records(tmp_path / "records.jsonl")[1]
     found = {client.client_id: (client.outcome, client.stage) for client in record.clients}
-    assert found == {"a": ("failed", "train"), "b": ("failed", "validate"), "c": ("failed", "validate"), "d": ("ok", None)}
+    assert found == {
+        "a": ("failed", "train"),
+        "b": ("failed", "validate"),
+        "c": ("failed", "validate"),
+        "d": ("ok", None),
+    }
     reasons = {client.client_id: client.reason for client in record.clients}
     assert reasons["a"] == "out of memory"
     assert "block.attn: A must be finite" in str(reasons["b"])
@@ -177,7 +182,11 @@ def test_a_failing_client_is_left_out_and_reported(tmp_path: Path) -> None:
 
 def test_a_round_without_survivor_keeps_the_state(tmp_path: Path) -> None:
     def change(server_round: int, client: ClientSpec, factors: Mapping[str, LoraFactors]) -> object:
-        return ClientFailure(client.client_id, "train", "off") if server_round == 2 else drift(server_round, client, factors)
+        return (
+            ClientFailure(client.client_id, "train", "off")
+            if server_round == 2
+            else drift(server_round, client, factors)
+        )
 
     outcome = run_rounds(loop_in(tmp_path, change))
     records = read_records(tmp_path / "records.jsonl")
@@ -250,7 +259,9 @@ def test_being_killed_between_checkpoint_and_record_loses_neither(tmp_path: Path
     records.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
     run_rounds(cut)
     # The shortened run evaluated its last round as a last round; all else is equal.
-    assert [line["spectra"] for line in untimed(tmp_path / "whole")] == [line["spectra"] for line in untimed(tmp_path / "cut")]
+    assert [line["spectra"] for line in untimed(tmp_path / "whole")] == [
+        line["spectra"] for line in untimed(tmp_path / "cut")
+    ]
 
 
 def untimed(folder: Path) -> list[dict[str, object]]:

@@ -1,0 +1,154 @@
+"""What a run is compared with: clients that train alone, and FedIT at the smallest rank."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexlora.clients import (
+    Broadcast,
+    RankPlan,
+    compact_ranks,
+    stream_seed,
+)
+from flexlora.evaluation import Score
+from flexlora.report.records import (
+    RECORDS_FILE,
+    REFERENCES_FILE,
+    EvaluationRecord,
+    LocalClientRecord,
+    LocalOnlyRecord,
+    RankGroupRecord,
+    ReferenceRunRecord,
+    RoundScoreRecord,
+    ScoreRecord,
+    read_records,
+    read_references,
+    write_references,
+)
+from flexlora.report.tables import describe_ranks
+from flexlora.rounds import (
+    Loop,
+    RoundEvent,
+    run_rounds,
+)
+from flexlora.training import train_client
+from flexlora.workbench import (
+    Notify,
+    Scorer,
+    Stage,
+    Workbench,
+    combined_record,
+    local_training,
+    rounds_stage,
+    smallest_ranks,
+)
+
+FEDIT_FOLDER = Path("references") / "fedit_smallest_rank"
+
+
+def measure_references(workbench: Workbench, loop: Loop, state: Any, folder: Path, notify: Notify) -> None:
+    """Add what the run is compared with, one part after the other, each kept as soon as it is there."""
+    path = folder / REFERENCES_FILE
+    references = read_references(path)
+    base = read_records(folder / RECORDS_FILE)[0].evaluation
+    assert base is not None, "round 0 is an evaluation"
+    if references.base is None:
+        references = references.model_copy(update={"base": base})
+        write_references(path, references)
+    evaluation = workbench.config.evaluation
+    if evaluation.local_only_clients and references.local_only is None:
+        references = references.model_copy(update={"local_only": _local_only(workbench, loop, state, notify)})
+        write_references(path, references)
+    if evaluation.fedit_reference and references.fedit_smallest_rank is None:
+        references = references.model_copy(
+            update={"fedit_smallest_rank": _fedit_reference(workbench, base, folder, notify)}
+        )
+        write_references(path, references)
+
+
+def _local_only(workbench: Workbench, loop: Loop, state: Any, notify: Notify) -> LocalOnlyRecord:
+    """Train sampled clients alone and compare with what the federation gives them."""
+    evaluation, config = workbench.config.evaluation, workbench.config
+    plans = max(1, len(workbench.participants.plans))
+    sampled = workbench.sampled_clients(-(-evaluation.local_only_clients // plans), "local-only")
+    clients = [client for group in sampled.values() for client in group][: evaluation.local_only_clients]
+    notify(Stage(f"Training {len(clients)} sampled clients alone", len(clients)))
+    settings = dataclasses.replace(local_training(config), num_epochs=evaluation.local_only_epochs, max_steps=None)
+    start = loop.aggregator.init(loop.federation.initial_adapter)
+    unseen, rows = workbench.unseen_tasks(), []
+    for client in clients:
+        ranks, own = client.plan.resolve(workbench.shapes), workbench.own_tests([client])
+        adapter, _ = train_client(
+            workbench.model,
+            loop.aggregator.broadcast(start, ranks),
+            workbench.training_examples(client.client_id),
+            settings,
+            config.training.learning_rate,
+            stream_seed(config.seed, "local-only", client.client_id),
+        )
+        alone, together = Broadcast(adapter), loop.aggregator.broadcast(state, ranks)
+        rows.append(
+            LocalClientRecord(
+                client_id=client.client_id,
+                plan=client.plan.name,
+                own=combined_record(workbench.score(alone, own).values()),
+                global_own=combined_record(workbench.score(together, own).values()),
+                base_own=combined_record(workbench.score(None, own).values()),
+                unseen=combined_record(workbench.score(alone, unseen).values()),
+            )
+        )
+        notify(RoundEvent("client", 0, len(clients)))
+    return LocalOnlyRecord(
+        clients=rows,
+        own=_mean_record([row.own for row in rows]),
+        global_own=_mean_record([row.global_own for row in rows]),
+        base_own=_mean_record([row.base_own for row in rows]),
+        unseen=_mean_record([row.unseen for row in rows]),
+    )
+
+
+def _mean_record(records: Sequence[ScoreRecord | None]) -> ScoreRecord | None:
+    scored = [Score(**record.model_dump()) for record in records if record is not None]
+    return combined_record(scored, weighted=False) if scored else None
+
+
+def _fedit_reference(workbench: Workbench, base: EvaluationRecord, folder: Path, notify: Notify) -> ReferenceRunRecord:
+    """Run FedIT with every client at the ranks that all can afford: same seed, cohorts, rounds and data."""
+    ranks = smallest_ranks(list(workbench.participants.plans.values()), workbench.shapes)
+    plan = RankPlan("smallest", tuple((f"^{re.escape(module)}$", rank) for module, rank in ranks.items()))
+    clients = [dataclasses.replace(client, plan=plan) for client in workbench.participants.clients]
+    loop = workbench.loop({"name": "fedit"}, clients, folder / FEDIT_FOLDER, notify)
+    rounds = dataclasses.replace(loop.settings, patience=None)
+    loop = dataclasses.replace(loop, settings=rounds, evaluator=ReferenceScorer(workbench, base))
+    notify(rounds_stage("Reference: FedIT, every client at the smallest rank", loop))
+    run_rounds(loop)
+    records = read_records(loop.folder / RECORDS_FILE)
+    scored = [(record.server_round, record.evaluation) for record in records if record.evaluation]
+    compact = compact_ranks(ranks)
+    return ReferenceRunRecord(
+        rank=describe_ranks(compact),
+        ranks=compact,
+        evaluations=[RoundScoreRecord(server_round=number, unseen=scores.unseen) for number, scores in scored],
+        final=scored[-1][1],
+        up_bytes=sum(record.up_bytes for record in records),
+        down_bytes=sum(record.down_bytes for record in records),
+    )
+
+
+@dataclass(frozen=True)
+class ReferenceScorer:
+    """Scores a reference run: as the run itself, without rank groups, and knowing the base model's scores already."""
+
+    workbench: Workbench
+    base: EvaluationRecord
+
+    def scores(self, adapter: Broadcast | None) -> EvaluationRecord:
+        """Return the scores of the base with this adapter, or of the base alone for None."""
+        return self.base if adapter is None else Scorer(self.workbench).scores(adapter)
+
+    def rank_groups(self, broadcast: Callable[[RankPlan], Broadcast]) -> dict[str, RankGroupRecord]:
+        """Return none: every client of a reference run has one rank."""
+        return {}

@@ -1,0 +1,376 @@
+"""A loaded base model with the participants: what round loops, references and scores are made from."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexlora import FlexLoraError
+from flexlora.aggregators import AGGREGATORS, STATE_TYPES
+from flexlora.aggregators.base import Aggregator
+from flexlora.clients import (
+    Broadcast,
+    ClientSpec,
+    RankPlan,
+    compact_ranks,
+    stream,
+    stream_seed,
+)
+from flexlora.config import (
+    Config,
+)
+from flexlora.data.examples import Example
+from flexlora.data.pretraining import BASE_FOLDER
+from flexlora.data.prompts import EncodedExample, encode_many
+from flexlora.engines.simulation import SimulationEngine
+from flexlora.evaluation import Score, combine, evaluate
+from flexlora.lora.factors import AdapterState, Scaling
+from flexlora.lora.product import Split
+from flexlora.model import AdaptedModel, load_base_model, target_modules
+from flexlora.participants import Participants
+from flexlora.report.records import (
+    RECORDS_FILE,
+    EvaluationRecord,
+    RankGroupRecord,
+    ScoreRecord,
+    read_records,
+)
+from flexlora.rounds import (
+    Federation,
+    Loop,
+    RoundEvent,
+    RoundSettings,
+    adapter_spectra,
+)
+from flexlora.training import LocalTraining, learning_rate_at
+
+TOKENISED_CLIENTS_KEPT = 256
+
+
+class WorkbenchError(FlexLoraError, ValueError):
+    """A device or rank plan that the base model cannot serve."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run, for progress displays: how many steps it has and how many are done already."""
+
+    title: str
+    num_steps: int | None = None
+    completed: int = 0
+
+
+Notify = Callable[[RoundEvent | Stage], None]
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A loaded base model with the participants: what loops, references and evaluations are made from.
+
+    Attributes:
+        config: The run.
+        participants: Clients and data.
+        model: The base, shared by all clients.
+        shapes: Module path -> (out_features, in_features) of every module that some client adapts.
+        scaling: The scaling rule.
+        base_name: What adapters name as their base.
+    """
+
+    config: Config
+    participants: Participants
+    model: AdaptedModel
+    shapes: Mapping[str, tuple[int, int]]
+    scaling: Scaling
+    base_name: str
+
+    @staticmethod
+    def load(config: Config, participants: Participants, notify: Notify = lambda event: None) -> "Workbench":
+        """Load the base model and find the modules that clients adapt."""
+        notify(Stage("Loading the base model"))
+        if config.model.num_threads is not None:
+            torch.set_num_threads(config.model.num_threads)
+        device = resolve_device(config.model.device)
+        name = base_name(config)
+        base, tokenizer = load_base_model(
+            name,
+            dtype=config.model.dtype,
+            device=device,
+            attn_implementation=config.model.attn_implementation,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        shapes = adapted_shapes(target_modules(base, config.lora.target_modules), participants.plans.values())
+        model = AdaptedModel(base, tokenizer, dropout=config.lora.dropout)
+        scaling = scaling_rule(config)
+        return Workbench(config, participants, model, shapes, scaling, name)
+
+    def loop(self, method: Mapping[str, Any], clients: Sequence[ClientSpec], folder: Path, notify: Notify) -> Loop:
+        """Return a round loop of ``method`` over ``clients`` that keeps its files in ``folder``."""
+        rounds, training = self.config.rounds, self.config.training
+        options = {key: value for key, value in method.items() if key != "name"}
+        aggregator: Aggregator[Any] = AGGREGATORS[method["name"]](scaling=self.scaling, **options)
+        ranks = largest_ranks({client.plan for client in clients}, self.shapes)
+        if (server_rank := options.get("server_rank")) is not None:
+            ranks = {module: server_rank for module in ranks}
+        seed = stream_seed(self.config.seed, "initial-adapter")
+
+        def learning_rate(server_round: int) -> float:
+            return learning_rate_at(
+                server_round,
+                base=training.learning_rate,
+                schedule=training.schedule,
+                num_rounds=rounds.num_rounds,
+                warmup_rounds=training.warmup_rounds,
+                halve_at=training.halve_at,
+            )
+
+        return Loop(
+            aggregator=aggregator,
+            state_types=STATE_TYPES,
+            engine=SimulationEngine(
+                self.model,
+                self.training_examples,
+                local_training(self.config),
+                learning_rate,
+                self.config.seed,
+                rounds.wire_dtype,
+            ),
+            federation=Federation(
+                clients=clients,
+                shapes=self.shapes,
+                server_ranks=ranks,
+                initial_adapter=self.model.initial_adapter(ranks, self.scaling, seed),
+                scaling=self.scaling,
+            ),
+            settings=RoundSettings(
+                num_rounds=rounds.num_rounds,
+                cohort_size=cohort_size(self.config, len(clients)),
+                seed=self.config.seed,
+                evaluate_every=self.config.evaluation.every,
+                patience=rounds.patience,
+                max_failed_rounds=rounds.max_failed_rounds,
+                keep_checkpoints=rounds.keep_checkpoints,
+                checkpoint_every=rounds.checkpoint_every,
+            ),
+            learning_rate=learning_rate,
+            evaluator=Scorer(self),
+            folder=folder,
+            notify=notify,
+        )
+
+    def training_examples(self, client_id: str) -> Sequence[EncodedExample]:
+        """Return the tokenised training examples of a client."""
+        return self._encoded(client_id)
+
+    @cached_property
+    def _encoded(self) -> Callable[[str], Sequence[EncodedExample]]:
+        data, seed = self.config.data, self.config.seed
+
+        # Bounded, so that memory does not grow with the number of clients.
+        @lru_cache(maxsize=TOKENISED_CLIENTS_KEPT)
+        def encoded(client_id: str) -> Sequence[EncodedExample]:
+            examples = self.participants.corpus.clients[client_id].train
+            rng = stream(seed, "answers", client_id)
+            return encode_many(
+                examples,
+                self.model.tokenizer,
+                data.template,
+                data.max_length,
+                loss_on=data.loss_on,
+                answer_indices=[int(rng.integers(len(example.outputs))) for example in examples],
+            )
+
+        return encoded
+
+    def score(self, adapter: Broadcast | None, tasks: Mapping[str, Sequence[Example]]) -> dict[str, Score]:
+        """Return the score of the base with this adapter on each task."""
+        data, evaluation = self.config.data, self.config.evaluation
+        return evaluate(
+            self.model,
+            adapter,
+            tasks,
+            template=data.template,
+            max_length=data.max_length,
+            max_new_tokens=evaluation.max_new_tokens,
+            batch_size=evaluation.batch_size,
+        )
+
+    def unseen_tasks(self) -> dict[str, Sequence[Example]]:
+        """Return the examples that zero-shot scores are about."""
+        limit = self.config.data.test_examples_per_task
+        return {task: splits.test[:limit] for task, splits in self.participants.corpus.unseen.items()}
+
+    def own_tests(self, clients: Sequence[ClientSpec]) -> dict[str, Sequence[Example]]:
+        """Return the test examples of some clients that have any."""
+        limit, corpus = self.config.data.test_examples_per_task, self.participants.corpus
+        tests = {client.client_id: corpus.clients[client.client_id].test[:limit] for client in clients}
+        return {client_id: examples for client_id, examples in tests.items() if examples}
+
+    def sampled_clients(self, per_plan: int, purpose: str) -> dict[str, list[ClientSpec]]:
+        """Return up to ``per_plan`` clients of each plan that have test examples, seeded, sorted by id."""
+        sampled: dict[str, list[ClientSpec]] = {}
+        for name in self.participants.plans:
+            candidates = [
+                client
+                for client in self.participants.clients
+                if client.plan.name == name and self.participants.corpus.clients[client.client_id].test
+            ]
+            order = stream(self.config.seed, purpose, name).permutation(len(candidates))[:per_plan]
+            sampled[name] = [candidates[index] for index in sorted(order)]
+        return sampled
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores adapters for the round loop: unseen tasks, the validation set, and each rank group at the end."""
+
+    workbench: Workbench
+
+    def scores(self, adapter: Broadcast | None) -> EvaluationRecord:
+        """Return the scores of the base with this adapter, or of the base alone for None."""
+        corpus = self.workbench.participants.corpus
+        by_task = self.workbench.score(adapter, self.workbench.unseen_tasks())
+        categories: dict[str, list[Score]] = {}
+        for task, score in by_task.items():
+            categories.setdefault(corpus.unseen[task].category or "all", []).append(score)
+        validation = None
+        if examples := self.workbench.participants.validation:
+            validation = combined_record(self.workbench.score(adapter, {"validation": examples}).values())
+        return EvaluationRecord(
+            unseen=combined_record(by_task.values()),
+            unseen_unweighted=combined_record(by_task.values(), weighted=False),
+            categories={name: combined_record(scores) for name, scores in sorted(categories.items())},
+            validation=validation,
+        )
+
+    def rank_groups(self, broadcast: Callable[[RankPlan], Broadcast]) -> dict[str, RankGroupRecord]:
+        """Return, per plan, the adapter cut to its ranks on the unseen tasks and on its clients' own test data."""
+        per_plan = self.workbench.config.evaluation.rank_group_clients
+        groups = {}
+        for name, clients in self.workbench.sampled_clients(per_plan, "rank-groups").items() if per_plan else ():
+            plan = self.workbench.participants.plans[name]
+            adapter, own = broadcast(plan), self.workbench.own_tests(clients)
+            groups[name] = RankGroupRecord(
+                ranks=compact_ranks(plan.resolve(self.workbench.shapes)),
+                num_clients=len(own),
+                unseen=combined_record(self.workbench.score(adapter, self.workbench.unseen_tasks()).values()),
+                own=combined_record(self.workbench.score(adapter, own).values()) if own else None,
+            )
+        return groups
+
+
+def combined_record(scores: Iterable[Score], *, weighted: bool = True) -> ScoreRecord:
+    """Return the mean over tasks, weighted by their examples or not, as it is recorded."""
+    return ScoreRecord(**dataclasses.asdict(combine(list(scores), weighted=weighted)))
+
+
+def adapter_at_rank(adapter: Broadcast, rank: int, scaling: Scaling, split: Split = "b") -> AdapterState:
+    """Return the best approximation of an adapter whose modules have at most this rank (Eckart and Young).
+
+    Whatever the method, the change is cut and not its factors, whose rows mean nothing in an order of their own.
+    """
+    factors = {}
+    for module, spectrum in adapter_spectra(adapter).items():
+        own = min(rank, adapter.trainable[module].rank)
+        factors[module] = spectrum.factors(own, scaling(own), split, adapter.trainable[module].A).to(torch.float32)
+    return factors
+
+
+def rounds_stage(title: str, loop: Loop) -> Stage:
+    """Return the stage of a round loop, part of which may be done already."""
+    # The bar counts clients, so that it moves within a round.
+    done = max((record.server_round for record in read_records(loop.folder / RECORDS_FILE)), default=0)
+    size = min(loop.settings.cohort_size, len(loop.federation.clients))
+    return Stage(title, loop.settings.num_rounds * size, done * size)
+
+
+def base_parameters(model: AdaptedModel) -> Iterator[torch.Tensor]:
+    """Yield the weights of the base model, without those of adapters."""
+    return (parameter for name, parameter in model.network.named_parameters() if ".lora_" not in name)
+
+
+def scaling_rule(config: Config) -> Scaling:
+    """Return the rule every client's scaling follows."""
+    return Scaling(config.lora.scaling, config.lora.lora_alpha)
+
+
+def base_name(config: Config) -> str:
+    """Return the folder or hub id of the base model."""
+    return str(BASE_FOLDER) if config.model.name_or_path == "embedded" else config.model.name_or_path
+
+
+def resolve_device(name: str) -> str:
+    """Return the device that ``auto`` stands for, or the one named.
+
+    Raises:
+        WorkbenchError: If CUDA is asked for where there is none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise WorkbenchError(f"model.device={name} needs a CUDA device and there is none; use model.device=cpu or auto")
+    return name
+
+
+def adapted_shapes(shapes: Mapping[str, tuple[int, int]], plans: Iterable[RankPlan]) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the modules that at least one plan adapts.
+
+    Raises:
+        WorkbenchError: If a plan adapts none of them.
+    """
+    adapted: set[str] = set()
+    for plan in plans:
+        ranks = plan.resolve(shapes)
+        if not ranks:
+            raise WorkbenchError(
+                f"clients.types.{plan.name} adapts none of the {len(shapes)} target modules, such as "
+                f"{next(iter(shapes))}; its patterns are {', '.join(pattern for pattern, _ in plan.patterns)}"
+            )
+        adapted |= ranks.keys()
+    return {module: shapes[module] for module in sorted(adapted)}
+
+
+def largest_ranks(plans: Iterable[RankPlan], shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Return, per module, the largest rank of any plan."""
+    ranks: dict[str, int] = {}
+    for plan in plans:
+        for module, rank in plan.resolve(shapes).items():
+            ranks[module] = max(rank, ranks.get(module, 0))
+    return dict(sorted(ranks.items()))
+
+
+def smallest_ranks(plans: Sequence[RankPlan], shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Return, per module that every plan adapts, the smallest rank: what all clients can afford.
+
+    Where no module is adapted by all, the plan with the fewest parameters decides.
+    """
+    resolved = [plan.resolve(shapes) for plan in plans]
+    shared = set.intersection(*(set(ranks) for ranks in resolved))
+    if shared:
+        return {module: min(ranks[module] for ranks in resolved) for module in sorted(shared)}
+    return min(resolved, key=lambda ranks: sum(rank * sum(shapes[module]) for module, rank in ranks.items()))
+
+
+def local_training(config: Config) -> LocalTraining:
+    """Return the settings of one client's training."""
+    training = config.training
+    return LocalTraining(
+        optimizer=training.optimizer,
+        batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        num_epochs=training.num_epochs,
+        max_steps=training.max_steps,
+        max_grad_norm=training.max_grad_norm,
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
+    )
+
+
+def cohort_size(config: Config, num_clients: int) -> int:
+    """Return how many clients take part in each round."""
+    rounds = config.rounds
+    return min(num_clients, rounds.cohort_size or max(1, round(rounds.cohort_fraction * num_clients)))
