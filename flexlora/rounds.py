@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from flexlora.aggregators.base import Aggregator
 from flexlora.checkpoint import Checkpoint, load_latest, save_checkpoint
@@ -114,6 +114,7 @@ class RoundEvent:
     record: RoundRecord | None = None
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Scores models while the loop runs."""
 

@@ -1,7 +1,7 @@
 """A loaded base model with the participants: what round loops, references and scores are made from."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -286,11 +286,6 @@ def rounds_stage(title: str, loop: Loop) -> Stage:
     done = max((record.server_round for record in read_records(loop.folder / RECORDS_FILE)), default=0)
     size = min(loop.settings.cohort_size, len(loop.federation.clients))
     return Stage(title, loop.settings.num_rounds * size, done * size)
-
-
-def base_parameters(model: AdaptedModel) -> Iterator[torch.Tensor]:
-    """Yield the weights of the base model, without those of adapters."""
-    return (parameter for name, parameter in model.network.named_parameters() if ".lora_" not in name)
 
 
 def scaling_rule(config: Config) -> Scaling:

@@ -54,7 +54,7 @@ class Engine:
             if isinstance(result, ClientFailure):
                 yield result
             else:
-                yield Update(client.client_id, result, client.num_examples, {"loss": 1.0, "steps": 2}, 100, 80)
+                yield Update(client.client_id, result, float(client.num_examples), {"loss": 1.0, "steps": 2}, 100, 80)
 
 
 @dataclass

@@ -1,0 +1,418 @@
+"""The base model with LoRA around its linear modules: the only file that names PEFT's keys.
+
+One base serves every client of a process. A client's turn places its factors into the PEFT layers and costs no more
+than copying them; the base weights are never touched.
+"""
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from flexlora import FlexLoraError
+from flexlora.clients import Broadcast, stream_seed
+from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
+
+ModelDtype = Literal["float32", "bfloat16"]
+
+# What transformers calls a position without a label.
+IGNORED = -100
+
+_TRAINABLE, _FROZEN = "trainable", "frozen"
+_PROBE_LENGTH = 4
+
+
+class ModelError(FlexLoraError, ValueError):
+    """A base model that cannot be loaded or adapted as asked."""
+
+
+def num_labels(labels: Sequence[int]) -> int:
+    """Return the number of tokens of a row that a loss looks at: the first has nothing that could predict it."""
+    return sum(label != IGNORED for label in labels[1:])
+
+
+def load_base_model(
+    name_or_path: str,
+    *,
+    dtype: ModelDtype,
+    device: str,
+    attn_implementation: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a causal language model, frozen and in evaluation mode, and its tokenizer.
+
+    Args:
+        name_or_path: A local folder or a hub id.
+        dtype: Of the base weights; LoRA factors stay float32.
+        device: Where the weights go, for example ``cpu`` or ``cuda:0``.
+        attn_implementation: As transformers names it: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Let a hub repository run its own model code.
+
+    Raises:
+        ModelError: If there is no such model, or the machine is offline and has no copy of it.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(name_or_path, error) from error
+    return _frozen(model).to(device), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def load_empty_model(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model without weights (on the meta device) and its tokenizer, for plans and shapes.
+
+    Raises:
+        ModelError: If there is no such model, or the machine is offline and has no copy of it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(name_or_path, error) from error
+    return model, tokenizer
+
+
+def _not_loadable(name_or_path: str, error: Exception) -> ModelError:
+    if Path(name_or_path).exists():
+        rule = f"the folder {name_or_path} must hold a causal language model as transformers saves it"
+    else:
+        rule = (
+            f"the base model must be a local folder or a hub id; there is no folder {name_or_path}, and no such model "
+            "came from the hub. Check the spelling, the network (HF_HUB_OFFLINE, the local cache), and HF_TOKEN if the "
+            "model is gated"
+        )
+    return ModelError(f"{rule}. Reason: {' '.join(str(error).split())[:300]}")
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def target_modules(
+    model: PreTrainedModel, selection: Literal["all-linear"] | Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Return module path -> ``(out_features, in_features)`` of the modules to adapt, sorted by path.
+
+    Args:
+        model: The base model, not yet adapted.
+        selection: ``all-linear`` for every linear module but the output layer, or the last parts of paths, such as
+            ``("q_proj", "self_attn.v_proj")``.
+
+    Raises:
+        ModelError: If a name matches no linear module.
+    """
+    head = model.get_output_embeddings()
+    linear = {
+        path: _features(module) for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
+    if selection == "all-linear":
+        return {path: linear[path] for path in sorted(linear) if model.get_submodule(path) is not head}
+    chosen: dict[str, tuple[int, int]] = {}
+    for suffix in selection:
+        found = {path: shape for path, shape in linear.items() if path == suffix or path.endswith(f".{suffix}")}
+        if not found:
+            names = sorted({path.rpartition(".")[2] for path in linear})
+            raise ModelError(f"target_modules must name linear modules; got {suffix!r}, there are {', '.join(names)}")
+        chosen |= found
+    return dict(sorted(chosen.items()))
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        # GPT-2 stores the transpose of what nn.Linear stores.
+        return module.weight.shape[1], module.weight.shape[0]
+    assert isinstance(module, nn.Linear)
+    return module.out_features, module.in_features
+
+
+class AdaptedModel:
+    """A base model whose linear modules carry, at any time, exactly the factors of one broadcast.
+
+    Attributes:
+        network: The transformers model, with PEFT layers around the modules adapted so far.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, dropout: float = 0.0) -> None:
+        """Take over ``network``; ``dropout`` acts on the input of the trained factors while training."""
+        self.network = _frozen(network)
+        self.tokenizer = tokenizer
+        self._num_parameters = sum(parameter.numel() for parameter in network.parameters())
+        self._dropout = dropout
+        self._layers: dict[str, LoraLayer] = {}
+        self._broadcast = Broadcast(trainable={})
+        self._drops_out = dropout > 0 or _has_dropout(network)
+        self._separate_head = _separate_head(network)
+        self._takes_positions = "position_ids" in inspect.signature(network.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        return self.network.device
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of the base, shared ones counted once, adapters left out."""
+        return self._num_parameters
+
+    def initial_adapter(self, ranks: Mapping[str, int], scaling: Scaling, seed: int) -> AdapterState:
+        """Return PEFT's initial factors on the CPU: ``A`` Kaiming-uniform with slope sqrt(5), ``B`` zero.
+
+        Each module draws from its own stream of ``seed``, so that leaving one out changes no other.
+
+        Args:
+            ranks: Rank of each module to adapt.
+            scaling: The rule that gives the scaling of a rank.
+            seed: The only source of randomness.
+        """
+        adapter: dict[str, LoraFactors] = {}
+        for path, rank in sorted(ranks.items()):
+            out_features, in_features = self._shape(path)
+            generator = torch.Generator().manual_seed(stream_seed(seed, "initial_adapter", path))
+            A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)
+            adapter[path] = LoraFactors(A, torch.zeros(out_features, rank), scaling(rank))
+        return adapter
+
+    def load(self, broadcast: Broadcast) -> None:
+        """Make exactly the factors of ``broadcast`` active, as float32 copies; other modules become the bare base.
+
+        Raises:
+            ModelError: If a module does not exist in the base or factors do not fit it.
+        """
+        branches = {_TRAINABLE: broadcast.trainable, _FROZEN: broadcast.frozen or {}}
+        self._check(broadcast.trainable)
+        self._check(branches[_FROZEN])
+        self._wrap(sorted((branches[_TRAINABLE].keys() | branches[_FROZEN].keys()) - self._layers.keys()))
+        self._broadcast = broadcast
+        for path, layer in self._layers.items():
+            active = [branch for branch, adapter in branches.items() if path in adapter]
+            if layer.active_adapters != active:
+                layer.set_adapter(active, inference_mode=True)
+            for branch in active:
+                _place(layer, branch, branches[branch][path])
+        for parameter in self.trained_parameters():
+            parameter.requires_grad_(True)
+
+    def read(self) -> AdapterState:
+        """Return the trainable factors as they are now: detached float32 copies on the CPU."""
+        adapter: dict[str, LoraFactors] = {}
+        for path, loaded in sorted(self._broadcast.trainable.items()):
+            A, B = (_linear(self._layers[path], name, _TRAINABLE).weight for name in ("A", "B"))
+            adapter[path] = LoraFactors(_to_cpu(A), _to_cpu(B), loaded.scaling)
+        return adapter
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters an optimiser has to move, always in the same order."""
+        factors = {"both": ("A", "B"), "A": ("A",), "B": ("B",)}[self._broadcast.train_factors]
+        return [
+            cast("nn.Parameter", _linear(self._layers[path], name, _TRAINABLE).weight)
+            for path in sorted(self._broadcast.trainable)
+            for name in factors
+        ]
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Make the model the bare base for the length of a ``with`` block."""
+        for layer in self._layers.values():
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.enable_adapters(True)
+                # Enabling marks every active factor as trained, the frozen branch included.
+                layer.set_adapter(layer.active_adapters, inference_mode=True)
+            for parameter in self.trained_parameters():
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def dropping_out(self) -> Iterator[None]:
+        """Turn on the dropout of the adapters and of the base for the length of a ``with`` block."""
+        if not self._drops_out:
+            # Switching a small model to training mode and back costs as much as loading a client's factors.
+            yield
+            return
+        self.network.train()
+        try:
+            yield
+        finally:
+            self.network.eval()
+
+    def answer_losses(
+        self, rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], padding: int
+    ) -> Float[Tensor, " rows"]:
+        """Return the cross-entropy in nats of each row, summed over the tokens that have a label.
+
+        Where logits are the output layer applied to the last hidden states (found out once, by trying), it is applied
+        only where a label looks; models that do more than that, such as capping logits, compute all of them.
+
+        Args:
+            rows: Tokens; shorter rows are padded on the right, where a causal model needs no attention mask.
+            labels: For each row as many, the token itself or -100; shifted here.
+            padding: Any token.
+        """
+        length = max(map(len, rows))
+        padded = [[*row, *[padding] * (length - len(row))] for row in rows]
+        looked_at = [
+            (index, index * length + column - 1, label)
+            for index, row_labels in enumerate(labels)
+            for column, label in enumerate(row_labels)
+            if column and label != IGNORED
+        ]
+        owners, positions, targets = torch.tensor(looked_at, device=self.device).reshape(-1, 3).unbind(1)
+        logits = self._logits_at(torch.tensor(padded, device=self.device), positions)
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        return losses.new_zeros(len(rows)).index_add(0, owners, losses)
+
+    def _logits_at(
+        self, input_ids: Int[Tensor, "rows length"], positions: Int[Tensor, " chosen"]
+    ) -> Float[Tensor, "chosen vocab"]:
+        """Return float32 logits at positions counted through all rows."""
+        if self._separate_head is None:
+            logits = self.network(input_ids=input_ids, use_cache=False).logits
+            return logits.flatten(0, 1).index_select(0, positions).float()
+        hidden = self.network.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self._separate_head(hidden.flatten(0, 1).index_select(0, positions)).float()
+
+    def next_logits(
+        self, input_ids: Int[Tensor, "batch new"], attention_mask: Int[Tensor, "batch seen"], cache: Cache | None
+    ) -> tuple[Float[Tensor, "batch vocab"], Cache]:
+        """Return the logits after the last column, in float32, and the cache that now holds all columns.
+
+        Args:
+            input_ids: The columns that ``cache`` does not hold yet; prompts are padded on the left.
+            attention_mask: 0 at padding, 1 elsewhere, over all columns so far.
+            cache: What the previous call returned; None at first.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
+        if self._takes_positions:
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
+        if self._separate_head is None:
+            output = self.network(**inputs)
+            return output.logits[:, -1].float(), output.past_key_values
+        output = self.network.base_model(**inputs)
+        return self._separate_head(output.last_hidden_state[:, -1]).float(), output.past_key_values
+
+    def _check(self, adapter: AdapterState) -> None:
+        for path, factors in adapter.items():
+            shape = self._shape(path)
+            if (factors.B.shape[0], factors.A.shape[1]) != shape or factors.A.shape[0] != factors.B.shape[1]:
+                raise ModelError(
+                    f"{path}: factors must multiply to {shape}; got B {tuple(factors.B.shape)} and A "
+                    f"{tuple(factors.A.shape)}"
+                )
+
+    def _shape(self, path: str) -> tuple[int, int]:
+        if path in self._layers:
+            layer = self._layers[path]
+            return cast("tuple[int, int]", (layer.out_features, layer.in_features))
+        try:
+            module = self.network.get_submodule(path)
+        except AttributeError:
+            module = None
+        if not isinstance(module, nn.Linear | Conv1D):
+            kind = "no module" if module is None else type(module).__name__
+            raise ModelError(f"{path}: LoRA needs a linear module of the base model; this is {kind}")
+        return _features(module)
+
+    def _wrap(self, paths: Sequence[str]) -> None:
+        """Put PEFT layers around modules that no broadcast has named before."""
+        # PEFT wants to know which way round the weights of a whole call are stored.
+        by_layout: dict[bool, list[str]] = {}
+        for path in paths:
+            by_layout.setdefault(isinstance(self.network.get_submodule(path), Conv1D), []).append(path)
+        for is_transposed, names in by_layout.items():
+            for branch, dropout in ((_TRAINABLE, self._dropout), (_FROZEN, 0.0)):
+                config = LoraConfig(
+                    r=1, lora_alpha=1, target_modules=names, lora_dropout=dropout, fan_in_fan_out=is_transposed
+                )
+                with warnings.catch_warnings():
+                    # A second adapter is what we want: the frozen branch lives beside the trained one.
+                    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+                    inject_adapter_in_model(config, self.network, branch)
+        for path in paths:
+            self._layers[path] = cast("LoraLayer", self.network.get_submodule(path))
+            self._layers[path].set_adapter([], inference_mode=True)
+        if paths:
+            self.network.eval()
+
+
+def _separate_head(network: PreTrainedModel) -> nn.Module | None:
+    """Return the output layer if logits are that of the last hidden states and no more, tried on a few tokens."""
+    decoder, head = network.base_model, network.get_output_embeddings()
+    if decoder is network or head is None:
+        return None
+    with torch.no_grad():
+        tokens = torch.arange(_PROBE_LENGTH, device=network.device)[None]
+        hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        expected = network(input_ids=tokens, use_cache=False).logits
+        logits = head(hidden)
+    return head if logits.shape == expected.shape and torch.allclose(logits, expected) else None
+
+
+def _has_dropout(network: PreTrainedModel) -> bool:
+    settings = network.config.get_text_config().to_dict()
+    rates = [rate for name, rate in settings.items() if name.endswith(("dropout", "pdrop"))]
+    rates += [module.p for module in network.modules() if isinstance(module, nn.Dropout)]
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+
+
+def _linear(layer: LoraLayer, name: str, branch: str) -> nn.Linear:
+    return cast("nn.Linear", getattr(layer, f"lora_{name}")[branch])
+
+
+def _place(layer: LoraLayer, branch: str, factors: LoraFactors) -> None:
+    """Put copies of factors of any rank into a PEFT layer."""
+    device = layer.weight.device
+    for name, factor in (("A", factors.A), ("B", factors.B)):
+        linear = _linear(layer, name, branch)
+        linear.weight = nn.Parameter(factor.detach().to(device, torch.float32, copy=True), requires_grad=False)
+        linear.out_features, linear.in_features = factor.shape
+    layer.r[branch] = factors.rank
+    layer.lora_alpha[branch] = factors.scaling * factors.rank
+    layer.scaling[branch] = factors.scaling
+
+
+def _to_cpu(weight: Tensor) -> Tensor:
+    return weight.detach().to("cpu", copy=True)

@@ -1,0 +1,164 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update, stream_seed
+from flexlora.data.prompts import EncodedExample
+from flexlora.engines.base import Engine
+from flexlora.engines.simulation import SimulationEngine
+from flexlora.model import target_modules
+from flexlora.training import LocalTraining, train_client
+from flexlora.uplink.wire import encode, encode_broadcast
+
+SMALL = RankPlan("small", (("self_attn", 2),))
+LARGE = RankPlan("large", (("self_attn", 3), ("mlp", 5)))
+COHORT = [
+    ClientSpec("ann", LARGE, 3),
+    ClientSpec("bob", SMALL, 4),
+    ClientSpec("cyd", LARGE, 5),
+    ClientSpec("dan", SMALL, 2),
+]
+SETTINGS = LocalTraining(batch_size=2)
+
+
+def examples_of(client_id):
+    num_examples = {client.client_id: client.num_examples for client in COHORT}[client_id]
+    rng = np.random.default_rng(num_examples)
+    rows = [tuple(rng.integers(3, 259, 12).tolist()) for _ in range(num_examples)]
+    return [EncodedExample(row, (*[-100] * 6, *row[6:])) for row in rows]
+
+
+@pytest.fixture
+def broadcasts(model, random_adapter, scaling):
+    shapes = target_modules(model.network, "all-linear")
+    return {plan: Broadcast(random_adapter(shapes, plan.resolve(shapes), scaling)) for plan in (SMALL, LARGE)}
+
+
+@pytest.fixture
+def engine(model):
+    return SimulationEngine(model, examples_of, SETTINGS, lambda server_round: 0.01 / server_round, seed=11)
+
+
+def failing_for(client_id, error):
+    """Returns the real training with one client that raises."""
+
+    def train(model, broadcast, examples, settings, learning_rate, seed):
+        if len(examples) == len(examples_of(client_id)):
+            raise error
+        return train_client(model, broadcast, examples, settings, learning_rate, seed)
+
+    return train
+
+
+def test_it_is_an_engine(engine):
+    assert isinstance(engine, Engine)
+
+
+def test_updates_have_the_ranks_of_the_plans_and_the_bytes_that_travelled(engine, broadcasts, model):
+    shapes = target_modules(model.network, "all-linear")
+    updates = list(engine.train(3, COHORT, broadcasts))
+    assert [update.client_id for update in updates] == ["ann", "bob", "cyd", "dan"]
+    for client, update in zip(COHORT, updates, strict=True):
+        assert isinstance(update, Update)
+        assert {path: factors.rank for path, factors in update.payload.items()} == client.plan.resolve(shapes)
+        assert update.weight == client.num_examples
+        assert update.down_bytes == len(encode_broadcast(broadcasts[client.plan], "float32"))
+        assert update.up_bytes == len(encode(update.payload, "float32"))
+        assert update.metrics["steps"] == SETTINGS.num_steps(client.num_examples)
+        assert update.train_seconds > 0
+
+
+def test_a_client_trains_as_it_would_alone(engine, broadcasts, model):
+    updates = {update.client_id: update for update in engine.train(2, COHORT, broadcasts)}
+    (alone,) = engine.train(2, [COHORT[2]], broadcasts)
+    seed = stream_seed(11, "train", 2, "cyd")
+    expected, _ = train_client(model, broadcasts[LARGE], examples_of("cyd"), SETTINGS, 0.005, seed)
+    for path, factors in expected.items():
+        assert torch.equal(updates["cyd"].payload[path].B, factors.B)
+        assert torch.equal(alone.payload[path].A, factors.A)
+
+
+def test_rounds_and_clients_have_streams_of_their_own(model, broadcasts):
+    seeds = []
+
+    def train(model, broadcast, examples, settings, learning_rate, seed):
+        seeds.append(seed)
+        return broadcast.trainable, {"loss": 1.0, "steps": 1}
+
+    engine = SimulationEngine(model, examples_of, SETTINGS, lambda server_round: 0.1, seed=0, train_one=train)
+    for server_round in (1, 2):
+        list(engine.train(server_round, COHORT, broadcasts))
+    assert len(set(seeds)) == 8
+
+
+def test_a_small_wire_dtype_rounds_both_ways_and_halves_the_bytes(engine, broadcasts):
+    exact = next(engine.train(1, COHORT, broadcasts))
+    rounded = next(dataclasses.replace(engine, wire_dtype="bfloat16").train(1, COHORT, broadcasts))
+    assert {factors.A.dtype for factors in rounded.payload.values()} == {torch.bfloat16}
+    num_values = sum(factors.A.numel() + factors.B.numel() for factors in exact.payload.values())
+    assert exact.up_bytes - rounded.up_bytes == pytest.approx(2 * num_values, rel=0.02)
+    assert exact.down_bytes - rounded.down_bytes == pytest.approx(2 * num_values, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("boom\nat line 2"), "RuntimeError: boom at line 2"),
+        (MemoryError(), "MemoryError: no message"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_a_failing_client_is_reported_and_the_others_go_on(engine, broadcasts, error, reason):
+    expected = list(engine.train(1, COHORT, broadcasts))
+    broken = dataclasses.replace(engine, train_one=failing_for("bob", error))
+    outcomes = list(broken.train(1, COHORT, broadcasts))
+    down_bytes = len(encode_broadcast(broadcasts[SMALL], "float32"))
+    assert outcomes[1] == ClientFailure("bob", "train", reason, down_bytes)
+    for index in (0, 2, 3):
+        for path, factors in expected[index].payload.items():
+            assert torch.equal(outcomes[index].payload[path].B, factors.B)
+
+
+def test_clients_without_data_or_with_a_diverging_loss_fail_with_our_own_words(engine, broadcasts):
+    empty = dataclasses.replace(engine, examples_of=lambda client_id: [])
+    assert next(empty.train(1, COHORT, broadcasts)).reason == "a client needs at least one training example; got none"
+    wild = dataclasses.replace(
+        engine,
+        settings=LocalTraining("sgd", batch_size=1, max_grad_norm=None),
+        learning_rate=lambda server_round: 1e30,
+    )
+    failure = next(wild.train(1, COHORT, broadcasts))
+    assert failure.stage == "train"
+    assert "the loss must stay finite" in failure.reason
+    assert isinstance(next(engine.train(1, COHORT, broadcasts)), Update)
+
+
+def test_failures_of_broadcast_and_upload_name_their_stage(engine, broadcasts):
+    outcomes = list(engine.train(1, COHORT, {SMALL: broadcasts[SMALL]}))
+    assert [type(outcome) for outcome in outcomes] == [ClientFailure, Update, ClientFailure, Update]
+    assert (outcomes[0].stage, outcomes[0].down_bytes) == ("broadcast", 0)
+    odd = dataclasses.replace(engine, train_one=lambda *arguments: ({"path": "no factors"}, {}))
+    failure = next(odd.train(1, COHORT, broadcasts))
+    assert failure.stage == "upload"
+    assert failure.down_bytes > 0
+
+
+def test_an_interruption_is_not_a_failing_client(engine, broadcasts):
+    broken = dataclasses.replace(engine, train_one=failing_for("ann", KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        next(broken.train(1, COHORT, broadcasts))
+
+
+def test_clients_train_only_when_their_outcome_is_asked_for(model, broadcasts):
+    started = []
+
+    def train(model, broadcast, examples, settings, learning_rate, seed):
+        started.append(len(examples))
+        return broadcast.trainable, {"loss": 1.0, "steps": 1}
+
+    engine = SimulationEngine(model, examples_of, SETTINGS, lambda server_round: 0.1, seed=0, train_one=train)
+    outcomes = engine.train(1, COHORT, broadcasts)
+    next(outcomes)
+    assert started == [3]
