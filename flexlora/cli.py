@@ -1,11 +1,13 @@
 """The verbs: what a person types, and what the terminal shows.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 1 an unexpected error; 2 wrong
-configuration, input or usage; 3 the run made no progress; 130 interrupted, ``--resume`` goes on.
+configuration, input or usage; 3 the run made no progress; 4 the machine gave out (disk, permission, memory); 130
+interrupted, ``--resume`` goes on.
 """
 
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from rich.table import Table
 
 from flexlora import FlexLoraError, __version__
 
-EXIT_ERROR, EXIT_WRONG_INPUT, EXIT_NO_PROGRESS, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_ERROR, EXIT_WRONG_INPUT, EXIT_NO_PROGRESS, EXIT_MACHINE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 app = typer.Typer(
     name="flexlora",
@@ -28,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 unexpected error, 2 wrong configuration or input, 3 no progress, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 unexpected error, 2 wrong input, 3 no progress, 4 disk or memory, 130 interrupted.",
 )
 out = Console()
 err = Console(stderr=True)
@@ -193,7 +195,14 @@ def _guarded(command: Callable[[], None]) -> int:
         return EXIT_WRONG_INPUT
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else EXIT_ERROR
-    except Exception:
+    except (OSError, MemoryError) as error:
+        err.print("[bold red]The machine said no:[/]", end=" ")
+        err.print(f"{error or type(error).__name__}", markup=False, highlight=False)
+        return EXIT_MACHINE
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            err.print("[bold red]Out of device memory.[/] Lower training.batch_size, evaluation.batch_size or ranks.")
+            return EXIT_MACHINE
         err.print(traceback.format_exc(), markup=False, highlight=False)
         err.print("[bold red]This should not have happened.[/] Please report it with the lines above.")
         return EXIT_ERROR
@@ -202,6 +211,8 @@ def _guarded(command: Callable[[], None]) -> int:
 
 def main() -> None:
     """Run the command line and leave with one of the documented exit codes."""
+    # Before torch is imported: idle OpenMP threads that spin make small operations ten times slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(_guarded(app))
 
 

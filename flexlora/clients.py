@@ -152,12 +152,14 @@ class ClientFailure:
         stage: ``broadcast``, ``train``, ``upload`` or ``validate``.
         reason: One line for a person.
         down_bytes: Bytes it had received by then.
+        up_bytes: Bytes of its update that travelled before it was refused.
     """
 
     client_id: str
     stage: str
     reason: str
     down_bytes: int = 0
+    up_bytes: int = 0
 
 
 class TypeRanks(TypedDict):
@@ -306,15 +308,18 @@ def sample_cohort(
     return tuple(ordered[index] for index in sorted(drawn.tolist()))
 
 
-def compact_ranks(ranks: Mapping[str, int]) -> dict[str, int]:
+def compact_ranks(ranks: Mapping[str, int], modules: Iterable[str] | None = None) -> dict[str, int]:
     """Return module path -> rank with layers of equal rank folded into the last part of their paths.
 
-    ``{"layers.0.q_proj": 8, "layers.1.q_proj": 8}`` becomes ``{"q_proj": 8}``; modules of one name whose ranks differ
-    keep their full paths.
+    ``{"layers.0.q_proj": 8, "layers.1.q_proj": 8}`` becomes ``{"q_proj": 8}``; modules of one name whose ranks differ,
+    or of which some are left out, keep their full paths.
+
+    Args:
+        modules: Every module that could have a rank; None means those of ``ranks``.
     """
     found: dict[str, set[int]] = {}
-    for module, rank in ranks.items():
-        found.setdefault(module.rpartition(".")[2], set()).add(rank)
+    for module in ranks if modules is None else modules:
+        found.setdefault(module.rpartition(".")[2], set()).add(ranks.get(module, 0))
     compact = {}
     for module, rank in ranks.items():
         name = module.rpartition(".")[2]

@@ -2,6 +2,8 @@
 
 import copy
 import difflib
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,7 +47,11 @@ class ModelConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Type of the base weights; LoRA factors are trained in float32 either way."
     )
-    device: str = Field(default="auto", description="`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.",
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="Attention kernel of transformers."
     )
@@ -58,7 +64,7 @@ class ModelConfig(_Section):
 class LoraConfig(_Section):
     """Where adapters sit and how rank turns into scaling."""
 
-    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default="all-linear", description="`all-linear`, or a list of module name endings such as `[q_proj, v_proj]`."
     )
     scaling: Literal["constant_alpha", "constant_ratio", "rslora"] = Field(
@@ -311,6 +317,11 @@ def _disagreements(config: Config) -> Iterator[str]:
     if config.rounds.patience is not None and config.data.validation_examples == 0:
         yield "rounds.patience needs a validation set; set data.validation_examples above 0 or rounds.patience=null"
     data = config.data
+    if isinstance(data, NaturalInstructionsData) and (data.max_examples_per_task or math.inf) < data.min_examples:
+        yield (
+            f"data.max_examples_per_task must not be below data.min_examples={data.min_examples}; got "
+            f"{data.max_examples_per_task}"
+        )
     if isinstance(data, NaturalInstructionsData) and not (
         data.num_unseen_tasks or data.unseen_tasks or data.unseen_categories
     ):
@@ -334,11 +345,13 @@ def _disagreements(config: Config) -> Iterator[str]:
         for name, ranks in types.items():
             if ranks.attention == 0 and ranks.ffn == 0 and not any(ranks.patterns.values()):
                 yield f"clients.types.{name} adapts nothing; give attention, ffn or a pattern a rank of at least 1"
-            yield from (
-                f"clients.types.{name}.patterns: rank of {pattern!r} must be 0 or more; got {rank}"
-                for pattern, rank in ranks.patterns.items()
-                if rank < 0
-            )
+            for pattern, rank in ranks.patterns.items():
+                if rank < 0:
+                    yield f"clients.types.{name}.patterns: rank of {pattern!r} must be 0 or more; got {rank}"
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    yield f"clients.types.{name}.patterns: {pattern!r} must be a regular expression: {error}"
     known = list(types) if isinstance(types, dict) else ["type1", "type2", "type3", "type4"]
     if isinstance(distribution, dict):
         for name, share in distribution.items():
@@ -413,16 +426,16 @@ def parse_config(
 
 def _missing_paths(config: Config) -> Iterator[str]:
     data, name = config.data, config.model.name_or_path
-    if isinstance(data, NaturalInstructionsData) and not Path(data.path).is_dir():
+    if isinstance(data, NaturalInstructionsData) and not Path(data.path).expanduser().is_dir():
         yield f"data.path: must be a folder of task files; there is no folder {data.path}"
-    if isinstance(data, InstructionsData) and _looks_local(data.path) and not Path(data.path).exists():
+    if isinstance(data, InstructionsData) and _looks_local(data.path) and not Path(data.path).expanduser().exists():
         yield f"data.path: there is no file or folder {data.path}; a hub id looks like org/name"
-    if name != "embedded" and _looks_local(name) and not Path(name).is_dir():
+    if name != "embedded" and _looks_local(name) and not Path(name).expanduser().is_dir():
         yield f"model.name_or_path: there is no folder {name}; use `embedded`, a local folder or a hub id like org/name"
 
 
 def _looks_local(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or name.count("/") != 1 or bool(Path(name).suffix in DATA_SUFFIXES)
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_SUFFIXES
 
 
 def _written_location(location: Sequence[Any]) -> list[str]:
@@ -475,10 +488,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
 
 
 def _number(text: str) -> float | str:
-    try:
-        return float(text) if any(digit.isdigit() for digit in text) else text
-    except ValueError:
-        return text
+    # Hub revisions are all digits or look like 12e4567; what people mean as a number has a short exponent.
+    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}", text) else text
 
 
 def _explain(detail: Any) -> Iterator[str]:

@@ -30,7 +30,7 @@ NARROW_COLUMNS = (SUMMARY_COLUMNS[0], "ROUGE-L", "exact match", "difference to b
 class LiveProgress:
     """Shows each stage as it goes: round, cohort, loss, unseen score, bytes and time left.
 
-    Where the console is no terminal, one line a round is printed instead of a moving bar.
+    Where the console is no terminal, evaluations and failures are printed as lines and there is no moving bar.
     """
 
     def __init__(self, console: Console, *, hidden: bool) -> None:
@@ -71,8 +71,10 @@ class LiveProgress:
             self._begin(event)
         elif event.kind == "cohort":
             self._update(f"round {event.server_round}", f"0/{event.num_clients} clients")
-        elif event.kind == "client" and event.client is not None:
+        elif event.kind == "client":
             self._progress.advance(self._task, 1)
+            if event.client is None:
+                return
             state = "" if event.client.outcome == "ok" else " [red]failed[/]"
             self._update(f"round {event.server_round}", f"{event.client.client_id[:24]}{state} {self._status()}")
         elif event.kind == "evaluating":
@@ -88,6 +90,8 @@ class LiveProgress:
             self._console.print(stage.title, highlight=False)
         else:
             self._console.print(f"[bold cyan]{stage.title}[/]", highlight=False)
+        for note in stage.notes:
+            self._console.print(f"  {note}", style="yellow", highlight=False, markup=False)
         self._progress.reset(self._task, total=stage.num_steps, completed=stage.completed, detail="", description="")
 
     def _finish_round(self, record: RoundRecord) -> None:

@@ -106,6 +106,22 @@ def evaluate(
     return scores
 
 
+def answer_loss(
+    model: AdaptedModel,
+    adapter: Broadcast | None,
+    examples: Sequence[Example],
+    template: Template,
+    max_length: int,
+    batch_size: int = 64,
+) -> float:
+    """Return nats per token of the first accepted answers, without generating; see ``evaluate`` for the arguments."""
+    if adapter is not None:
+        model.load(adapter)
+    with model.without_adapter() if adapter is None else nullcontext():
+        losses = _losses(model, examples, template, max_length, batch_size)
+    return sum(nats for nats, _ in losses) / max(1, sum(tokens for _, tokens in losses))
+
+
 def _score(examples: Sequence[Example], answers: Sequence[str], losses: Sequence[tuple[float, int]]) -> Score:
     pairs = list(zip(examples, answers, strict=True))
     return Score(

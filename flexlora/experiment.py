@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from flexlora import FlexLoraError, __version__
@@ -20,7 +22,6 @@ from flexlora.aggregators.base import Aggregator
 from flexlora.checkpoint import load_latest
 from flexlora.clients import (
     Broadcast,
-    compact_ranks,
     count_plans,
 )
 from flexlora.config import (
@@ -32,8 +33,8 @@ from flexlora.config import (
 from flexlora.data.examples import FederatedCorpus
 from flexlora.model import load_base_model
 from flexlora.participants import gather_participants
-from flexlora.references import measure_references
-from flexlora.report.page import write_report
+from flexlora.references import FEDIT_FOLDER, measure_references
+from flexlora.report.page import REPORT_FILE, write_report
 from flexlora.report.records import (
     MANIFEST_FILE,
     RECORDS_FILE,
@@ -67,6 +68,19 @@ from flexlora.workbench import (
 
 ADAPTERS_FOLDER = "adapters"
 CONFIG_FILE = "config.yaml"
+RUN_ENTRIES = {
+    ADAPTERS_FOLDER,
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    FEDIT_FOLDER.parts[0],
+    MANIFEST_FILE,
+    RECORDS_FILE,
+    REFERENCES_FILE,
+    REPORT_FILE,
+}
+EVALUATION_KEYS = (
+    r"data\.(path|test_examples_per_task|max_length)|evaluation\..*|model\.(device|dtype|num_threads|attn_.*)"
+)
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "rouge-score")
 
 
@@ -127,16 +141,19 @@ def run_experiment(
         ExperimentError: If ``folder`` does not suit, or its data or configuration have changed.
         FlexLoraError: If data or model cannot be read.
     """
-    _prepare_folder(config, folder, resume, overwrite)
+    _check_folder(config, folder, resume, overwrite)
     notify(Stage("Reading data"))
     participants = gather_participants(config)
+    notify(Stage(participants.in_words(), notes=participants.warnings))
     workbench = Workbench.load(config, participants, notify)
-    _check_manifest(folder, workbench)
+    # Nothing is written before data and model have been read: a start that fails leaves no folder behind.
+    _open_folder(workbench, folder, overwrite and not resume)
     loop = workbench.loop(config.method.model_dump(), participants.clients, folder, notify)
     notify(rounds_stage(f"Federated rounds ({config.method.name})", loop))
     outcome = run_rounds(loop)
-    write_run_adapters(workbench, loop, outcome, folder)
-    measure_references(workbench, loop, outcome.state, folder, notify)
+    if outcome.has_progress:
+        write_run_adapters(workbench, loop, outcome, folder)
+        measure_references(workbench, loop, outcome.state, folder, notify)
     return RunResult(
         folder=folder,
         report=write_report(folder),
@@ -149,30 +166,72 @@ def run_experiment(
     )
 
 
-def _prepare_folder(config: Config, folder: Path, resume: bool, overwrite: bool) -> None:
-    holds_run = (folder / CONFIG_FILE).is_file()
+def _check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ExperimentError(f"--out must be a folder; {folder} is a file")
-    if overwrite and not resume and holds_run:
-        shutil.rmtree(folder)
-        holds_run = False
-    if not holds_run and folder.is_dir() and any(folder.iterdir()):
-        raise ExperimentError(f"--out must be a new folder or one with a run; {folder} holds other files")
-    if holds_run and not resume:
+    foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path)) if folder.is_dir() else []
+    if foreign:
+        raise ExperimentError(
+            f"--out must be a new folder or one with nothing but a run; {folder} also holds {', '.join(foreign[:5])}"
+        )
+    if not (folder / CONFIG_FILE).is_file() or (overwrite and not resume):
+        return
+    if not resume:
         raise ExperimentError(
             f"{folder} already holds a run; add --resume to go on with it, --overwrite to start anew, "
             "or name another --out"
         )
-    if holds_run:
-        before = read_run_config(folder).model_dump(mode="json")
-        changed = [key for key in _differences(before, config.model_dump(mode="json")) if key != "rounds.num_rounds"]
-        if changed:
-            raise ExperimentError(
-                f"a resumed run must keep its configuration; {folder} differs in {', '.join(changed)}. "
-                "Use the settings of its config.yaml, or another --out"
-            )
+    before = read_run_config(folder)
+    changed = list(_differences(before.model_dump(mode="json"), config.model_dump(mode="json")))
+    if config.rounds.num_rounds > before.rounds.num_rounds:
+        changed.remove("rounds.num_rounds")
+    if changed:
+        raise ExperimentError(
+            f"a resumed run must keep its configuration (rounds.num_rounds may grow); {folder} differs in "
+            f"{', '.join(changed)}. Use the settings of its config.yaml, or another --out"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a run writes an entry of this name."""
+    return path.name.removesuffix(".partial") in RUN_ENTRIES
+
+
+def _open_folder(workbench: Workbench, folder: Path, anew: bool) -> None:
+    """Make ``folder`` that of this run: configuration, manifest, and nothing that belongs to another one."""
+    if anew and folder.is_dir():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / CONFIG_FILE, dump_config(config))
+    before, manifest = read_manifest(folder / MANIFEST_FILE), _manifest(workbench)
+    if before is not None:
+        manifest = _continued(before, manifest, folder)
+        if before.num_rounds != manifest.num_rounds:
+            # What the longer run is compared with has to be as long.
+            (folder / REFERENCES_FILE).unlink(missing_ok=True)
+    _write_atomically(folder / CONFIG_FILE, dump_config(workbench.config))
+    write_manifest(folder / MANIFEST_FILE, manifest)
+
+
+def _continued(before: ManifestRecord, now: ManifestRecord, folder: Path) -> ManifestRecord:
+    """Return the manifest of a resumed run: its first environment, and a warning for whatever has changed.
+
+    Raises:
+        ExperimentError: If the data have changed.
+    """
+    if before.data_hashes != now.data_hashes:
+        raise ExperimentError(
+            f"the data have changed since {folder} was started; restore them or start anew with another --out"
+        )
+    then = {**before.packages, "device": before.device, "num_threads": before.num_threads}
+    new = {**now.packages, "device": now.device, "num_threads": now.num_threads}
+    changes = [f"Resumed with {key} {new[key]} instead of {then.get(key)}." for key in new if new[key] != then.get(key)]
+    return before.model_copy(
+        update={
+            "num_rounds": now.num_rounds,
+            "config_hash": now.config_hash,
+            "warnings": [*before.warnings, *(change for change in changes if change not in before.warnings)],
+        }
+    )
 
 
 def _differences(left: Any, right: Any, key: str = "") -> Iterator[str]:
@@ -207,28 +266,15 @@ def read_run_config(folder: Path) -> Config:
 def write_run_adapters(workbench: Workbench, loop: Loop, outcome: Outcome, folder: Path) -> None:
     """Write the global adapter at the server's rank and at the rank of each kind of client."""
     federation = loop.federation
+    for leftover in (folder / ADAPTERS_FOLDER).glob(".*"):
+        shutil.rmtree(leftover)  # A write that was killed before it could appear.
     wanted = {max(federation.server_ranks.values())}
     wanted |= {max(plan.resolve(workbench.shapes).values()) for plan in workbench.participants.plans.values()}
     top = max(federation.server_ranks.values())
     whole = loop.aggregator.broadcast(outcome.state, federation.server_ranks)
     for rank in sorted(rank for rank in wanted if rank <= top):
         adapter = adapter_at_rank(whole, rank, loop.federation.scaling)
-        target = folder / ADAPTERS_FOLDER / f"rank-{rank}"
-        if target.exists():
-            shutil.rmtree(target)
-        write_adapter(target, adapter, workbench.base_name)
-
-
-def _check_manifest(folder: Path, workbench: Workbench) -> None:
-    """Write the manifest, or compare with the one there: a resumed run must meet the same data."""
-    path, manifest = folder / MANIFEST_FILE, _manifest(workbench)
-    before = read_manifest(path)
-    if before is not None and before.data_hashes != manifest.data_hashes:
-        raise ExperimentError(
-            f"the data have changed since {folder} was started; restore them or start anew with another --out"
-        )
-    started = before.started if before else datetime.now(UTC).isoformat(timespec="seconds")
-    write_manifest(path, manifest.model_copy(update={"started": started}))
+        write_adapter(folder / ADAPTERS_FOLDER / f"rank-{rank}", adapter, workbench.base_name)
 
 
 def _manifest(workbench: Workbench) -> ManifestRecord:
@@ -250,7 +296,10 @@ def _manifest(workbench: Workbench) -> ManifestRecord:
         num_rounds=rounds.num_rounds,
         cohort_size=cohort_size(config, num_clients),
         plan_counts=count_plans(client.plan for client in participants.clients),
-        plan_ranks={name: compact_ranks(plan.resolve(workbench.shapes)) for name, plan in participants.plans.items()},
+        plan_ranks={name: plan.resolve(workbench.shapes) for name, plan in participants.plans.items()},
+        device=str(workbench.model.device),
+        num_threads=torch.get_num_threads(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=list(participants.warnings),
     )
 
@@ -328,13 +377,30 @@ def evaluate_run(
     Raises:
         ExperimentError: If the run has no checkpoint or the rank is out of range.
     """
-    read_run_config(run_folder)
+    before = read_run_config(run_folder)
     config = load_config(run_folder / CONFIG_FILE, overrides, check_paths=True)
+    changed = list(_differences(before.model_dump(mode="json"), config.model_dump(mode="json")))
+    # Anything else could turn a client's data into "unseen" tasks, or not fit the adapter.
+    refused = [key for key in changed if not re.fullmatch(EVALUATION_KEYS, key)]
+    if refused:
+        raise ExperimentError(
+            "eval can change data.path, data.test_examples_per_task, data.max_length, evaluation.* and where the model "
+            f"runs; got {', '.join(refused)}"
+        )
     aggregator, state, server_ranks = _final_state(config, run_folder)
     top = max(server_ranks.values())
     if rank is not None and not 1 <= rank <= top:
         raise ExperimentError(f"--rank must be in 1..{top}, the server's rank in this run; got {rank}")
-    workbench = Workbench.load(config, gather_participants(config))
+    participants = gather_participants(config)
+    manifest = read_manifest(run_folder / MANIFEST_FILE)
+    if manifest is not None and "data.path" in changed:
+        trained = manifest.data_hashes["clients"]
+        if corpus_hashes(participants.corpus)["clients"] != trained:
+            raise ExperimentError(
+                "data.path must hold the same data as the run was trained on, or its clients' data could count as "
+                "unseen; hold other data out with a run of its own"
+            )
+    workbench = Workbench.load(config, participants)
     scorer = Scorer(workbench)
     adapter = aggregator.broadcast(state, server_ranks)
     if rank is not None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from flexlora.clients import (
     ClientSpec,
     RankPlan,
     TypeRanks,
     assign_plans,
+    count_plans,
     rank_plans,
     stream,
 )
@@ -23,7 +25,7 @@ from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.generated import all_tasks, as_natural_instructions, split_of
 from flexlora.data.instructions import load_instructions
 from flexlora.data.natural_instructions import HoldOut, federate, load_natural_instructions, parse_task
-from flexlora.data.pretraining import seen_in_pretraining
+from flexlora.data.pretraining import BASE_FOLDER, seen_in_pretraining
 from flexlora.partition import fixed_validation
 
 
@@ -45,13 +47,20 @@ class Participants:
     plans: Mapping[str, RankPlan]
     warnings: tuple[str, ...]
 
+    def in_words(self) -> str:
+        """Return how many clients of each type there are, and how many unseen tasks."""
+        counts = count_plans(client.plan for client in self.clients)
+        types = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        return f"{len(self.clients):,} clients ({types}), {len(self.corpus.unseen)} unseen tasks"
+
 
 def gather_participants(config: Config) -> Participants:
     """Read the data, deal them to clients and give each client its ranks."""
     if isinstance(config.data, InstructionsData):
         corpus, warnings = _read_rows(config.data, config.seed)
     else:
-        is_embedded = config.model.name_or_path == "embedded"
+        name = config.model.name_or_path
+        is_embedded = name == "embedded" or Path(name).expanduser().resolve() == BASE_FOLDER
         corpus, warnings = _read_tasks(config.data, config.seed, base_is_embedded=is_embedded)
     rng = stream(config.seed, "validation")
     validation = fixed_validation(corpus.clients, config.data.validation_examples, rng)

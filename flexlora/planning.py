@@ -6,18 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexlora.clients import (
-    compact_ranks,
-)
-from flexlora.config import (
-    Config,
-)
+import torch
+
+from flexlora.clients import compact_ranks
+from flexlora.config import Config
 from flexlora.costs import BaseShape, ClientCost, LocalWork, client_cost, measure_flops_per_second
 from flexlora.data.prompts import IGNORED, encode_many
 from flexlora.model import load_empty_model, target_modules
 from flexlora.participants import Participants, gather_participants
 from flexlora.report.tables import bytes_text, seconds_text
-from flexlora.workbench import adapted_shapes, base_name, cohort_size, largest_ranks, resolve_device
+from flexlora.workbench import adapted_shapes, base_name, check_length, cohort_size, largest_ranks, resolve_device
 
 TOKEN_SAMPLE = 256
 
@@ -72,6 +70,10 @@ def plan_experiment(config: Config) -> Plan:
     )
     shapes = adapted_shapes(target_modules(base, config.lora.target_modules), participants.plans.values())
     device = resolve_device(config.model.device)
+    if config.model.num_threads is not None:
+        torch.set_num_threads(config.model.num_threads)
+    check_length(base.config, config.data.max_length)
+    text = base.config.get_text_config()
     training, data, rounds = config.training, config.data, config.rounds
     sample = [
         example
@@ -85,10 +87,10 @@ def plan_experiment(config: Config) -> Plan:
     padded = sum(lengths) / len(lengths) * 1.25
     shape = BaseShape(
         num_parameters=sum(parameter.numel() for parameter in base.parameters()),
-        num_layers=base.config.num_hidden_layers,
-        hidden_size=base.config.hidden_size,
-        intermediate_size=getattr(base.config, "intermediate_size", None) or 4 * base.config.hidden_size,
-        vocab_size=base.config.vocab_size,
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocab_size=text.vocab_size,
         bytes_per_parameter={"float32": 4, "bfloat16": 2}[config.model.dtype],
     )
     batch_tokens = training.batch_size * padded
@@ -112,7 +114,7 @@ def plan_experiment(config: Config) -> Plan:
         folded = config.method.name == "flexlora" and config.method.fold_tail
         tail = sum((rank - ranks.get(module, 0)) * sum(shapes[module]) for module, rank in server_ranks.items())
         down_bytes = cost.transfer_bytes + (tail * wire_bytes if folded else 0)
-        rows.append(PlanRow(name, compact_ranks(ranks), len(own), cost, down_bytes))
+        rows.append(PlanRow(name, compact_ranks(ranks, shapes), len(own), cost, down_bytes))
     per_round = cohort_size(config, len(participants.clients))
     return Plan(_plan_facts(config, participants, shape, rows, per_round), rows, participants.warnings + PLAN_NOTES)
 

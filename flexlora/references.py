@@ -4,11 +4,13 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from flexlora.clients import (
     Broadcast,
+    ClientSpec,
     RankPlan,
     compact_ranks,
     stream_seed,
@@ -62,7 +64,9 @@ def measure_references(workbench: Workbench, loop: Loop, state: Any, folder: Pat
     if evaluation.local_only_clients and references.local_only is None:
         references = references.model_copy(update={"local_only": _local_only(workbench, loop, state, notify)})
         write_references(path, references)
-    if evaluation.fedit_reference and references.fedit_smallest_rank is None:
+    # FedIT has one rank in any run, so a run of FedIT is its own reference.
+    is_fedit = workbench.config.method.name == "fedit"
+    if evaluation.fedit_reference and not is_fedit and references.fedit_smallest_rank is None:
         references = references.model_copy(
             update={"fedit_smallest_rank": _fedit_reference(workbench, base, folder, notify)}
         )
@@ -71,35 +75,19 @@ def measure_references(workbench: Workbench, loop: Loop, state: Any, folder: Pat
 
 def _local_only(workbench: Workbench, loop: Loop, state: Any, notify: Notify) -> LocalOnlyRecord:
     """Train sampled clients alone and compare with what the federation gives them."""
-    evaluation, config = workbench.config.evaluation, workbench.config
-    plans = max(1, len(workbench.participants.plans))
-    sampled = workbench.sampled_clients(-(-evaluation.local_only_clients // plans), "local-only")
-    clients = [client for group in sampled.values() for client in group][: evaluation.local_only_clients]
-    notify(Stage(f"Training {len(clients)} sampled clients alone", len(clients)))
-    settings = dataclasses.replace(local_training(config), num_epochs=evaluation.local_only_epochs, max_steps=None)
-    start = loop.aggregator.init(loop.federation.initial_adapter)
-    unseen, rows = workbench.unseen_tasks(), []
+    number = workbench.config.evaluation.local_only_clients
+    sampled = workbench.sampled_clients(number, "local-only").values()
+    # One of each type in turn, so that no type is left out before another has a second client.
+    in_turn = [client for turn in zip_longest(*sampled) for client in turn if client is not None]
+    clients = sorted(in_turn[:number], key=lambda client: (client.plan.name, client.client_id))
+    notify(Stage(f"Reference: {len(clients)} sampled clients train alone", len(clients)))
+    rows = []
     for client in clients:
-        ranks, own = client.plan.resolve(workbench.shapes), workbench.own_tests([client])
-        adapter, _ = train_client(
-            workbench.model,
-            loop.aggregator.broadcast(start, ranks),
-            workbench.training_examples(client.client_id),
-            settings,
-            config.training.learning_rate,
-            stream_seed(config.seed, "local-only", client.client_id),
-        )
-        alone, together = Broadcast(adapter), loop.aggregator.broadcast(state, ranks)
-        rows.append(
-            LocalClientRecord(
-                client_id=client.client_id,
-                plan=client.plan.name,
-                own=combined_record(workbench.score(alone, own).values()),
-                global_own=combined_record(workbench.score(together, own).values()),
-                base_own=combined_record(workbench.score(None, own).values()),
-                unseen=combined_record(workbench.score(alone, unseen).values()),
-            )
-        )
+        try:
+            rows.append(_alone(workbench, loop, state, client))
+        except Exception as error:  # As in a round, a client's failure ends nothing.
+            reason = f"{type(error).__name__}: {error}"
+            rows.append(LocalClientRecord(client_id=client.client_id, plan=client.plan.name, failure=reason))
         notify(RoundEvent("client", 0, len(clients)))
     return LocalOnlyRecord(
         clients=rows,
@@ -107,6 +95,28 @@ def _local_only(workbench: Workbench, loop: Loop, state: Any, notify: Notify) ->
         global_own=_mean_record([row.global_own for row in rows]),
         base_own=_mean_record([row.base_own for row in rows]),
         unseen=_mean_record([row.unseen for row in rows]),
+    )
+
+
+def _alone(workbench: Workbench, loop: Loop, state: Any, client: ClientSpec) -> LocalClientRecord:
+    config, ranks, own = workbench.config, client.plan.resolve(workbench.shapes), workbench.own_tests([client])
+    epochs = config.evaluation.local_only_epochs
+    adapter, _ = train_client(
+        workbench.model,
+        loop.aggregator.broadcast(loop.aggregator.init(loop.federation.initial_adapter), ranks),
+        workbench.training_examples(client.client_id),
+        dataclasses.replace(local_training(config), num_epochs=epochs, max_steps=None),
+        config.training.learning_rate,
+        stream_seed(config.seed, "local-only", client.client_id),
+    )
+    alone, together = Broadcast(adapter), loop.aggregator.broadcast(state, ranks)
+    return LocalClientRecord(
+        client_id=client.client_id,
+        plan=client.plan.name,
+        own=combined_record(workbench.score(alone, own).values()),
+        global_own=combined_record(workbench.score(together, own).values()),
+        base_own=combined_record(workbench.score(None, own).values()),
+        unseen=combined_record(workbench.score(alone, workbench.unseen_tasks()).values()),
     )
 
 
@@ -127,7 +137,7 @@ def _fedit_reference(workbench: Workbench, base: EvaluationRecord, folder: Path,
     run_rounds(loop)
     records = read_records(loop.folder / RECORDS_FILE)
     scored = [(record.server_round, record.evaluation) for record in records if record.evaluation]
-    compact = compact_ranks(ranks)
+    compact = compact_ranks(ranks, workbench.shapes)
     return ReferenceRunRecord(
         rank=describe_ranks(compact),
         ranks=compact,

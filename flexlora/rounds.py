@@ -1,6 +1,7 @@
 """The algorithm: sample, broadcast, train, aggregate, evaluate, record. The only round loop there is."""
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from flexlora import FlexLoraError
 from flexlora.aggregators.base import Aggregator
 from flexlora.checkpoint import Checkpoint, load_latest, save_checkpoint
 from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update, compact_ranks, sample_cohort
@@ -28,7 +30,9 @@ from flexlora.report.records import (
     read_records,
     to_line,
 )
-from flexlora.uplink.wire import UpdateError, check_update
+from flexlora.uplink.wire import UpdateError, WireDtype, check_update
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS_FOLDER = "checkpoints"
 SIGNIFICANT_DIGITS = 6
@@ -58,6 +62,7 @@ class Federation:
         server_ranks: Module path -> rank of the global adapter that is evaluated and exported.
         initial_adapter: PEFT's initial factors at the server ranks.
         scaling: The rule every client's scaling follows.
+        wire_dtype: In which factors travel.
     """
 
     clients: Sequence[ClientSpec]
@@ -65,6 +70,7 @@ class Federation:
     server_ranks: Mapping[str, int]
     initial_adapter: AdapterState
     scaling: Scaling
+    wire_dtype: WireDtype = "float32"
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,12 @@ def _resumed(loop: Loop) -> Checkpoint | None:
     checkpoint = load_latest(loop.folder / CHECKPOINTS_FOLDER, loop.state_types)
     if checkpoint is None:
         return None
+    progress = Progress(**checkpoint.progress["loop"])
+    if progress.failed_rounds_in_a_row:
+        # The cause may have been mended meanwhile: a resumed run tries again.
+        mended = dataclasses.replace(progress, failed_rounds_in_a_row=0, stopped=None)
+        remembered = {**checkpoint.progress, "loop": dataclasses.asdict(mended)}
+        checkpoint = dataclasses.replace(checkpoint, progress=remembered)
     records = loop.folder / RECORDS_FILE
     keep_rounds(records, checkpoint.server_round)
     written = read_records(records)
@@ -213,7 +225,7 @@ def _started(loop: Loop) -> Checkpoint:
     with watch.stage("evaluate"):
         scores = loop.evaluator.scores(None)
     record = RoundRecord(server_round=0, evaluation=scores, seconds=watch.seconds)
-    progress = Progress(best_validation_loss=scores.validation.loss if scores.validation else None)
+    progress = Progress(best_validation_loss=scores.validation_loss)
     checkpoint = _save(loop, 0, loop.aggregator.init(loop.federation.initial_adapter), progress, record)
     append_record(loop.folder / RECORDS_FILE, record)
     loop.notify(RoundEvent("done", 0, record=record))
@@ -237,11 +249,12 @@ def _run_round(loop: Loop, server_round: int, state: Any, progress: Progress) ->
     with watch.stage("total"):
         cohort = sample_cohort(federation.clients, settings.cohort_size, settings.seed, server_round)
         loop.notify(RoundEvent("cohort", server_round, len(cohort)))
-        state, clients = _train_cohort(loop, server_round, state, cohort, watch)
-        progress = _count_updates(progress, clients, settings.max_failed_rounds)
+        state, clients, problem = _train_cohort(loop, server_round, state, cohort, watch)
+        num_updates = sum(client.outcome == "ok" for client in clients) if problem is None else 0
+        progress = _count_updates(progress, num_updates, settings.max_failed_rounds)
         with watch.stage("spectra"):
             global_adapter = loop.aggregator.broadcast(state, federation.server_ranks)
-            spectra = adapter_spectra(global_adapter)
+            spectra = loop.aggregator.spectra(state)
             plans = sorted({client.plan for client in federation.clients}, key=lambda plan: plan.name)
             kept = {plan.name: share_inside(spectra, plan.resolve(federation.shapes)) for plan in plans}
         is_last = server_round == settings.num_rounds or progress.stopped is not None
@@ -274,7 +287,7 @@ def _run_round(loop: Loop, server_round: int, state: Any, progress: Progress) ->
         energy_kept={name: _rounded(share) for name, share in kept.items()},
         energy_above_smallest=_rounded(1.0 - min(kept.values())),
         evaluation=scores,
-        note=None if any(client.outcome == "ok" for client in clients) else "no client survived; the state was kept",
+        note=problem,
         stopped=progress.stopped,
         seconds=watch.seconds,
     )
@@ -283,8 +296,8 @@ def _run_round(loop: Loop, server_round: int, state: Any, progress: Progress) ->
 
 def _train_cohort(
     loop: Loop, server_round: int, state: Any, cohort: Sequence[ClientSpec], watch: _Stopwatch
-) -> tuple[Any, list[ClientRecord]]:
-    """Return the state after the cohort's updates, which are folded as they arrive, and what became of each client."""
+) -> tuple[Any, list[ClientRecord], str | None]:
+    """Return the state after the updates, folded as they arrive, each client's outcome, and what went wrong."""
     shapes = loop.federation.shapes
     with watch.stage("broadcast"):
         ranks = {plan: plan.resolve(shapes) for plan in dict.fromkeys(client.plan for client in cohort)}
@@ -292,81 +305,100 @@ def _train_cohort(
     by_id = {client.client_id: client for client in cohort}
     clients: list[ClientRecord] = []
 
-    def survivors() -> Iterator[Update]:
-        outcomes = loop.engine.train(server_round, cohort, broadcasts)
+    def outcomes() -> Iterator[Update | ClientFailure]:
+        trained = loop.engine.train(server_round, cohort, broadcasts)
         while True:
             with watch.stage("train"):
-                outcome = next(outcomes, None)
+                outcome = next(trained, None)
             if outcome is None:
-                return
-            client = by_id[str(outcome.client_id)]
+                break
+            yield outcome
+        for client_id in sorted(by_id.keys() - {client.client_id for client in clients}):
+            yield ClientFailure(client_id, "train", "the engine gave no outcome for this client")
+
+    def survivors() -> Iterator[Update]:
+        for outcome in outcomes():
+            client = by_id.get(str(outcome.client_id))
+            if client is None or any(client.client_id == known.client_id for known in clients):
+                log.warning("round %d: dropped an outcome of %r, who is not due", server_round, outcome.client_id)
+                continue
             if isinstance(outcome, Update):
                 outcome = _validated(outcome, ranks[client.plan], loop.federation)
-            clients.append(_client_record(client, ranks[client.plan], outcome))
+            clients.append(_client_record(client, ranks[client.plan], shapes, outcome))
             loop.notify(RoundEvent("client", server_round, len(cohort), client=clients[-1]))
             if isinstance(outcome, Update):
                 yield outcome
 
     updates = survivors()
     first = next(updates, None)
-    if first is not None:
-        before = watch.seconds["train"]
+    if first is None:
+        return state, clients, "no client survived; the state was kept"
+    before, problem = watch.seconds["train"], None
+    try:
         with watch.stage("aggregate"):
             state = loop.aggregator.aggregate(state, chain([first], updates))
-        # The aggregator waits for clients while it folds; that time is theirs.
-        watch.seconds["aggregate"] -= watch.seconds["train"] - before
-    return state, clients
+    except FlexLoraError as error:
+        problem = f"the updates could not be aggregated and the state was kept: {error}"
+        for _ in updates:
+            pass  # The clients that are still due belong into the record.
+    # The aggregator waits for clients while it folds; that time is theirs.
+    watch.seconds["aggregate"] -= watch.seconds["train"] - before
+    return state, clients, problem
 
 
 def _validated(update: Update, ranks: Mapping[str, int], federation: Federation) -> Update | ClientFailure:
     """Return the update, or the failure it amounts to when the server cannot use it."""
     try:
-        check_update(update.payload, ranks, federation.shapes, federation.scaling)
+        check_update(update.payload, ranks, federation.shapes, federation.scaling, federation.wire_dtype)
         if not (math.isfinite(update.weight) and update.weight > 0):
             raise UpdateError(f"weight must be positive and finite; got {update.weight}")
     except UpdateError as error:
-        return ClientFailure(str(update.client_id), "validate", str(error), update.down_bytes)
+        return ClientFailure(str(update.client_id), "validate", str(error), update.down_bytes, update.up_bytes)
     return update
 
 
-def _client_record(client: ClientSpec, ranks: Mapping[str, int], outcome: Update | ClientFailure) -> ClientRecord:
+def _client_record(
+    client: ClientSpec,
+    ranks: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    outcome: Update | ClientFailure,
+) -> ClientRecord:
     known = {
         "client_id": client.client_id,
         "plan": client.plan.name,
-        "ranks": compact_ranks(ranks),
+        "ranks": compact_ranks(ranks, shapes),
         "num_examples": client.num_examples,
         "down_bytes": outcome.down_bytes,
+        "up_bytes": outcome.up_bytes,
     }
     if isinstance(outcome, ClientFailure):
         return ClientRecord(**known, outcome="failed", stage=outcome.stage, reason=outcome.reason)
     steps = outcome.metrics.get("steps")
     return ClientRecord(
         **known,
-        up_bytes=outcome.up_bytes,
         outcome="ok",
         loss=_rounded(outcome.metrics["loss"]) if "loss" in outcome.metrics else None,
         steps=None if steps is None else int(steps),
     )
 
 
-def _count_updates(progress: Progress, clients: Sequence[ClientRecord], max_failed_rounds: int) -> Progress:
-    num_ok = sum(client.outcome == "ok" for client in clients)
-    failed_in_a_row = 0 if num_ok else progress.failed_rounds_in_a_row + 1
+def _count_updates(progress: Progress, num_updates: int, max_failed_rounds: int) -> Progress:
+    failed_in_a_row = 0 if num_updates else progress.failed_rounds_in_a_row + 1
     stopped = progress.stopped
     if failed_in_a_row >= max_failed_rounds:
         stopped = f"every client failed in {failed_in_a_row} rounds in a row (rounds.max_failed_rounds)"
     return dataclasses.replace(
         progress,
         failed_rounds_in_a_row=failed_in_a_row,
-        num_updates=progress.num_updates + num_ok,
+        num_updates=progress.num_updates + num_updates,
         stopped=stopped,
     )
 
 
 def _watch_validation(progress: Progress, scores: EvaluationRecord, patience: int | None) -> Progress:
-    if scores.validation is None:
+    loss, best = scores.validation_loss, progress.best_validation_loss
+    if loss is None:
         return progress
-    loss, best = scores.validation.loss, progress.best_validation_loss
     if best is None or loss < best:
         return dataclasses.replace(progress, best_validation_loss=loss, evaluations_without_gain=0)
     without_gain = progress.evaluations_without_gain + 1

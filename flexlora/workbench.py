@@ -1,6 +1,7 @@
 """A loaded base model with the participants: what round loops, references and scores are made from."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,14 +21,12 @@ from flexlora.clients import (
     stream,
     stream_seed,
 )
-from flexlora.config import (
-    Config,
-)
+from flexlora.config import Config
 from flexlora.data.examples import Example
 from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.data.prompts import EncodedExample, encode_many
 from flexlora.engines.simulation import SimulationEngine
-from flexlora.evaluation import Score, combine, evaluate
+from flexlora.evaluation import Score, answer_loss, combine, evaluate
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.product import Split
 from flexlora.model import AdaptedModel, load_base_model, target_modules
@@ -62,6 +61,7 @@ class Stage:
     title: str
     num_steps: int | None = None
     completed: int = 0
+    notes: tuple[str, ...] = ()
 
 
 Notify = Callable[[RoundEvent | Stage], None]
@@ -94,6 +94,10 @@ class Workbench:
         if config.model.num_threads is not None:
             torch.set_num_threads(config.model.num_threads)
         device = resolve_device(config.model.device)
+        if device.startswith("cuda"):
+            # Resuming to the same bits needs kernels that add in a fixed order.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
         name = base_name(config)
         base, tokenizer = load_base_model(
             name,
@@ -103,6 +107,7 @@ class Workbench:
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
         )
+        check_length(base.config, config.data.max_length)
         shapes = adapted_shapes(target_modules(base, config.lora.target_modules), participants.plans.values())
         model = AdaptedModel(base, tokenizer, dropout=config.lora.dropout)
         scaling = scaling_rule(config)
@@ -145,6 +150,7 @@ class Workbench:
                 server_ranks=ranks,
                 initial_adapter=self.model.initial_adapter(ranks, self.scaling, seed),
                 scaling=self.scaling,
+                wire_dtype=rounds.wire_dtype,
             ),
             settings=RoundSettings(
                 num_rounds=rounds.num_rounds,
@@ -199,6 +205,14 @@ class Workbench:
             batch_size=evaluation.batch_size,
         )
 
+    def validation_loss(self, adapter: Broadcast | None) -> float | None:
+        """Return nats per answer token on the fixed validation set, None without one."""
+        examples, data = self.participants.validation, self.config.data
+        if not examples:
+            return None
+        batch_size = self.config.evaluation.batch_size
+        return answer_loss(self.model, adapter, examples, data.template, data.max_length, batch_size)
+
     def unseen_tasks(self) -> dict[str, Sequence[Example]]:
         """Return the examples that zero-shot scores are about."""
         limit = self.config.data.test_examples_per_task
@@ -237,14 +251,11 @@ class Scorer:
         categories: dict[str, list[Score]] = {}
         for task, score in by_task.items():
             categories.setdefault(corpus.unseen[task].category or "all", []).append(score)
-        validation = None
-        if examples := self.workbench.participants.validation:
-            validation = combined_record(self.workbench.score(adapter, {"validation": examples}).values())
         return EvaluationRecord(
             unseen=combined_record(by_task.values()),
             unseen_unweighted=combined_record(by_task.values(), weighted=False),
             categories={name: combined_record(scores) for name, scores in sorted(categories.items())},
-            validation=validation,
+            validation_loss=self.workbench.validation_loss(adapter),
         )
 
     def rank_groups(self, broadcast: Callable[[RankPlan], Broadcast]) -> dict[str, RankGroupRecord]:
@@ -253,12 +264,14 @@ class Scorer:
         groups = {}
         for name, clients in self.workbench.sampled_clients(per_plan, "rank-groups").items() if per_plan else ():
             plan = self.workbench.participants.plans[name]
-            adapter, own = broadcast(plan), self.workbench.own_tests(clients)
+            # Without the frozen branch of methods that send one: what a device of these ranks can keep.
+            adapter, own = Broadcast(broadcast(plan).trainable), self.workbench.own_tests(clients)
             groups[name] = RankGroupRecord(
-                ranks=compact_ranks(plan.resolve(self.workbench.shapes)),
+                ranks=compact_ranks(plan.resolve(self.workbench.shapes), self.workbench.shapes),
                 num_clients=len(own),
                 unseen=combined_record(self.workbench.score(adapter, self.workbench.unseen_tasks()).values()),
                 own=combined_record(self.workbench.score(adapter, own).values()) if own else None,
+                base_own=combined_record(self.workbench.score(None, own).values()) if own else None,
             )
         return groups
 
@@ -295,7 +308,8 @@ def scaling_rule(config: Config) -> Scaling:
 
 def base_name(config: Config) -> str:
     """Return the folder or hub id of the base model."""
-    return str(BASE_FOLDER) if config.model.name_or_path == "embedded" else config.model.name_or_path
+    name = config.model.name_or_path
+    return str(BASE_FOLDER) if name == "embedded" else os.path.expanduser(name)
 
 
 def resolve_device(name: str) -> str:
@@ -309,6 +323,19 @@ def resolve_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise WorkbenchError(f"model.device={name} needs a CUDA device and there is none; use model.device=cpu or auto")
     return name
+
+
+def check_length(config: Any, max_length: int) -> None:
+    """Raise if sequences can be longer than the base model's context.
+
+    Raises:
+        WorkbenchError: Naming both lengths.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise WorkbenchError(
+            f"data.max_length must be at most {context}, the context of the base model; got {max_length}"
+        )
 
 
 def adapted_shapes(shapes: Mapping[str, tuple[int, int]], plans: Iterable[RankPlan]) -> dict[str, tuple[int, int]]:

@@ -68,7 +68,7 @@ class Scores:
         loss = self.losses[min(len(self.seen), len(self.losses) - 1)]
         self.seen.append(adapter)
         score = ScoreRecord(rouge_l=1, exact_match=2, loss=loss, num_examples=3, num_tasks=1)
-        return EvaluationRecord(unseen=score, unseen_unweighted=score, validation=score)
+        return EvaluationRecord(unseen=score, unseen_unweighted=score, validation_loss=loss)
 
     def rank_groups(self, broadcast: Callable[[RankPlan], Broadcast]) -> dict[str, RankGroupRecord]:
         ranks = {module: factors.rank for module, factors in broadcast(LOW).trainable.items()}

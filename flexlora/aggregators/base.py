@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from flexlora import FlexLoraError
 from flexlora.clients import Broadcast, Update
 from flexlora.lora.factors import AdapterState
+from flexlora.lora.product import Spectrum
 
 State = TypeVar("State")
 
@@ -33,6 +34,13 @@ class Aggregator(Protocol[State]):
 
     def broadcast(self, state: State, ranks: Mapping[str, int]) -> Broadcast:
         """Return what a client with these ranks per module receives; ``trainable`` has exactly these ranks."""
+        ...
+
+    def spectra(self, state: State) -> Mapping[str, Spectrum]:
+        """Return the global change of every module, its ``tail`` being what the last round brought and was not kept.
+
+        For records and figures: modules in sorted order, float64, scaling included.
+        """
         ...
 
 

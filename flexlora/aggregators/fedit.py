@@ -12,6 +12,7 @@ import torch
 from flexlora.aggregators.base import AggregationError, weighed
 from flexlora.clients import Broadcast, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
+from flexlora.lora.product import Spectrum, spectrum_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class FedIt:
         """
         _require_server_ranks(state.adapter, ranks, "the receiving client")
         return Broadcast({module: state.adapter[module].to(torch.float32) for module in sorted(ranks)})
+
+    def spectra(self, state: FedItState) -> dict[str, Spectrum]:
+        """Return the decomposed product of the averaged factors; nothing of it was discarded."""
+        return {module: spectrum_of(factors) for module, factors in state.adapter.items()}
 
 
 def _at_server(factors: LoraFactors, scaling: Scaling) -> LoraFactors:

@@ -80,8 +80,8 @@ class FlexLora:
         modules = sorted(adapter)
         max_ranks = {module: self.server_rank or adapter[module].rank for module in modules}
         return FlexLoraState(
-            spectra={module: spectrum_of(adapter[module]).truncate(max_ranks[module]) for module in modules},
-            initial_rows={module: adapter[module].A.detach().to(torch.float32, copy=True) for module in modules},
+            spectra={module: spectrum_of(adapter[module], max_ranks[module]) for module in modules},
+            initial_rows={module: adapter[module].to(torch.float32).A for module in modules},
             max_ranks=max_ranks,
         )
 
@@ -118,6 +118,10 @@ class FlexLora:
             for module, rank in sorted(ranks.items())
         }
         return Broadcast(trainable, _tails(state, ranks) if self.fold_tail else None)
+
+    def spectra(self, state: FlexLoraState) -> Mapping[str, Spectrum]:
+        """Return ``G`` per module as it is kept, with the norm of what the server's rank cut off in this round."""
+        return state.spectra
 
 
 def _covered_weight(weight_by_rank: Mapping[int, float], spectrum: Spectrum) -> Tensor:

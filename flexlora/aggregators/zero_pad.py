@@ -26,6 +26,7 @@ import torch
 from flexlora.aggregators.base import AggregationError, weighed
 from flexlora.clients import Broadcast, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
+from flexlora.lora.product import Spectrum, spectrum_of
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,10 @@ class ZeroPad:
             _require_rank_within(state.adapter[module], module, rank)
             trainable[module] = state.adapter[module].truncate(rank).with_scaling(self.scaling(rank)).to(torch.float32)
         return Broadcast(trainable)
+
+    def spectra(self, state: ZeroPadState) -> dict[str, Spectrum]:
+        """Return the decomposed product of the averaged factors; nothing of it was discarded."""
+        return {module: spectrum_of(factors) for module, factors in state.adapter.items()}
 
 
 def _folded(factors: LoraFactors) -> LoraFactors:

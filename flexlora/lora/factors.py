@@ -101,8 +101,11 @@ class LoraFactors:
         return LoraFactors(self.A, self.B * (self.scaling / scaling), scaling)
 
     def to(self, dtype: torch.dtype) -> "LoraFactors":
-        """Return a copy in ``dtype``, detached from any graph and sharing no memory."""
-        return LoraFactors(self.A.detach().to(dtype, copy=True), self.B.detach().to(dtype, copy=True), self.scaling)
+        """Return a copy in ``dtype``, stored row by row, detached from any graph and sharing no memory."""
+        A, B = (
+            factor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format) for factor in (self.A, self.B)
+        )
+        return LoraFactors(A, B, self.scaling)
 
 
 AdapterState = Mapping[str, LoraFactors]

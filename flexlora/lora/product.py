@@ -7,8 +7,9 @@ side the stacks are multiplied out, block by block, and the dense float64 sum is
 nothing goes through a Gram matrix, which would lose singular values below 1e-8 of the largest. Weights may be negative.
 """
 
-# torch.linalg and torch.special carry no type information.
+# torch.linalg and torch.special carry no type information, and LinAlgError comes from torch's private part.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false
 
 from dataclasses import dataclass, replace
 from math import hypot, isfinite
@@ -28,7 +29,7 @@ FACTORED_SHARE = 0.5
 
 
 class ProductError(FlexLoraError, ValueError):
-    """Changes that cannot be added up: another shape, or values that are not finite."""
+    """Changes that cannot be added up or decomposed: another shape, values that are not finite, no convergence."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def decompose(total: ProductSum, max_rank: int | None = None, divisor: float = 1
     """Return the singular value decomposition of ``total / divisor`` with at most ``max_rank`` directions.
 
     Singular values at the level of the rounding errors are noise and are left out (into ``tail``), so the spectrum of
-    a sum of known rank has that many directions, and a sum of nothing has none.
+    a sum of known rank has that many directions, and a sum of nothing has none. ``U`` and ``Vh`` are stored row by row,
+    as a checkpoint stores them: other strides would let a resumed run round differently.
 
     Args:
         total: What was added up.
@@ -135,7 +137,7 @@ def decompose(total: ProductSum, max_rank: int | None = None, divisor: float = 1
         divisor: Positive, usually the sum of the weights: a mean needs no second pass over the updates.
 
     Raises:
-        ProductError: If a factor or weight was NaN or infinite.
+        ProductError: If a factor or weight was NaN or infinite, or if LAPACK finds no decomposition.
     """
     if not isfinite(total.magnitude):
         raise ProductError("factors, scalings and weights must be finite; a sum of products became NaN or infinite")
@@ -146,12 +148,17 @@ def decompose(total: ProductSum, max_rank: int | None = None, divisor: float = 1
     largest = spectrum.Vh.gather(1, spectrum.Vh.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(torch.float64)
     # Cloned, because a slice would keep every discarded direction alive for as long as the state lives.
-    return Spectrum(spectrum.U * signs[:, 0], spectrum.S.clone(), spectrum.Vh * signs, spectrum.tail)
+    return Spectrum(
+        (spectrum.U * signs[:, 0]).clone(memory_format=torch.contiguous_format),
+        spectrum.S.clone(),
+        (spectrum.Vh * signs).clone(memory_format=torch.contiguous_format),
+        spectrum.tail,
+    )
 
 
-def spectrum_of(factors: LoraFactors) -> Spectrum:
-    """Return the singular value decomposition of one change."""
-    return decompose(add_product(ProductSum(*factors.shape), factors, 1.0))
+def spectrum_of(factors: LoraFactors, max_rank: int | None = None) -> Spectrum:
+    """Return the singular value decomposition of one change with at most ``max_rank`` directions."""
+    return decompose(add_product(ProductSum(*factors.shape), factors, 1.0), max_rank)
 
 
 def _add_columns(
@@ -181,7 +188,7 @@ def _decompose_stacks(total: ProductSum) -> tuple[Tensor, Tensor, Tensor]:
         return empty.reshape(total.out_features, 0), empty, empty.reshape(0, total.in_features)
     Q1, R1 = torch.linalg.qr(torch.cat(total.left, 1))
     Q2, R2 = torch.linalg.qr(torch.cat(total.right).T)
-    U, S, Vh = torch.linalg.svd(R1 @ R2.T, full_matrices=False)
+    U, S, Vh = _thin_svd(R1 @ R2.T)
     return Q1 @ U, S, Vh @ Q2.T
 
 
@@ -189,8 +196,29 @@ def _decompose_dense(dense: Tensor, rest: ProductSum) -> tuple[Tensor, Tensor, T
     """Return the thin SVD of ``dense`` plus the stacks not yet multiplied out."""
     if rest.left:
         dense = dense + torch.cat(rest.left, 1) @ torch.cat(rest.right)
-    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
-    return U, S, Vh
+    return _thin_svd(dense)
+
+
+def _thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD of a finite matrix, by a second way where LAPACK's iteration does not converge.
+
+    With ``matrix = Q R`` the second way decomposes ``R^T``, scaled to norm 1: the same singular values, to the same
+    digits, from other numbers to iterate on.
+    """
+    try:
+        return tuple(torch.linalg.svd(matrix, full_matrices=False))
+    except torch.linalg.LinAlgError:
+        norm = matrix.norm()
+    Q, R = torch.linalg.qr(matrix / norm)
+    try:
+        U, S, Vh = torch.linalg.svd(R.T, full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise ProductError(
+            f"a sum of products must have a singular value decomposition; the one of shape {tuple(matrix.shape)} and "
+            f"norm {float(norm):.3g} did not converge in two attempts, look for a client whose update is out of scale "
+            f"({error})"
+        ) from error
+    return Q @ Vh.T, S * norm, U.T
 
 
 def _fresh_rows(

@@ -15,11 +15,9 @@ from flexlora.report.records import (
     MANIFEST_FILE,
     RECORDS_FILE,
     REFERENCES_FILE,
-    EvaluationRecord,
     ManifestRecord,
     ReferencesRecord,
     RoundRecord,
-    ScoreRecord,
     SpectrumRecord,
     read_manifest,
     read_records,
@@ -292,7 +290,11 @@ def curves(run: RunFolder) -> list[Figure]:
     ]
     training = [
         Series("Training, surviving clients", FEDERATED, [(r.server_round, r.train_loss) for r in run.records]),
-        Series("Validation set", "c5", [(r.server_round, _score(r.evaluation, "loss")) for r in run.records]),
+        Series(
+            "Validation set",
+            "c5",
+            [(r.server_round, (r.evaluation.validation_loss if r.evaluation else None)) for r in run.records],
+        ),
     ]
     chart = figures.line_chart(training, what="Loss while training", from_zero=False, write=_writer(3))
     caption = "Training loss is the mean over the steps of each client; early stopping watches the validation set."
@@ -521,11 +523,6 @@ def _ahead(gain: float | None) -> str:
     if abs(gain) < 0.05:
         return "the same"
     return f"{tables.number_text(abs(gain))} points {'less' if gain > 0 else 'more'}"
-
-
-def _score(evaluation: EvaluationRecord | None, measure: str) -> float | None:
-    score: ScoreRecord | None = evaluation.validation if evaluation else None
-    return getattr(score, measure) if score else None
 
 
 def _percent(share: float | None) -> float | None:

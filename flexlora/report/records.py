@@ -51,6 +51,7 @@ class RankGroupRecord(_Record):
     num_clients: int = Field(ge=0, description="Clients whose own test data were used")
     unseen: ScoreRecord | None = Field(default=None, description="Unseen tasks, adapter truncated to these ranks")
     own: ScoreRecord | None = Field(default=None, description="These clients' own test data, same adapter")
+    base_own: ScoreRecord | None = Field(default=None, description="The base model alone, there")
 
 
 class EvaluationRecord(_Record):
@@ -59,7 +60,9 @@ class EvaluationRecord(_Record):
     unseen: ScoreRecord = Field(description="Unseen tasks, weighted by examples")
     unseen_unweighted: ScoreRecord = Field(description="Unseen tasks, plain mean over tasks")
     categories: dict[str, ScoreRecord] = Field(default={}, description="Category of unseen tasks -> its score")
-    validation: ScoreRecord | None = Field(default=None, description="The fixed set that early stopping watches")
+    validation_loss: float | None = Field(
+        default=None, description="Nats per answer token on the fixed set that early stopping watches"
+    )
     rank_groups: dict[str, RankGroupRecord] = Field(default={}, description="Plan name -> its group")
 
 
@@ -114,14 +117,15 @@ class RoundRecord(_Record):
 
 
 class LocalClientRecord(_Record):
-    """One sampled client that also trained alone, with the same number of examples and rounds."""
+    """One sampled client that also trained alone, for `evaluation.local_only_epochs` passes over its examples."""
 
     client_id: str
     plan: str
-    own: ScoreRecord = Field(description="Its local-only adapter on its own test data")
+    own: ScoreRecord | None = Field(default=None, description="Its local-only adapter on its own test data")
     global_own: ScoreRecord | None = Field(default=None, description="The global adapter, cut to its ranks, there")
     base_own: ScoreRecord | None = Field(default=None, description="The base model alone, there")
     unseen: ScoreRecord | None = Field(default=None, description="Its local-only adapter on the unseen tasks")
+    failure: str | None = Field(default=None, description="Why it has no scores; null when it has")
 
 
 class LocalOnlyRecord(_Record):
@@ -177,6 +181,8 @@ class ManifestRecord(_Record):
     num_unseen_tasks: int = Field(ge=0)
     num_rounds: int | None = Field(default=None, description="Rounds asked for; null when unknown")
     cohort_size: int | None = None
+    device: str | None = None
+    num_threads: int | None = Field(default=None, description="CPU threads of tensor work; results depend on them")
     plan_counts: dict[str, int] = Field(default={}, description="Plan name -> clients that have it")
     plan_ranks: dict[str, dict[str, int]] = Field(default={}, description="Plan name -> module path -> rank")
     warnings: list[str] = []

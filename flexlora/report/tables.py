@@ -279,8 +279,6 @@ def fairness_table(
     """
     last = last_evaluated(records)
     groups = last.evaluation.rank_groups if last and last.evaluation and last.server_round > 0 else {}
-    base = base_evaluation(records, references)
-    base_groups = base.rank_groups if base else {}
     rows = []
     for plan, ranks in plan_ranks(records, manifest).items():
         local_clients = [c for c in references.local_only.clients if c.plan == plan] if references.local_only else []
@@ -292,7 +290,7 @@ def fairness_table(
         else:
             num_clients = groups[plan].num_clients if plan in groups else len(local_clients)
             federated = _rouge_l(groups[plan].own) if plan in groups else None
-            before = _rouge_l(base_groups[plan].own) if plan in base_groups else None
+            before = _rouge_l(groups[plan].base_own) if plan in groups else None
         unseen = _rouge_l(groups[plan].unseen) if plan in groups else None
         if all(score is None for score in (alone, federated, before, unseen)):
             continue
@@ -491,5 +489,5 @@ def _leaf_order(leaf: str) -> tuple[int, str]:
 
 
 def _stage_order(stage: str) -> int:
-    order = ("broadcast", "train", "aggregate", "evaluate", "checkpoint")
+    order = ("broadcast", "train", "aggregate", "spectra", "evaluate", "checkpoint")
     return order.index(stage) if stage in order else len(order)

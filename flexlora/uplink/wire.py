@@ -81,14 +81,21 @@ def check_update(
     expected_ranks: Mapping[str, int],
     shapes: Mapping[str, tuple[int, int]],
     scaling: Scaling,
+    dtype: WireDtype = "float32",
 ) -> None:
-    """Raise unless ``adapter`` is what a client of these ranks had to return.
+    """Raise unless ``adapter`` is what a client of these ranks had to return, and small enough to be sent on.
+
+    The Frobenius norm of each factor must stay below the square root of the largest float32 (1.8e19) and that of each
+    change below the square root of the largest ``dtype`` (256 for float16). One finite but huge update would otherwise
+    make every later broadcast infinite; the root leaves as much room again for what the change is multiplied by on its
+    way out, such as ``1 / scaling``. It says what numbers can hold, not what is plausible.
 
     Args:
         adapter: What arrived.
         expected_ranks: Rank per module; the modules must be exactly these.
         shapes: ``(out_features, in_features)`` of each of these modules.
         scaling: The rule that gives the scaling for a rank.
+        dtype: Type in which the server will send what it makes of the update.
 
     Raises:
         UpdateError: Naming the module, the rule and the value.
@@ -116,6 +123,29 @@ def check_update(
                 raise UpdateError(
                     f"{module}: {name} must be finite; got {num_bad} NaN or infinite values of {factor.numel()}"
                 )
+        _check_norms(module, factors, dtype)
+
+
+def _check_norms(module: str, factors: LoraFactors, dtype: WireDtype) -> None:
+    """Raise unless finite factors and their change are below the norms that ``check_update`` allows."""
+    norms = {
+        name: float(factor.to(torch.float64).square().sum().sqrt())
+        for name, factor in (("A", factors.A), ("B", factors.B))
+    }
+    limit = torch.finfo(torch.float32).max ** 0.5
+    for name, norm in norms.items():
+        if norm >= limit:
+            raise UpdateError(
+                f"{module}: the norm of {name} must be below {limit:.4g}, the root of the largest float32; "
+                f"got {norm:.4g}"
+            )
+    limit = torch.finfo(_DTYPES[dtype]).max ** 0.5
+    # The product of norms bounds the norm of the product; only where that does not settle it is the QR worth its time.
+    if abs(factors.scaling) * norms["A"] * norms["B"] >= limit and (norm := factors.norm()) >= limit:
+        raise UpdateError(
+            f"{module}: the norm of the change must be below {limit:.4g}, the root of the largest {dtype}; "
+            f"got {norm:.4g}"
+        )
 
 
 def _pack(branches: Mapping[str, AdapterState], dtype: WireDtype, fields: Mapping[str, str]) -> bytes:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -78,3 +79,17 @@ def test_a_payload_under_another_scaling_counts_as_the_change_it_is():
     found = aggregator.broadcast(state, {"m": 4}).trainable["m"]
     assert found.scaling == SCALING(4)
     torch.testing.assert_close(found.delta(), update.delta(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_spectrum_is_the_decomposition_of_the_averaged_product():
+    aggregator = FedIt(scaling=SCALING)
+    updates = [Update(str(i), {"m": factors(4, i)}, 1.0 + i) for i in range(3)]
+    state = aggregator.aggregate(aggregator.init({"m": factors(4, 9)}), updates)
+    A = sum(u.weight / 6 * u.payload["m"].A.double().numpy() for u in updates)
+    B = sum(u.weight / 6 * u.payload["m"].B.double().numpy() for u in updates)
+    W = SCALING(4) * B @ A
+    spectrum = aggregator.spectra(state)["m"]
+    S = np.linalg.svd(W, compute_uv=False)
+    np.testing.assert_allclose(spectrum.S.numpy(), S[: len(spectrum.S)], rtol=1e-12)
+    np.testing.assert_allclose(spectrum.delta().numpy(), W, atol=1e-12 * S[0])
+    assert spectrum.tail < 1e-12 * S[0]  # the product has no more directions than the server keeps

@@ -215,6 +215,18 @@ def test_the_server_keeps_the_largest_rank_it_has_met_unless_told_otherwise():
     assert kept.tail == pytest.approx(np.linalg.norm(S[3:]))
 
 
+def test_spectra_carry_what_the_server_rank_cut_off():
+    updates = [Update(str(i), random_adapter(uniform(4), i), 1.0 + i) for i in range(3)]
+    aggregator = FlexLora(scaling=SCALING, server_rank=3)
+    spectra = aggregator.spectra(aggregator.aggregate(aggregator.init(initial_adapter()), updates))
+    assert list(spectra) == sorted(SHAPES)
+    for module, spectrum in spectra.items():
+        S = np.linalg.svd(numpy_mean_of_products(updates, module), compute_uv=False)
+        np.testing.assert_allclose(spectrum.S.numpy(), S[:3], rtol=1e-10)
+        assert spectrum.tail == pytest.approx(np.linalg.norm(S[3:]))
+        assert spectrum.tail > 0
+
+
 def test_an_adapter_that_has_already_learned_is_kept_by_init():
     adapter = random_adapter(uniform(4), 5)
     aggregator = FlexLora(scaling=SCALING)

@@ -61,3 +61,17 @@ def test_ranks_above_the_servers_are_refused():
         aggregator.aggregate(state, [Update("large", {"m": factors(7, 2)}, 1.0)])
     with pytest.raises(AggregationError, match=r"largest rank in clients\.distribution"):
         aggregator.broadcast(state, {"m": 7})
+
+
+def test_the_spectrum_is_the_decomposition_of_the_averaged_product():
+    aggregator = ZeroPad(scaling=SCALING)
+    updates = [Update(str(i), {"m": factors(SERVER_RANK, i)}, 1.0 + i) for i in range(3)]
+    state = aggregator.aggregate(aggregator.init({"m": factors(SERVER_RANK, 9)}), updates)
+    A = sum(u.weight / 6 * u.payload["m"].A.double().numpy() for u in updates)
+    B = sum(u.weight / 6 * u.payload["m"].B.double().numpy() for u in updates)
+    W = SCALING(SERVER_RANK) * B @ A
+    spectrum = aggregator.spectra(state)["m"]
+    S = np.linalg.svd(W, compute_uv=False)
+    np.testing.assert_allclose(spectrum.S.numpy(), S[: len(spectrum.S)], rtol=1e-12)
+    np.testing.assert_allclose(spectrum.delta().numpy(), W, atol=1e-12 * S[0])
+    assert spectrum.tail < 1e-12 * S[0]  # the product has no more directions than the server keeps

@@ -75,3 +75,12 @@ def test_impossible_ranks_and_scalings_are_named():
         factors.truncate(4)
     with pytest.raises(ValueError, match="scaling must not be 0"):
         factors.with_scaling(0.0)
+
+
+def test_a_copy_is_stored_row_by_row_whatever_it_was_made_from():
+    factors = random_factors()
+    turned = LoraFactors(factors.A.T.contiguous().T, torch.cat([factors.B, factors.B], 1)[:, :3], factors.scaling)
+    copy = turned.to(torch.float64)
+    assert (copy.A.stride(), copy.B.stride()) == ((7, 1), (3, 1))
+    assert torch.equal(copy.A, factors.A.double())
+    assert torch.equal(copy.B, factors.B.double())

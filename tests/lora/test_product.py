@@ -194,6 +194,53 @@ def test_values_that_are_not_finite_are_refused(bad):
         decompose(add_product(ProductSum(5, 6), factors, 1.0))
 
 
+SVD_SHAPES = pytest.mark.parametrize("shape", [(24, 24), (40, 22), (22, 40), (1, 9), (9, 1)])
+
+
+@SVD_SHAPES
+@pytest.mark.parametrize("num_clients", [0, 1, FEW, MANY])
+@pytest.mark.parametrize("max_rank", [None, 1, 2])
+def test_every_tensor_of_a_spectrum_is_stored_row_by_row(shape, num_clients, max_rank):
+    spectrum = decompose(add_all(shape, random_updates(shape, num_clients)), max_rank)
+    for tensor in (spectrum.U, spectrum.S, spectrum.Vh):
+        assert tensor.stride() == torch.empty(tensor.shape).stride()
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def failing_svd(monkeypatch: pytest.MonkeyPatch, num_failures: int) -> None:
+    real, calls = torch.linalg.svd, iter(range(1000))
+
+    def svd(*args, **options):
+        if next(calls) < num_failures:
+            raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+
+
+@SVD_SHAPES
+@pytest.mark.parametrize("num_clients", [1, MANY])
+@pytest.mark.parametrize("size", [1e-60, 1.0, 1e60])
+def test_a_decomposition_that_does_not_converge_is_tried_another_way(shape, num_clients, size, monkeypatch):
+    updates = [(factors, size * weight) for factors, weight in random_updates(shape, num_clients)]
+    expected = decompose(add_all(shape, updates))
+    failing_svd(monkeypatch, 1)
+    found = decompose(add_all(shape, updates))
+    np.testing.assert_allclose(found.S.numpy(), expected.S.numpy(), rtol=1e-11)
+    assert relative_error(found.delta(), expected.delta().numpy()) < 1e-12
+    np.testing.assert_allclose(found.U.T @ found.U, np.eye(len(found.S)), atol=1e-12)
+    for tensor in (found.U, found.S, found.Vh):
+        assert tensor.stride() == torch.empty(tensor.shape).stride()
+
+
+@pytest.mark.parametrize("num_clients", [1, MANY])
+def test_a_decomposition_that_never_converges_is_an_error_that_says_so(num_clients, monkeypatch):
+    total = add_all((12, 10), random_updates((12, 10), num_clients))
+    failing_svd(monkeypatch, 1000)
+    with pytest.raises(ProductError, match=r"\(.*norm .* did not converge in two attempts"):
+        decompose(total)
+
+
 def test_changes_of_another_shape_are_refused():
     (factors, _), *_ = random_updates((5, 6), 1)
     with pytest.raises(ProductError, match=r"\(6, 5\); got \(5, 6\)"):
@@ -293,3 +340,11 @@ def test_the_spectrum_of_one_change_is_that_of_its_delta():
     (factors, _), *_ = random_updates((15, 12), 1, seed=3)
     expected = np.linalg.svd(factors.delta().numpy(), compute_uv=False)[: factors.rank]
     np.testing.assert_allclose(spectrum_of(factors).S.numpy(), expected, rtol=1e-12)
+
+
+def test_the_spectrum_of_one_change_may_be_cut_and_then_stores_no_more_than_it_keeps():
+    (factors, _), *_ = random_updates((15, 12), 1, seed=3)
+    whole, cut = spectrum_of(factors), spectrum_of(factors, max_rank=1)
+    assert torch.equal(cut.S, whole.S[:1])
+    assert cut.tail == pytest.approx(float(whole.S[1:].norm()))
+    assert cut.U.untyped_storage().nbytes() == cut.U.nbytes

@@ -57,7 +57,11 @@ def score(rouge_l: float, num_examples: int = 160, num_tasks: int = 8, loss: flo
 def evaluation(rouge_l: float, num_layers: int = 2, with_groups: bool = True) -> EvaluationRecord:
     groups = {
         name: RankGroupRecord(
-            ranks=ranks, num_clients=3 + place, unseen=score(rouge_l - 4 + place), own=score(rouge_l + 1 + place, 30, 3)
+            ranks=ranks,
+            num_clients=3 + place,
+            unseen=score(rouge_l - 4 + place),
+            own=score(rouge_l + 1 + place, 30, 3),
+            base_own=score(13 + place, 30, 3),
         )
         for place, (name, ranks) in enumerate(plan_ranks(num_layers).items())
     }
@@ -68,7 +72,7 @@ def evaluation(rouge_l: float, num_layers: int = 2, with_groups: bool = True) ->
             name: score(rouge_l * (0.7 + 0.2 * place), examples, tasks)
             for place, (name, (tasks, examples)) in enumerate(CATEGORIES.items())
         },
-        validation=score(rouge_l - 2, 50, 5),
+        validation_loss=score(rouge_l - 2, 50, 5).loss,
         rank_groups=groups if with_groups else {},
     )
 
@@ -240,7 +244,7 @@ def broken_numbers() -> RoundRecord:
         energy_kept={"type1": math.nan},
         energy_above_smallest=-math.inf,
         evaluation=EvaluationRecord(
-            unseen=bad, unseen_unweighted=bad, categories={"x": bad}, validation=bad, rank_groups={}
+            unseen=bad, unseen_unweighted=bad, categories={"x": bad}, validation_loss=float("nan"), rank_groups={}
         ),
         seconds={"train": math.nan},
     )

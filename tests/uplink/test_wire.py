@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 
 from flexlora import FlexLoraError
-from flexlora.clients import Broadcast
+from flexlora.aggregators import AGGREGATORS
+from flexlora.clients import Broadcast, ClientFailure, Update
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.uplink.wire import (
     UpdateError,
@@ -161,6 +162,71 @@ def test_values_that_are_not_finite_are_named(factor, bad):
     getattr(update["layers.10.down_proj"], factor)[1, 1] = bad
     with pytest.raises(UpdateError, match=rf"^layers\.10\.down_proj: {factor} must be finite; got 1 NaN"):
         check_update(update, RANKS, SHAPES, SCALING)
+
+
+LARGE = "layers.10.down_proj"
+
+
+def of_size(A: float, B: float, rank: int = 2) -> dict[str, LoraFactors]:
+    """Return a sound update but for one module, whose factors are constant."""
+    out_features, in_features = SHAPES[LARGE]
+    large = LoraFactors(torch.full((rank, in_features), A), torch.full((out_features, rank), B), SCALING(rank))
+    return {**adapter(), LARGE: large}
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "what"),
+    [(1e25, 1e25, "A"), (1e25, 0.0, "A"), (0.0, 1e25, "B"), (1e15, 1e15, "the change"), (3e38, 1e-38, "A")],
+)
+def test_finite_values_that_the_next_broadcast_could_not_hold_are_named(A, B, what):
+    with pytest.raises(
+        UpdateError, match=rf"^layers\.10\.down_proj: the norm of {what} must be below 1\.8\d*e\+19.*; got "
+    ):
+        check_update(of_size(A, B), RANKS, SHAPES, SCALING)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.99, 1.01])
+def test_the_largest_change_is_the_root_of_what_the_wire_can_hold(dtype, share):
+    limit = torch.finfo(DTYPES[dtype]).max ** 0.5
+    out_features, in_features = SHAPES[LARGE]
+    # Both columns of B are equal and so are the rows of A: ||s B A|| = s * rank * A * B * sqrt(out * in).
+    value = (share * limit / (SCALING(2) * 2 * (out_features * in_features) ** 0.5)) ** 0.5
+    if share < 1:
+        check_update(of_size(value, value), RANKS, SHAPES, SCALING, dtype)
+    else:
+        with pytest.raises(UpdateError, match=f"the norm of the change .* {dtype}"):
+            check_update(of_size(value, value), RANKS, SHAPES, SCALING, dtype)
+
+
+def test_factors_that_cancel_are_judged_by_their_change():
+    update = of_size(1.0, 1e12)
+    update[LARGE].B[:, 1] *= -1
+    update[LARGE].A.mul_(1e8)
+    check_update(update, RANKS, SHAPES, SCALING)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["fedit", "zero_pad", "flexlora"])
+def test_what_passes_can_be_broadcast_again(method, dtype):
+    scaling = Scaling("constant_alpha", 1.0)
+    limit = torch.finfo(DTYPES[dtype]).max ** 0.5
+    start = {"m": LoraFactors(torch.ones(4, 7), torch.zeros(4, 4), scaling(4))}
+    value = (0.99 * limit / 28**0.5) ** 0.5  # rank 4 at scaling 1/4: the norm is A * B * sqrt(28)
+    update = {"m": LoraFactors(torch.full((4, 7), value), torch.full((4, 4), value), scaling(4))}
+    # 16 entries of B, 28 of A.
+    check_update(update, {"m": 4}, {"m": (4, 7)}, scaling, dtype)
+    aggregator = AGGREGATORS[method](scaling=scaling)
+    state = aggregator.init(start)
+    for _ in range(3):
+        state = aggregator.aggregate(state, [Update("large", update, 1.0), Update("again", update, 2.0)])
+        update = decode_broadcast(encode_broadcast(aggregator.broadcast(state, {"m": 4}), dtype)).trainable
+        assert all(factor.isfinite().all() for factor in (update["m"].A, update["m"].B))
+
+
+def test_a_refused_update_can_be_recorded_with_the_bytes_that_travelled():
+    assert ClientFailure("a", "validate", "reason", 10, 20).up_bytes == 20
+    assert ClientFailure("a", "train", "reason").up_bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""The embedded corpus: thousands of small text tasks in the schema of Super-Natural Instructions, from a seed.
+
+    task = all_tasks()[0]
+    task.instances(num=10, seed=0)
+
+Every task computes something no other task computes. Tasks share primitives (list steps, word tables, scenes), so that
+what is learned on some helps on others; they differ in the adapter rank they need, from a change of layout to the
+dictionary of an invented language.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from random import Random
+from typing import Literal, TypedDict
+
+from flexlora.data.generated import (
+    grammar,
+    messages,
+    passages,
+    sentences,
+    sequences,
+    tables,
+    translations,
+    word_filters,
+    word_lists,
+    word_meaning,
+)
+from flexlora.data.generated.lexicon import LANGUAGES
+from flexlora.data.generated.recipe import Recipe
+
+Split = Literal["pretrain", "federated"]
+
+# Dictionaries of these languages are for the pretrained base; all other languages are new to it.
+_PRETRAIN_LANGUAGES = frozenset(LANGUAGES[-2:])
+_PRETRAIN_PERCENT = 26
+
+
+class Instance(TypedDict):
+    """One example of a task; `output` lists the accepted answers."""
+
+    id: str
+    input: str
+    output: list[str]
+
+
+@dataclass(frozen=True)
+class GeneratedTask:
+    """One task of the embedded corpus.
+
+    Attributes:
+        task_id: Stable name such as "list_order-0012".
+        category: The family in words.
+        definition: The task in natural language.
+    """
+
+    task_id: str
+    category: str
+    definition: str
+    recipe: Recipe
+
+    def instances(self, num: int, seed: int) -> list[Instance]:
+        """Returns up to `num` instances with different inputs, a function of the seed and the task alone.
+
+        A task over a small table of words has fewer different inputs than `num` may ask for; it then returns them all.
+        """
+        rng = Random(f"{seed}/{self.recipe.family}/{self.recipe.computes}")
+        drawn: dict[str, str] = {}
+        misses = 0
+        # 200 draws in a row without a new input: the task has (almost surely) no more of them.
+        while len(drawn) < num and misses < 200:
+            text, answer = self.recipe.make(rng)
+            misses = misses + 1 if text in drawn else 0
+            drawn.setdefault(text, answer)
+        return [
+            Instance(id=f"{self.task_id}-{number:04d}", input=text, output=[answer])
+            for number, (text, answer) in enumerate(drawn.items())
+        ]
+
+
+def _recipes() -> Iterator[Recipe]:
+    yield from word_lists.order_recipes()
+    yield from word_lists.select_recipes()
+    yield from word_filters.filter_recipes()
+    yield from word_filters.format_recipes()
+    yield from word_filters.count_recipes()
+    yield from word_meaning.fact_recipes()
+    yield from word_meaning.classify_recipes()
+    yield from translations.translation_recipes()
+    yield from sentences.rewrite_recipes()
+    yield from sentences.edit_recipes()
+    yield from grammar.grammar_recipes()
+    yield from grammar.complete_recipes()
+    yield from passages.comprehension_recipes()
+    yield from passages.extraction_recipes()
+    yield from tables.report_recipes()
+    yield from passages.question_recipes()
+    yield from messages.review_recipes()
+    yield from passages.title_recipes()
+    yield from passages.verify_recipes()
+    yield from tables.lookup_recipes()
+    yield from messages.dialogue_recipes()
+    yield from sequences.pattern_recipes()
+    yield from sequences.number_recipes()
+    yield from sequences.spelling_recipes()
+
+
+@lru_cache(maxsize=4)
+def all_tasks(seed: int = 0) -> tuple[GeneratedTask, ...]:
+    """Returns every task, always in the same order; the seed only chooses between the phrasings of a definition."""
+    numbers: dict[str, int] = {}
+    tasks: list[GeneratedTask] = []
+    for recipe in _recipes():
+        number = numbers.get(recipe.family, 0)
+        numbers[recipe.family] = number + 1
+        definition = Random(f"phrasing {seed}/{recipe.family}/{recipe.computes}").choice(recipe.phrasings)
+        tasks.append(GeneratedTask(f"{recipe.family}-{number:04d}", recipe.category, definition, recipe))
+    return tuple(tasks)
+
+
+def split_of(task: GeneratedTask) -> Split:
+    """Returns whether a task may be pretrained on ("pretrain") or is for clients and their evaluation ("federated").
+
+    The split follows from what the task computes, whatever the seed.
+    """
+    computes = task.recipe.computes
+    if task.recipe.family == "translate":
+        return "pretrain" if computes.split()[0] in _PRETRAIN_LANGUAGES else "federated"
+    digest = blake2b(f"{task.recipe.family}/{computes}".encode(), digest_size=4).digest()
+    return "pretrain" if int.from_bytes(digest, "big") % 100 < _PRETRAIN_PERCENT else "federated"
+
+
+def as_natural_instructions(task: GeneratedTask, num: int, seed: int) -> dict[str, list[str] | list[Instance]]:
+    """Returns the task as one file of Natural Instructions holds it."""
+    return {
+        "Definition": [task.definition],
+        "Categories": [task.category],
+        "Positive Examples": [],
+        "Negative Examples": [],
+        "Instances": task.instances(num, seed),
+    }

@@ -1,0 +1,225 @@
+"""Which tasks rewrite one sentence: its grammatical form, or its words one by one."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from random import Random
+
+from flexlora.data.generated.clauses import THINGS, draw_clause, write_clause
+from flexlora.data.generated.lexicon import (
+    DAYS,
+    NAMES,
+)
+from flexlora.data.generated.recipe import Recipe, capitalised
+
+_FORM_WORDINGS: dict[str, tuple[str, str]] = {
+    "present": ("in the present tense", "so that it happens now"),
+    "past": ("in the past tense", "so that it happened before"),
+    "future": ("in the future tense with will", "so that it will happen"),
+    "progressive": ("with is and the ing form", "so that it is happening just now"),
+    "perfect": ("with has and the participle", "as something that has been done"),
+    "negative": ("in the negative with does not", "so that it denies what is said"),
+    "past negative": ("in the past negative with did not", "so that it denies it for the past"),
+    "question": ("as a yes-no question with does", "as a question that starts with does"),
+    "past question": ("as a yes-no question with did", "as a question about the past that starts with did"),
+    "passive": ("in the passive with was", "so that the thing comes first and was acted on"),
+    "command": ("as a command without the name", "as an order with an exclamation mark"),
+    "polite": ("as a polite request with please", "so that it asks politely"),
+    "I": ("with I instead of the name", "in the first person"),
+    "we": ("with we instead of the name", "in the first person plural"),
+    "they": ("with they instead of the name", "in the third person plural"),
+    "pronoun": ("with he or she instead of the name", "with a pronoun for the person"),
+    "can": ("with can", "as something the person is able to do"),
+    "must": ("with must", "as something the person has to do"),
+    "may": ("with may", "as something the person is allowed to do"),
+    "plural": ("with the thing in the plural", "so that there is more than one thing"),
+    "wants": ("with hopes to", "as something the person hopes for"),
+    "cleft": ("starting with it is and then who", "so that it stresses the person with it is"),
+    "tag": ("with the word right as a question at the end", "so that it asks for agreement at the end"),
+    "opposite": ("with the opposite adjective", "so that the thing has the opposite quality"),
+    "bare": ("without the adjective", "so that the thing is not described"),
+    "past plural": ("in the past tense with the thing in the plural", "for the past and for several things"),
+    "past pronoun": ("in the past tense with he or she for the name", "for the past and with a pronoun"),
+    "future negative": ("in the negative with will not", "so that it will not happen"),
+    "headline": ("as a headline without the and full stop", "as a short headline"),
+    "noun phrase": ("as a phrase: the thing, of, and the name", "as the thing of the person"),
+}
+
+
+def rewrite_recipes() -> Iterator[Recipe]:
+    """Yields rewritings of a simple sentence from one grammatical form into another."""
+    sources = ("present", "past", "future", "negative", "passive", "I", "question", "perfect")
+    targets = list(_FORM_WORDINGS)
+
+    def make(rng: Random, *, source: str, target: str) -> tuple[str, str]:
+        clause = draw_clause(rng)
+        return write_clause(clause, source), write_clause(clause, target)
+
+    for number, source in enumerate(sources):
+        for place, target in enumerate(targets):
+            if source == target or (source == "I" and target in ("pronoun", "cleft", "noun phrase")):
+                continue
+            if number > 1 and (place + number) % 3:
+                continue
+            # A sentence in the first person has lost the name: only forms without a name can be asked for.
+            if source == "I" and target not in ("we", "they", "command", "polite"):
+                continue
+
+            how, why = _FORM_WORDINGS[target]
+            start = _FORM_WORDINGS[source][0]
+            yield Recipe(
+                "rewrite",
+                "Sentence Rewriting",
+                f"{source} to {target}",
+                (
+                    f"The sentence is written {start}. Rewrite it {how}.",
+                    f"Rewrite the sentence {how}. It is given {start}.",
+                    f"Change the sentence {why}. You get it {start}.",
+                ),
+                partial(make, source=source, target=target),
+            )
+
+
+def _sentence(rng: Random) -> list[str]:
+    """Draws a sentence of 4 to 7 words, without its full stop."""
+    clause = draw_clause(rng, adjective=rng.random() < 0.6)
+    words = write_clause(clause, rng.choice(("present", "past", "future"))).rstrip(".").split()
+    if rng.random() < 0.4:
+        words += ["on", rng.choice(DAYS)]
+    return words
+
+
+WordStep = tuple[str, tuple[str, str], Callable[[list[str]], list[str]]]
+
+
+def _word_steps() -> list[WordStep]:
+    """Returns the edits of a sentence seen as a list of words."""
+    steps: list[WordStep] = [
+        ("repeat last", ("repeat the last word", "write the last word once more"), lambda w: [*w, w[-1]]),
+        ("repeat first", ("repeat the first word", "write the first word twice"), lambda w: [w[0], *w]),
+        ("drop first", ("delete the first word", "leave out the word at the start"), lambda w: w[1:]),
+        ("drop last", ("delete the last word", "leave out the word at the end"), lambda w: w[:-1]),
+        ("drop the", ("delete the word the", "leave out the article"), lambda w: [x for x in w if x != "the"]),
+        (
+            "swap front",
+            ("swap the first two words", "exchange the two words at the start"),
+            lambda w: [w[1], w[0], *w[2:]],
+        ),
+        (
+            "swap back",
+            ("swap the last two words", "exchange the two words at the end"),
+            lambda w: [*w[:-2], w[-1], w[-2]],
+        ),
+        ("reverse", ("write the words in reverse order", "write it backwards, word by word"), lambda w: w[::-1]),
+        (
+            "a for the",
+            ("replace the by this", "write this in place of the"),
+            lambda w: ["this" if x == "the" else x for x in w],
+        ),
+        (
+            "that for the",
+            ("replace the by that", "write that in place of the"),
+            lambda w: ["that" if x == "the" else x for x in w],
+        ),
+        (
+            "my for the",
+            ("replace the by my", "write my in place of the"),
+            lambda w: ["my" if x == "the" else x for x in w],
+        ),
+        (
+            "your for the",
+            ("replace the by your", "write your in place of the"),
+            lambda w: ["your" if x == "the" else x for x in w],
+        ),
+        ("first three", ("keep only the first three words", "drop all after the third word"), lambda w: w[:3]),
+        ("last two", ("keep only the last two words", "drop all but the two words at the end"), lambda w: w[-2:]),
+        (
+            "ends",
+            ("keep only the first and the last word", "drop all between the first and last word"),
+            lambda w: [w[0], w[-1]],
+        ),
+    ]
+    for word in ("today", "again", "here", "too", "quickly", "maybe", "often", "alone", "there", "tonight"):
+        steps.append(
+            (
+                f"add {word}",
+                (f"add the word {word} at the end", f"put {word} after the last word"),
+                lambda w, word=word: [*w, word],
+            )
+        )
+    for word in ("Yesterday", "Maybe", "Now", "Luckily", "Sadly", "Suddenly", "Well", "Soon", "Later", "Listen"):
+        steps.append(
+            (
+                f"start {word}",
+                (f"put the word {word} at the start", f"begin with {word}"),
+                lambda w, word=word: [word, *w],
+            )
+        )
+    for word in NAMES[::4]:
+        steps.append(
+            (
+                f"name {word}",
+                (f"replace the name by {word}", f"write {word} in place of the person"),
+                lambda w, word=word: [word if x in NAMES else x for x in w],
+            )
+        )
+    for noun in THINGS[::9]:
+        steps.append(
+            (
+                f"thing {noun}",
+                (f"replace the thing by {noun}", f"write {noun} in place of the object"),
+                lambda w, noun=noun: [noun if x in THINGS else x for x in w],
+            )
+        )
+    return steps
+
+
+def edit_recipes() -> Iterator[Recipe]:
+    """Yields word-level edits of a sentence: one alone, and pairs of them."""
+    steps = _word_steps()
+
+    def make(rng: Random, *, apply: Callable[[list[str]], list[str]]) -> tuple[str, str]:
+        words = _sentence(rng)
+        return " ".join(words), " ".join(apply(words))
+
+    for name, wordings, apply in steps:
+        yield Recipe(
+            "edit",
+            "Sentence Editing",
+            name,
+            (
+                f"You get a sentence without its full stop. {capitalised(wordings[0])}.",
+                f"{capitalised(wordings[1])}. Leave the rest of the sentence as it is.",
+                f"Copy the sentence, but {wordings[0]}.",
+            ),
+            partial(make, apply=apply),
+        )
+
+    def make_two(
+        rng: Random, *, apply: Callable[[list[str]], list[str]], other_apply: Callable[[list[str]], list[str]]
+    ) -> tuple[str, str]:
+        words = _sentence(rng)
+        return " ".join(words), " ".join(other_apply(apply(words)))
+
+    for number, (name, wordings, apply) in enumerate(steps):
+        for offset in (3, 8, 17, 26):
+            other_name, other_wordings, other_apply = steps[(number + offset) % len(steps)]
+            shortening = ("first three", "last two", "ends", "drop first", "drop last")
+            if name in shortening or (name.startswith("thing") and other_name.startswith("thing")):
+                continue
+            if (
+                "for the" in name + other_name
+                and "the" in (name.split()[-1], other_name.split()[-1])
+                and name.split()[-1] == other_name.split()[-1]
+            ):
+                continue
+
+            yield Recipe(
+                "edit_two",
+                "Sentence Editing",
+                f"{name}, then {other_name}",
+                (
+                    f"Edit the sentence: {wordings[0]}, then {other_wordings[0]}.",
+                    f"In the sentence, first {wordings[1]}. After that {other_wordings[1]}.",
+                ),
+                partial(make_two, apply=apply, other_apply=other_apply),
+            )

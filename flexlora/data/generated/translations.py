@@ -1,0 +1,120 @@
+"""Which tasks translate between English and invented languages, whose dictionaries must be memorised."""
+
+from collections.abc import Iterator
+from functools import partial
+from random import Random
+
+from flexlora.data.generated.lexicon import (
+    ADJECTIVES,
+    CATEGORIES,
+    LANGUAGES,
+    PLURAL_CATEGORIES,
+    TRANSLATABLE,
+    invented_words,
+)
+from flexlora.data.generated.recipe import Recipe
+
+
+def translation_recipes() -> Iterator[Recipe]:
+    """Yields translations between English and invented languages, by topic, direction and form."""
+
+    def to_language(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+        noun = rng.choice(nouns)
+        return noun, d[noun]
+
+    def to_english(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+        noun = rng.choice(nouns)
+        return d[noun], noun
+
+    def pairs(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+        chosen = rng.sample(nouns, rng.randint(2, 3))
+        return ", ".join(chosen), ", ".join(d[noun] for noun in chosen)
+
+    def phrase(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...], colour: tuple[str, ...]) -> tuple[str, str]:
+        noun, tint = rng.choice(nouns), rng.choice(colour)
+        return f"the {tint} {noun}", f"{d[noun]} {d[tint]}"
+
+    def described(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+        noun, adjective = rng.choice(nouns), rng.choice(ADJECTIVES[:8])
+        return f"a {adjective} {noun}", f"{d[adjective]} {d[noun]}"
+
+    def back_pairs(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+        chosen = rng.sample(nouns, 2)
+        return ", ".join(d[noun] for noun in chosen), ", ".join(chosen)
+
+    def reverse_pairs(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+        chosen = rng.sample(nouns, rng.randint(2, 3))
+        return ", ".join(chosen), ", ".join(d[noun] for noun in reversed(chosen))
+
+    for number, language in enumerate(LANGUAGES):
+        dictionary = invented_words(language)
+        for place, category in enumerate(TRANSLATABLE):
+            many = PLURAL_CATEGORIES[category]
+            nouns = CATEGORIES[category]
+            colour = CATEGORIES["colour"][:6]
+
+            forms = [
+                (
+                    "word",
+                    partial(to_language, d=dictionary, nouns=nouns),
+                    (
+                        f"Translate the word into {language}. All words are {many}.",
+                        f"What is this word in {language}? It is one of the {many}.",
+                    ),
+                ),
+                (
+                    "back",
+                    partial(to_english, d=dictionary, nouns=nouns),
+                    (
+                        f"Translate the {language} word into English. It is one of the {many}.",
+                        f"The word is {language} and belongs to the {many}. Write it in English.",
+                    ),
+                ),
+                (
+                    "list",
+                    partial(pairs, d=dictionary, nouns=nouns),
+                    (
+                        f"Translate each word of the list of {many} into {language}.",
+                        f"Write the list of {many} in {language}, word by word.",
+                    ),
+                ),
+                (
+                    "phrase",
+                    partial(phrase, d=dictionary, nouns=nouns, colour=colour),
+                    (
+                        f"Translate the phrase into {language}. The colour follows the noun, "
+                        f"which is one of the {many}.",
+                        f"Say it in {language}: first the noun, one of the {many}, then the colour, and no article.",
+                    ),
+                ),
+            ]
+            extra = [
+                (
+                    "described",
+                    partial(described, d=dictionary, nouns=nouns),
+                    (
+                        f"Translate into {language} without the article: first the adjective, then the noun, "
+                        f"one of the {many}.",
+                        f"Write adjective and noun in {language} and drop the article. Nouns are {many}.",
+                    ),
+                ),
+                (
+                    "back list",
+                    partial(back_pairs, d=dictionary, nouns=nouns),
+                    (
+                        f"Translate each {language} word of the list into English. All are {many}.",
+                        f"Write the {language} list of {many} in English.",
+                    ),
+                ),
+                (
+                    "reversed",
+                    partial(reverse_pairs, d=dictionary, nouns=nouns),
+                    (
+                        f"Translate the list of {many} into {language} and reverse the order.",
+                        f"Write the {many} in {language}, starting with the last word.",
+                    ),
+                ),
+            ]
+            forms.append(extra[(number + place) % 3])
+            for name, make, phrasings in forms:
+                yield Recipe("translate", "Translation", f"{language} {category}; {name}", phrasings, make)

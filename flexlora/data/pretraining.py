@@ -1,0 +1,36 @@
+"""Which instances the embedded base model was pretrained on, so that no experiment uses them.
+
+The package carries one 64-bit hash per Natural Instructions instance of the pretrain-only tasks. A task is recognised
+by its text, whatever its file is called.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+BASE_FOLDER = Path(__file__).parents[1] / "models" / "base"
+INSTANCES_FILE = "pretraining_instances.npy"
+TASKS_FILE = "pretraining_tasks.json"
+
+
+def instance_hash(definition: str, input: str) -> int:
+    """Returns 64 bits that identify an instance; white space at either end of the two texts does not count."""
+    digest = blake2b(f"{definition.strip()}\0{input.strip()}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+@lru_cache(maxsize=1)
+def _seen_hashes() -> frozenset[int]:
+    return frozenset(np.load(BASE_FOLDER / INSTANCES_FILE, allow_pickle=False).tolist())
+
+
+def seen_in_pretraining(definition: str, inputs: Iterable[str]) -> bool:
+    """Returns whether the embedded base has seen any of these inputs under this definition.
+
+    Stops at the first input that was seen; a task that was not costs one hash per input.
+    """
+    seen = _seen_hashes()
+    return any(instance_hash(definition, text) in seen for text in inputs)
