@@ -158,7 +158,7 @@ def _pack(branches: Mapping[str, AdapterState], dtype: WireDtype, fields: Mappin
             for name, factor in (("A", adapter[module].A), ("B", adapter[module].B)):
                 on_wire = factor.detach().to(device="cpu", dtype=_DTYPES[dtype])
                 tensors[f"{branch}/{module}.{name}"] = on_wire.contiguous()
-    content = {"version": _VERSION, "scalings": scalings, "fields": dict(sorted(fields.items()))}
+    content: dict[str, object] = {"version": _VERSION, "scalings": scalings, "fields": dict(sorted(fields.items()))}
     content["checksum"] = _checksum(content, tensors)
     # One entry only: safetensors writes several metadata entries in an order that changes from run to run.
     return safetensors.torch.save(tensors, {_METADATA_KEY: json.dumps(content, sort_keys=True)})
@@ -200,10 +200,11 @@ def _branches(
     return branches
 
 
-def _checksum(content: Mapping[str, object], tensors: Mapping[str, Tensor]) -> int:
+def _checksum(content: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
     """Return the CRC-32 of the metadata and of name, dtype, shape and bytes of every tensor."""
     checksum = zlib.crc32(json.dumps(content, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
         checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), checksum)
-    return checksum
+    # Of fixed width, so that the size of a message depends on its shapes alone.
+    return f"{checksum:08x}"

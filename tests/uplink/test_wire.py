@@ -143,7 +143,7 @@ def test_factors_that_do_not_fit_together_are_refused_on_arrival():
     for name, tensor in tensors.items():
         checksum = zlib.crc32(f"{name} torch.float32 {tuple(tensor.shape)}".encode(), checksum)
         checksum = zlib.crc32(tensor.numpy().tobytes(), checksum)
-    metadata = {"flexlora": json.dumps({**content, "checksum": checksum})}
+    metadata = {"flexlora": json.dumps({**content, "checksum": f"{checksum:08x}"})}
     with pytest.raises(WireError, match="m: the payload must hold A"):
         decode(safetensors.torch.save(tensors, metadata))
 
