@@ -67,7 +67,7 @@ def _package(name: str) -> Finding:
 
 def _optional(name: str, extra: str) -> Finding:
     if importlib.util.find_spec(name) is None:
-        return Finding(name, "not installed", False, f"pip install '{extra}', for CSV, parquet and hub data sets")
+        return Finding(name, "not installed", False, f"pip install '{extra}', for parquet and hub data sets")
     return Finding(name, importlib.metadata.version(name))
 
 

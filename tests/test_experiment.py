@@ -1,0 +1,125 @@
+"""What a run folder may be, who takes part, and what references do when a client fails."""
+
+from pathlib import Path
+
+import pytest
+
+from flexlora.clients import ClientSpec, RankPlan
+from flexlora.config import Config, ConfigError, parse_config
+from flexlora.experiment import ExperimentError, _check_folder, run_experiment
+from flexlora.participants import gather_participants
+from flexlora.workbench import WorkbenchError, adapted_shapes, largest_ranks, resolve_device, smallest_ranks
+
+SHAPES = {"l.0.q_proj": (8, 4), "l.0.up_proj": (16, 4), "l.1.q_proj": (8, 4)}
+
+
+def config_of(**sections: object) -> Config:
+    return parse_config(sections, "test")
+
+
+def folder_with_run(tmp_path: Path, config: Config) -> Path:
+    from flexlora.config import dump_config
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(config))
+    return folder
+
+
+def test_a_folder_with_foreign_files_is_refused_even_with_overwrite(tmp_path: Path) -> None:
+    folder = folder_with_run(tmp_path, Config())
+    (folder / "thesis.tex").write_text("mine")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(ExperimentError, match=r"also holds thesis\.tex"):
+            _check_folder(Config(), folder, **{"resume": False, "overwrite": False, **options})
+
+
+def test_what_a_kill_at_the_first_write_leaves_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml.partial").write_text("seed")
+    _check_folder(Config(), tmp_path, resume=True, overwrite=False)
+    _check_folder(Config(), tmp_path, resume=False, overwrite=False)
+
+
+def test_a_resumed_run_may_only_get_longer(tmp_path: Path) -> None:
+    folder = folder_with_run(tmp_path, config_of(rounds={"num_rounds": 5}))
+    _check_folder(config_of(rounds={"num_rounds": 6}), folder, resume=True, overwrite=False)
+    with pytest.raises(ExperimentError, match=r"differs in rounds\.num_rounds"):
+        _check_folder(config_of(rounds={"num_rounds": 4}), folder, resume=True, overwrite=False)
+    with pytest.raises(ExperimentError, match=r"differs in method\.error_compensation, seed"):
+        changed = config_of(seed=1, method={"name": "flexlora", "error_compensation": True}, rounds={"num_rounds": 5})
+        _check_folder(changed, folder, resume=True, overwrite=False)
+
+
+def test_a_start_that_fails_leaves_no_folder_behind(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "response": "b", "topic": "x"}\n')
+    data = {"name": "instructions", "path": str(rows), "partition": "dirichlet", "label_column": "category"}
+    with pytest.raises(ValueError, match="there is no column 'category'"):
+        run_experiment(config_of(data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fedit_with_several_ranks_is_refused_before_any_model_is_loaded() -> None:
+    data = {"name": "generated", "num_clients": 40, "examples_per_task": 10}
+    with pytest.raises(ConfigError, match=r"method\.name=fedit averages factors of one rank.*type1"):
+        gather_participants(config_of(method={"name": "fedit"}, data=data, clients={"distribution": "uniform"}))
+    one = gather_participants(config_of(method={"name": "fedit"}, data=data, clients={"distribution": {"type2": 1}}))
+    assert set(one.plans) == {"type2"}
+
+
+def test_unseen_tasks_are_no_clients_and_the_validation_set_comes_from_clients() -> None:
+    data = {"name": "generated", "num_clients": 60, "examples_per_task": 12, "num_unseen_tasks": 9}
+    participants = gather_participants(config_of(data=data))
+    assert len(participants.clients) == 60 and len(participants.corpus.unseen) == 9
+    assert not participants.corpus.unseen.keys() & participants.corpus.clients.keys()
+    of_clients = {example for splits in participants.corpus.clients.values() for example in splits.validation}
+    assert participants.validation and set(participants.validation) <= of_clients
+    trained = {
+        (example.instruction, example.input)
+        for splits in participants.corpus.clients.values()
+        for example in splits.train
+    }
+    scored = [example for splits in participants.corpus.unseen.values() for example in splits.test]
+    assert not any((example.instruction, example.input) in trained for example in scored)
+
+
+def test_the_smallest_ranks_are_what_every_client_can_afford() -> None:
+    low, high = RankPlan("low", (("q_proj", 2), ("", 3))), RankPlan("high", (("", 8),))
+    partial = RankPlan("partial", (("q_proj", 1), ("", 0)))
+    assert smallest_ranks([low, high], SHAPES) == {"l.0.q_proj": 2, "l.0.up_proj": 3, "l.1.q_proj": 2}
+    assert smallest_ranks([low, high, partial], SHAPES) == {"l.0.q_proj": 1, "l.1.q_proj": 1}
+    only_up = RankPlan("up", (("up_proj", 4), ("", 0)))
+    # Nothing is adapted by both: q_proj at 1 costs 24 parameters, up_proj at 4 costs 80.
+    assert smallest_ranks([partial, only_up], SHAPES) == {"l.0.q_proj": 1, "l.1.q_proj": 1}
+    assert largest_ranks([low, high, partial], SHAPES) == dict.fromkeys(sorted(SHAPES), 8)
+
+
+def test_a_plan_that_fits_no_module_is_named() -> None:
+    with pytest.raises(WorkbenchError, match=r"clients\.types\.phone adapts none of the 3 target modules"):
+        adapted_shapes(SHAPES, [RankPlan("phone", (("c_attn", 4),))])
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(WorkbenchError, match=r"model\.device=cuda:99"):
+        resolve_device("cuda:99")
+    assert resolve_device("cpu") == "cpu"
+
+
+def test_a_client_that_cannot_train_alone_is_reported_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexlora import references
+
+    clients = [ClientSpec(name, RankPlan("p", (("", 1),)), 3) for name in ("a", "b")]
+
+    class Bench:
+        config = Config()
+
+        def sampled_clients(self, number: int, purpose: str) -> dict[str, list[ClientSpec]]:
+            return {"p": clients}
+
+    def alone(workbench: object, loop: object, state: object, client: ClientSpec) -> object:
+        raise ArithmeticError("the loss left the finite numbers")
+
+    monkeypatch.setattr(references, "_alone", alone)
+    record = references._local_only(Bench(), None, None, lambda event: None)  # type: ignore[arg-type]
+    assert [row.failure for row in record.clients] == ["ArithmeticError: the loss left the finite numbers"] * 2
+    assert record.own is None
