@@ -732,8 +732,8 @@ tasks it has not seen.
 Made for demonstrations and tests. It invents facts, has read crowd-sourced task text with the biases of its authors
 (including tasks about offensive language), writes only short English, and is of no use as an assistant.
 
-Made by `scripts/pretrain_base.py`; the same seed gives the same corpus. The first 340 steps of these weights came from a
-trial of the optimizer on a shorter build of the opening phase, so the script repeats the recipe, not these very weights.
+Made by `scripts/pretrain_base.py`; the same seed gives the same corpus. The first 340 steps of these weights came from
+a trial of the optimizer on a shorter build of the opening phase, so the script repeats the recipe, not these weights.
 """
 
 
