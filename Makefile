@@ -15,7 +15,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 setup: $(VENV)/.stamp
 
 demo: setup
-	$(BIN)/flexlora run configs/demo.yaml --out $(RUN_DIR)
+	$(BIN)/flexlora run configs/demo.yaml --out $(RUN_DIR) --overwrite
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -q
