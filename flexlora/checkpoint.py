@@ -96,7 +96,7 @@ def load_latest(folder: Path, types: tuple[type, ...]) -> Checkpoint | None:
             problems.append(f"{candidate}: {error}")
             log.warning("checkpoint passed over: %s", problems[-1])
     if problems:
-        raise CheckpointError("no checkpoint can be read; start again without --resume. " + "; ".join(problems))
+        raise CheckpointError("no checkpoint can be read; start anew with --overwrite. " + "; ".join(problems))
     return None
 
 

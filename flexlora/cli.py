@@ -138,7 +138,7 @@ def evaluate(
     _hide_other_progress_bars()
     scores = evaluate_run(run_folder, overrides or (), rank=rank)
     if as_json:
-        _print_json({name: record.model_dump(mode="json") for name, record in scores.items()})
+        _print_json({name: json.loads(record.model_dump_json()) for name, record in scores.items()})
     else:
         print_evaluation(out, scores)
 
@@ -172,7 +172,7 @@ def doctor(as_json: JsonOption = False) -> None:
             table.add_row(mark, finding.check, finding.found, finding.fix)
         out.print(table)
     if any(finding.is_fatal for finding in findings):
-        raise typer.Exit(EXIT_ERROR)
+        raise typer.Exit(EXIT_MACHINE)
 
 
 def _hide_other_progress_bars() -> None:

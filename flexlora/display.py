@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -76,7 +77,8 @@ class LiveProgress:
             if event.client is None:
                 return
             state = "" if event.client.outcome == "ok" else " [red]failed[/]"
-            self._update(f"round {event.server_round}", f"{event.client.client_id[:24]}{state} {self._status()}")
+            name = escape(event.client.client_id[:24])
+            self._update(f"round {event.server_round}", f"{name}{state} {self._status()}")
         elif event.kind == "evaluating":
             self._update(f"round {event.server_round}", f"scoring {self._status()}")
         elif event.kind == "done" and event.record is not None:
@@ -137,7 +139,8 @@ def print_summary(console: Console, result: RunResult) -> None:
     if result.stopped:
         console.print(f"Stopped early: {result.stopped}", highlight=False)
     console.print(f"Report   {result.report}", highlight=False, soft_wrap=True)
-    console.print(f"Adapters {result.folder / 'adapters'} (standard PEFT folders)", highlight=False, soft_wrap=True)
+    if result.has_progress:
+        console.print(f"Adapters {result.folder / 'adapters'} (standard PEFT folders)", highlight=False, soft_wrap=True)
 
 
 def print_plan(console: Console, plan: Plan) -> None:

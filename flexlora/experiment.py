@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -108,7 +109,7 @@ class RunResult:
         local = self.references.local_only
 
         def unseen(evaluation: EvaluationRecord | None) -> dict[str, Any] | None:
-            return evaluation.unseen.model_dump(mode="json") if evaluation else None
+            return json.loads(evaluation.unseen.model_dump_json()) if evaluation else None
 
         return {
             "folder": str(self.folder),
@@ -120,7 +121,7 @@ class RunResult:
                 "base": unseen(self.references.base),
                 "federated": unseen(last),
                 "fedit_smallest_rank": unseen(fedit.final if fedit else None),
-                "local_only": local.unseen.model_dump(mode="json") if local and local.unseen else None,
+                "local_only": json.loads(local.unseen.model_dump_json()) if local and local.unseen else None,
             },
         }
 
@@ -153,7 +154,7 @@ def run_experiment(
     outcome = run_rounds(loop)
     if outcome.has_progress:
         write_run_adapters(workbench, loop, outcome, folder)
-        measure_references(workbench, loop, outcome.state, folder, notify)
+        measure_references(workbench, loop, outcome, folder, notify)
     return RunResult(
         folder=folder,
         report=write_report(folder),
@@ -170,11 +171,20 @@ def _check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) -
     if folder.exists() and not folder.is_dir():
         raise ExperimentError(f"--out must be a folder; {folder} is a file")
     foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path)) if folder.is_dir() else []
-    if foreign:
+    holds_run = (folder / CONFIG_FILE).is_file()
+    if foreign and not (resume and holds_run):
         raise ExperimentError(
             f"--out must be a new folder or one with nothing but a run; {folder} also holds {', '.join(foreign[:5])}"
         )
-    if not (folder / CONFIG_FILE).is_file() or (overwrite and not resume):
+    if not holds_run:
+        rest = sorted(path.name for path in folder.iterdir() if path.suffix != ".partial") if folder.is_dir() else []
+        if rest:
+            raise ExperimentError(
+                f"{folder} holds {', '.join(rest)} but no {CONFIG_FILE}, so it is no whole run; delete it or name "
+                "another --out"
+            )
+        return
+    if overwrite and not resume:
         return
     if not resume:
         raise ExperimentError(
@@ -200,7 +210,9 @@ def _is_ours(path: Path) -> bool:
 def _open_folder(workbench: Workbench, folder: Path, anew: bool) -> None:
     """Make ``folder`` that of this run: configuration, manifest, and nothing that belongs to another one."""
     if anew and folder.is_dir():
-        shutil.rmtree(folder)
+        # The configuration goes last: as long as anything is left, it says whose it is.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     before, manifest = read_manifest(folder / MANIFEST_FILE), _manifest(workbench)
     if before is not None:
@@ -393,7 +405,7 @@ def evaluate_run(
         raise ExperimentError(f"--rank must be in 1..{top}, the server's rank in this run; got {rank}")
     participants = gather_participants(config)
     manifest = read_manifest(run_folder / MANIFEST_FILE)
-    if manifest is not None and "data.path" in changed:
+    if manifest is not None:
         trained = manifest.data_hashes["clients"]
         if corpus_hashes(participants.corpus)["clients"] != trained:
             raise ExperimentError(

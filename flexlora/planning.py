@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flexlora.clients import compact_ranks
-from flexlora.config import Config
+from flexlora.config import Config, FlexLoraMethod
 from flexlora.costs import BaseShape, ClientCost, LocalWork, client_cost, measure_flops_per_second
 from flexlora.data.prompts import IGNORED, encode_many
 from flexlora.model import load_empty_model, target_modules
@@ -97,6 +97,8 @@ def plan_experiment(config: Config) -> Plan:
     rate = measure_flops_per_second(shape.hidden_size, shape.intermediate_size, int(batch_tokens), device)
     wire_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[rounds.wire_dtype]
     server_ranks = largest_ranks(participants.plans.values(), shapes)
+    if isinstance(config.method, FlexLoraMethod) and config.method.server_rank is not None:
+        server_ranks = dict.fromkeys(server_ranks, config.method.server_rank)
     rows = []
     for name, plan in participants.plans.items():
         ranks = plan.resolve(shapes)
@@ -112,7 +114,7 @@ def plan_experiment(config: Config) -> Plan:
         )
         cost = client_cost(shape, ranks, shapes, work, rate, wire_bytes)
         folded = config.method.name == "flexlora" and config.method.fold_tail
-        tail = sum((rank - ranks.get(module, 0)) * sum(shapes[module]) for module, rank in server_ranks.items())
+        tail = sum(max(0, rank - ranks.get(module, 0)) * sum(shapes[module]) for module, rank in server_ranks.items())
         down_bytes = cost.transfer_bytes + (tail * wire_bytes if folded else 0)
         rows.append(PlanRow(name, compact_ranks(ranks, shapes), len(own), cost, down_bytes))
     per_round = cohort_size(config, len(participants.clients))
@@ -120,8 +122,8 @@ def plan_experiment(config: Config) -> Plan:
 
 
 PLAN_NOTES = (
-    "Memory and time are estimates from shapes and a short measurement of this machine; transfers are what is "
-    "serialised. Server work and evaluation come on top.",
+    "Memory and time are estimates from shapes and a short measurement of this machine; transfers follow from the "
+    "factors' shapes, and a folded tail is counted at its most. Server work and evaluation come on top.",
 )
 
 

@@ -33,6 +33,7 @@ from flexlora.report.records import (
 from flexlora.report.tables import describe_ranks
 from flexlora.rounds import (
     Loop,
+    Outcome,
     RoundEvent,
     run_rounds,
 )
@@ -51,7 +52,7 @@ from flexlora.workbench import (
 FEDIT_FOLDER = Path("references") / "fedit_smallest_rank"
 
 
-def measure_references(workbench: Workbench, loop: Loop, state: Any, folder: Path, notify: Notify) -> None:
+def measure_references(workbench: Workbench, loop: Loop, outcome: Outcome, folder: Path, notify: Notify) -> None:
     """Add what the run is compared with, one part after the other, each kept as soon as it is there."""
     path = folder / REFERENCES_FILE
     references = read_references(path)
@@ -62,13 +63,13 @@ def measure_references(workbench: Workbench, loop: Loop, state: Any, folder: Pat
         write_references(path, references)
     evaluation = workbench.config.evaluation
     if evaluation.local_only_clients and references.local_only is None:
-        references = references.model_copy(update={"local_only": _local_only(workbench, loop, state, notify)})
+        references = references.model_copy(update={"local_only": _local_only(workbench, loop, outcome.state, notify)})
         write_references(path, references)
     # FedIT has one rank in any run, so a run of FedIT is its own reference.
     is_fedit = workbench.config.method.name == "fedit"
     if evaluation.fedit_reference and not is_fedit and references.fedit_smallest_rank is None:
         references = references.model_copy(
-            update={"fedit_smallest_rank": _fedit_reference(workbench, base, folder, notify)}
+            update={"fedit_smallest_rank": _fedit_reference(workbench, base, outcome.server_round, folder, notify)}
         )
         write_references(path, references)
 
@@ -125,13 +126,15 @@ def _mean_record(records: Sequence[ScoreRecord | None]) -> ScoreRecord | None:
     return combined_record(scored, weighted=False) if scored else None
 
 
-def _fedit_reference(workbench: Workbench, base: EvaluationRecord, folder: Path, notify: Notify) -> ReferenceRunRecord:
+def _fedit_reference(
+    workbench: Workbench, base: EvaluationRecord, num_rounds: int, folder: Path, notify: Notify
+) -> ReferenceRunRecord:
     """Run FedIT with every client at the ranks that all can afford: same seed, cohorts, rounds and data."""
     ranks = smallest_ranks(list(workbench.participants.plans.values()), workbench.shapes)
     plan = RankPlan("smallest", tuple((f"^{re.escape(module)}$", rank) for module, rank in ranks.items()))
     clients = [dataclasses.replace(client, plan=plan) for client in workbench.participants.clients]
     loop = workbench.loop({"name": "fedit"}, clients, folder / FEDIT_FOLDER, notify)
-    rounds = dataclasses.replace(loop.settings, patience=None)
+    rounds = dataclasses.replace(loop.settings, num_rounds=num_rounds, patience=None)
     loop = dataclasses.replace(loop, settings=rounds, evaluator=ReferenceScorer(workbench, base))
     notify(rounds_stage("Reference: FedIT, every client at the smallest rank", loop))
     run_rounds(loop)

@@ -203,7 +203,8 @@ def _resumed(loop: Loop) -> Checkpoint | None:
     if checkpoint is None:
         return None
     progress = Progress(**checkpoint.progress["loop"])
-    if progress.failed_rounds_in_a_row:
+    gave_up = progress.failed_rounds_in_a_row >= loop.settings.max_failed_rounds
+    if gave_up and checkpoint.server_round < loop.settings.num_rounds:
         # The cause may have been mended meanwhile: a resumed run tries again.
         mended = dataclasses.replace(progress, failed_rounds_in_a_row=0, stopped=None)
         remembered = {**checkpoint.progress, "loop": dataclasses.asdict(mended)}
@@ -263,7 +264,9 @@ def _run_round(loop: Loop, server_round: int, state: Any, progress: Progress) ->
             loop.notify(RoundEvent("evaluating", server_round, len(cohort)))
             with watch.stage("evaluate"):
                 scores = loop.evaluator.scores(global_adapter)
-                progress = _watch_validation(progress, scores, settings.patience)
+                # A run that is through anyway has not been stopped.
+                patience = None if server_round == settings.num_rounds else settings.patience
+                progress = _watch_validation(progress, scores, patience)
                 if is_last or progress.stopped is not None:
                     groups = loop.evaluator.rank_groups(
                         lambda plan: loop.aggregator.broadcast(state, plan.resolve(federation.shapes))

@@ -84,7 +84,7 @@ def test_a_half_written_checkpoint_is_not_seen_and_is_replaced(tmp_path: Path) -
 def test_it_is_an_error_when_no_checkpoint_can_be_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, Checkpoint(1, None, {}), keep=1)
     (tmp_path / "round-0001" / "state.json").write_text("")
-    with pytest.raises(CheckpointError, match="no checkpoint can be read; start again without --resume"):
+    with pytest.raises(CheckpointError, match="no checkpoint can be read; start anew with --overwrite"):
         load_latest(tmp_path, TYPES)
 
 

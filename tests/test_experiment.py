@@ -29,9 +29,18 @@ def folder_with_run(tmp_path: Path, config: Config) -> Path:
 def test_a_folder_with_foreign_files_is_refused_even_with_overwrite(tmp_path: Path) -> None:
     folder = folder_with_run(tmp_path, Config())
     (folder / "thesis.tex").write_text("mine")
-    for options in ({}, {"resume": True}, {"overwrite": True}):
+    for options in ({}, {"overwrite": True}):
         with pytest.raises(ExperimentError, match=r"also holds thesis\.tex"):
             _check_folder(Config(), folder, **{"resume": False, "overwrite": False, **options})
+    # A log beside a run does not keep it from going on.
+    _check_folder(Config(), folder, resume=True, overwrite=False)
+
+
+def test_the_rest_of_a_deleted_run_is_not_continued(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for resume in (False, True):
+        with pytest.raises(ExperimentError, match=r"holds checkpoints but no config\.yaml"):
+            _check_folder(Config(), tmp_path, resume=resume, overwrite=not resume)
 
 
 def test_what_a_kill_at_the_first_write_leaves_does_not_stand_in_the_way(tmp_path: Path) -> None:

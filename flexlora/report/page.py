@@ -225,8 +225,9 @@ def status(run: RunFolder) -> str | None:
     """Return one sentence if the run is not finished or ended early, else None."""
     if not run.records:
         return "No round is finished yet."
-    stopped = next((record for record in run.records if record.stopped), None)
-    if stopped:
+    # Only the last word counts: a run that gave up may have been resumed.
+    stopped = run.records[-1]
+    if stopped.stopped:
         return f"Ended early after round {stopped.server_round}: {str(stopped.stopped).rstrip('.')}."
     wanted = run.manifest.num_rounds if run.manifest else None
     if wanted is not None and _num_rounds(run) < wanted:
