@@ -222,7 +222,13 @@ def test_twenty_kills_at_random_moments_change_nothing(finished: Path, tmp_path:
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flexlora.cli", "run", "configs/demo.yaml", *SMALL, "rounds.num_rounds=500"]
     process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [*command, "--out", str(tmp_path / "run")],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        # Shells start background jobs, such as a test run may be, with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.time() + 120
     while not (tmp_path / "run" / "records.jsonl").exists() and time.time() < deadline:
