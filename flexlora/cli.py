@@ -211,7 +211,7 @@ def _guarded(command: Callable[[], None]) -> int:
 
 def main() -> None:
     """Run the command line and leave with one of the documented exit codes."""
-    # Before torch is imported: idle OpenMP threads that spin make small operations ten times slower on a busy machine.
+    # Before torch is imported: idle OpenMP threads that spin make small operations slow on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(_guarded(app))
 
