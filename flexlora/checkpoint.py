@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from flexlora import FlexLoraError
@@ -51,28 +51,38 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     """Write ``folder/round-NNNN`` atomically, then drop all but the newest ``keep`` checkpoints."""
     tensors: dict[str, Tensor] = {}
     tree = _encode(checkpoint.state, tensors, "state")
-    content = save(tensors)
-    description = {
-        "format_version": FORMAT_VERSION,
-        "server_round": checkpoint.server_round,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "progress": dict(checkpoint.progress),
-        "state": tree,
-    }
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"round-{checkpoint.server_round:04d}"
+    target = _folder_of(folder, checkpoint.server_round)
     partial = folder / f".{target.name}.partial"
     for leftover in (partial, target):
         if leftover.exists():
             shutil.rmtree(leftover)
     partial.mkdir()
-    _write(partial / TENSORS_FILE, content)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "server_round": checkpoint.server_round,
+        "sha256": _write_tensors(partial / TENSORS_FILE, tensors),
+        "progress": dict(checkpoint.progress),
+        "state": tree,
+    }
     _write(partial / TREE_FILE, json.dumps(description).encode())
-    _sync_folder(partial)
+    # safetensors gives its file to the owner alone, whatever the umask says.
+    shutil.copymode(partial / TREE_FILE, partial / TENSORS_FILE)
+    _sync(partial)
     partial.rename(target)
-    _sync_folder(folder)
+    _sync(folder)
     for old in _folders(folder)[keep:]:
         shutil.rmtree(old)
+
+
+def replace_progress(folder: Path, server_round: int, progress: Mapping[str, Any]) -> None:
+    """Replace what the checkpoint of ``server_round`` remembers besides its state, atomically."""
+    path = _folder_of(folder, server_round) / TREE_FILE
+    description = {**json.loads(path.read_bytes()), "progress": dict(progress)}
+    partial = path.with_suffix(".partial")
+    _write(partial, json.dumps(description).encode())
+    partial.replace(path)
+    _sync(path.parent)
 
 
 def load_latest(folder: Path, types: tuple[type, ...]) -> Checkpoint | None:
@@ -111,6 +121,10 @@ def _read(folder: Path, types: Mapping[str, type]) -> Checkpoint:
     return Checkpoint(description["server_round"], state, description["progress"])
 
 
+def _folder_of(folder: Path, server_round: int) -> Path:
+    return folder / f"round-{server_round:04d}"
+
+
 def _folders(folder: Path) -> list[Path]:
     """Return the checkpoint folders, newest first."""
     found = [path for path in folder.glob("round-*") if path.is_dir() and path.name.removeprefix("round-").isdigit()]
@@ -119,7 +133,7 @@ def _folders(folder: Path) -> list[Path]:
 
 def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value.detach().cpu().contiguous()
         return {"tensor": name}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
@@ -149,6 +163,24 @@ def _decode(tree: Mapping[str, Any], tensors: Mapping[str, Tensor], types: Mappi
     return tree["value"]
 
 
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write the tensors straight from where they are and return the SHA-256 of the file."""
+    apart: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        # Only tensors that share memory, which safetensors refuses, are worth a copy.
+        apart[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    try:
+        save_file(apart, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    _sync(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
@@ -156,8 +188,9 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

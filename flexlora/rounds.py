@@ -11,10 +11,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
+
 from flexlora import FlexLoraError
 from flexlora.aggregators.base import Aggregator
-from flexlora.checkpoint import Checkpoint, load_latest, save_checkpoint
-from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update, compact_ranks, sample_cohort
+from flexlora.checkpoint import Checkpoint, load_latest, replace_progress, save_checkpoint
+from flexlora.clients import (
+    Broadcast,
+    ClientFailure,
+    ClientSpec,
+    RankPlan,
+    Update,
+    compact_ranks,
+    sample_cohort,
+    stream_seed,
+)
 from flexlora.engines.base import Engine
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.product import ProductSum, Spectrum, add_product, decompose
@@ -30,6 +41,7 @@ from flexlora.report.records import (
     read_records,
     to_line,
 )
+from flexlora.uplink.base import UplinkStep, receive
 from flexlora.uplink.wire import UpdateError, WireDtype, check_update
 
 log = logging.getLogger(__name__)
@@ -147,6 +159,7 @@ class Loop:
         evaluator: Scores the global adapter.
         folder: Where ``records.jsonl`` and ``checkpoints/`` are.
         notify: Told about each step, for progress displays.
+        uplink: The steps whose client ends the engine runs, in the same order; their server ends run here.
     """
 
     aggregator: Aggregator[Any]
@@ -158,6 +171,7 @@ class Loop:
     evaluator: Evaluator
     folder: Path
     notify: Callable[[RoundEvent], None] = lambda event: None
+    uplink: Sequence[UplinkStep] = ()
 
 
 @dataclass
@@ -181,44 +195,43 @@ def run_rounds(loop: Loop) -> Outcome:
     Everything needed to go on is in ``loop.folder``: a run that was killed continues from its newest checkpoint, writes
     the same records and ends with the same state as one that was not, times apart.
     """
-    settings, records = loop.settings, loop.folder / RECORDS_FILE
-    checkpoint = _resumed(loop) or _started(loop)
-    server_round, state = checkpoint.server_round, checkpoint.state
-    progress = Progress(**checkpoint.progress["loop"])
+    settings = loop.settings
+    server_round, state, progress = _resumed(loop) or _started(loop)
     while server_round < settings.num_rounds and progress.stopped is None:
         server_round += 1
-        state, progress, record = _run_round(loop, server_round, state, progress)
-        is_last = server_round == settings.num_rounds or progress.stopped is not None
-        if is_last or server_round % settings.checkpoint_every == 0:
-            _save(loop, server_round, state, progress, record)
-        append_record(records, record)
-        loop.notify(RoundEvent("done", server_round, len(record.clients), record=record))
+        state, progress, record = _train_round(loop, server_round, state, progress)
+        progress = _finish_round(loop, state, progress, record)
     has_progress = progress.num_updates > 0 and progress.failed_rounds_in_a_row < settings.max_failed_rounds
     return Outcome(state, server_round, progress.stopped, has_progress)
 
 
-def _resumed(loop: Loop) -> Checkpoint | None:
-    """Return the newest checkpoint, with the records brought in line; None when there is none."""
+def _resumed(loop: Loop) -> tuple[int, Any, Progress] | None:
+    """Return round, state and progress of the newest checkpoint, with the records brought in line; None without one.
+
+    A checkpoint whose round had yet to be scored is scored first.
+    """
     checkpoint = load_latest(loop.folder / CHECKPOINTS_FOLDER, loop.state_types)
     if checkpoint is None:
         return None
+    server_round, state, records = checkpoint.server_round, checkpoint.state, loop.folder / RECORDS_FILE
     progress = Progress(**checkpoint.progress["loop"])
-    gave_up = progress.failed_rounds_in_a_row >= loop.settings.max_failed_rounds
-    if gave_up and checkpoint.server_round < loop.settings.num_rounds:
-        # The cause may have been mended meanwhile: a resumed run tries again.
-        mended = dataclasses.replace(progress, failed_rounds_in_a_row=0, stopped=None)
-        remembered = {**checkpoint.progress, "loop": dataclasses.asdict(mended)}
-        checkpoint = dataclasses.replace(checkpoint, progress=remembered)
-    records = loop.folder / RECORDS_FILE
-    keep_rounds(records, checkpoint.server_round)
+    record = RoundRecord.model_validate_json(checkpoint.progress["record"])
+    if record.evaluation is None and _is_scored(loop, server_round, progress):
+        keep_rounds(records, server_round - 1)
+        return server_round, state, _finish_round(loop, state, progress, record, is_saved=True)
+    keep_rounds(records, server_round)
     written = read_records(records)
-    if not written or written[-1].server_round < checkpoint.server_round:
-        append_record(records, RoundRecord.model_validate_json(checkpoint.progress["record"]))
-    return checkpoint
+    if not written or written[-1].server_round < server_round:
+        append_record(records, record)
+    gave_up = progress.failed_rounds_in_a_row >= loop.settings.max_failed_rounds
+    if gave_up and server_round < loop.settings.num_rounds:
+        # The cause may have been mended meanwhile: a resumed run tries again.
+        progress = dataclasses.replace(progress, failed_rounds_in_a_row=0, stopped=None)
+    return server_round, state, progress
 
 
-def _started(loop: Loop) -> Checkpoint:
-    """Evaluate the base model as round 0 and return the first checkpoint."""
+def _started(loop: Loop) -> tuple[int, Any, Progress]:
+    """Evaluate the base model as round 0 and return that round, the first state and the first progress."""
     loop.folder.mkdir(parents=True, exist_ok=True)
     (loop.folder / RECORDS_FILE).unlink(missing_ok=True)
     watch = _Stopwatch()
@@ -227,25 +240,64 @@ def _started(loop: Loop) -> Checkpoint:
         scores = loop.evaluator.scores(None)
     record = RoundRecord(server_round=0, evaluation=scores, seconds=watch.seconds)
     progress = Progress(best_validation_loss=scores.validation_loss)
-    checkpoint = _save(loop, 0, loop.aggregator.init(loop.federation.initial_adapter), progress, record)
+    state = loop.aggregator.init(loop.federation.initial_adapter)
+    _save(loop, state, progress, record)
     append_record(loop.folder / RECORDS_FILE, record)
     loop.notify(RoundEvent("done", 0, record=record))
-    return checkpoint
+    return 0, state, progress
 
 
-def _save(loop: Loop, server_round: int, state: Any, progress: Progress, record: RoundRecord) -> Checkpoint:
+def _finish_round(
+    loop: Loop, state: Any, progress: Progress, record: RoundRecord, *, is_saved: bool = False
+) -> Progress:
+    """Checkpoint and score a trained round, each where it is due, write its record and return the progress after it.
+
+    The checkpoint comes first: an evaluation that takes the process down, for want of memory most of all, must not take
+    the training along. Scores are added to it afterwards.
+
+    Args:
+        is_saved: The round comes from its checkpoint.
+    """
+    settings, server_round = loop.settings, record.server_round
+    if not is_saved and (_is_last(loop, server_round, progress) or server_round % settings.checkpoint_every == 0):
+        _save(loop, state, progress, record)
+        is_saved = True
+    if _is_scored(loop, server_round, progress):
+        progress, record = _score_round(loop, state, progress, record)
+        if is_saved:
+            remembered = _remembered(loop, progress, record)
+            replace_progress(loop.folder / CHECKPOINTS_FOLDER, server_round, remembered)
+        elif progress.stopped is not None:
+            _save(loop, state, progress, record)
+    append_record(loop.folder / RECORDS_FILE, record)
+    loop.notify(RoundEvent("done", server_round, len(record.clients), record=record))
+    return progress
+
+
+def _is_last(loop: Loop, server_round: int, progress: Progress) -> bool:
+    return server_round == loop.settings.num_rounds or progress.stopped is not None
+
+
+def _is_scored(loop: Loop, server_round: int, progress: Progress) -> bool:
+    return _is_last(loop, server_round, progress) or server_round % loop.settings.evaluate_every == 0
+
+
+def _save(loop: Loop, state: Any, progress: Progress, record: RoundRecord) -> None:
+    checkpoint = Checkpoint(record.server_round, state, _remembered(loop, progress, record))
+    save_checkpoint(loop.folder / CHECKPOINTS_FOLDER, checkpoint, loop.settings.keep_checkpoints)
+
+
+def _remembered(loop: Loop, progress: Progress, record: RoundRecord) -> dict[str, Any]:
     # The record travels inside the checkpoint, so that being killed between the two writes loses neither.
-    remembered = {
+    return {
         "loop": dataclasses.asdict(progress),
         "record": to_line(record),
         "server_ranks": dict(loop.federation.server_ranks),
     }
-    checkpoint = Checkpoint(server_round, state, remembered)
-    save_checkpoint(loop.folder / CHECKPOINTS_FOLDER, checkpoint, loop.settings.keep_checkpoints)
-    return checkpoint
 
 
-def _run_round(loop: Loop, server_round: int, state: Any, progress: Progress) -> tuple[Any, Progress, RoundRecord]:
+def _train_round(loop: Loop, server_round: int, state: Any, progress: Progress) -> tuple[Any, Progress, RoundRecord]:
+    """Return state, progress and record after a round that has not been scored."""
     settings, federation, watch = loop.settings, loop.federation, _Stopwatch()
     with watch.stage("total"):
         cohort = sample_cohort(federation.clients, settings.cohort_size, settings.seed, server_round)
@@ -254,24 +306,9 @@ def _run_round(loop: Loop, server_round: int, state: Any, progress: Progress) ->
         num_updates = sum(client.outcome == "ok" for client in clients) if problem is None else 0
         progress = _count_updates(progress, num_updates, settings.max_failed_rounds)
         with watch.stage("spectra"):
-            global_adapter = loop.aggregator.broadcast(state, federation.server_ranks)
             spectra = loop.aggregator.spectra(state)
             plans = sorted({client.plan for client in federation.clients}, key=lambda plan: plan.name)
             kept = {plan.name: share_inside(spectra, plan.resolve(federation.shapes)) for plan in plans}
-        is_last = server_round == settings.num_rounds or progress.stopped is not None
-        scores = None
-        if is_last or server_round % settings.evaluate_every == 0:
-            loop.notify(RoundEvent("evaluating", server_round, len(cohort)))
-            with watch.stage("evaluate"):
-                scores = loop.evaluator.scores(global_adapter)
-                # A run that is through anyway has not been stopped.
-                patience = None if server_round == settings.num_rounds else settings.patience
-                progress = _watch_validation(progress, scores, patience)
-                if is_last or progress.stopped is not None:
-                    groups = loop.evaluator.rank_groups(
-                        lambda plan: loop.aggregator.broadcast(state, plan.resolve(federation.shapes))
-                    )
-                    scores = scores.model_copy(update={"rank_groups": groups})
     record = RoundRecord(
         server_round=server_round,
         learning_rate=loop.learning_rate(server_round),
@@ -289,7 +326,6 @@ def _run_round(loop: Loop, server_round: int, state: Any, progress: Progress) ->
         },
         energy_kept={name: _rounded(share) for name, share in kept.items()},
         energy_above_smallest=_rounded(1.0 - min(kept.values())),
-        evaluation=scores,
         note=problem,
         stopped=progress.stopped,
         seconds=watch.seconds,
@@ -297,10 +333,33 @@ def _run_round(loop: Loop, server_round: int, state: Any, progress: Progress) ->
     return state, progress, record
 
 
+def _score_round(loop: Loop, state: Any, progress: Progress, record: RoundRecord) -> tuple[Progress, RoundRecord]:
+    """Return progress and record of a trained round with the scores of its global adapter."""
+    settings, federation, server_round = loop.settings, loop.federation, record.server_round
+    watch = _Stopwatch(dict(record.seconds))
+    loop.notify(RoundEvent("evaluating", server_round, len(record.clients)))
+    with watch.stage("total"), watch.stage("evaluate"):
+        scores = loop.evaluator.scores(loop.aggregator.broadcast(state, federation.server_ranks))
+        # A run that is through anyway has not been stopped.
+        patience = None if server_round == settings.num_rounds else settings.patience
+        progress = _watch_validation(progress, scores, patience)
+        if _is_last(loop, server_round, progress):
+            groups = loop.evaluator.rank_groups(
+                lambda plan: loop.aggregator.broadcast(state, plan.resolve(federation.shapes))
+            )
+            scores = scores.model_copy(update={"rank_groups": groups})
+    update = {"evaluation": scores, "stopped": progress.stopped, "seconds": watch.seconds}
+    return progress, record.model_copy(update=update)
+
+
 def _train_cohort(
     loop: Loop, server_round: int, state: Any, cohort: Sequence[ClientSpec], watch: _Stopwatch
 ) -> tuple[Any, list[ClientRecord], str | None]:
-    """Return the state after the updates, folded as they arrive, each client's outcome, and what went wrong."""
+    """Return the state after the updates, folded as they arrive, each client's outcome, and what went wrong.
+
+    What a client sent is checked before any uplink step receives it: a step may fold the cohort into one update, in
+    which nobody could tell a broken one. What the steps make of it is for the aggregator to check.
+    """
     shapes = loop.federation.shapes
     with watch.stage("broadcast"):
         ranks = {plan: plan.resolve(shapes) for plan in dict.fromkeys(client.plan for client in cohort)}
@@ -337,15 +396,16 @@ def _train_cohort(
     if first is None:
         return state, clients, "no client survived; the state was kept"
     before, problem = watch.seconds["train"], None
+    rng = torch.Generator().manual_seed(stream_seed(loop.settings.seed, "uplink", server_round))
     try:
         with watch.stage("aggregate"):
-            state = loop.aggregator.aggregate(state, chain([first], updates))
+            state = loop.aggregator.aggregate(state, receive(loop.uplink, chain([first], updates), rng))
     except FlexLoraError as error:
         problem = f"the updates could not be aggregated and the state was kept: {error}"
-        for _ in updates:
-            pass  # The clients that are still due belong into the record.
     # The aggregator waits for clients while it folds; that time is theirs.
     watch.seconds["aggregate"] -= watch.seconds["train"] - before
+    for _ in updates:
+        pass  # Clients that nobody asked for any more belong into the record too.
     return state, clients, problem
 
 

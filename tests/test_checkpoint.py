@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
-from flexlora.checkpoint import Checkpoint, CheckpointError, load_latest, save_checkpoint
+from flexlora import checkpoint
+from flexlora.checkpoint import Checkpoint, CheckpointError, load_latest, replace_progress, save_checkpoint
 from flexlora.lora.factors import LoraFactors
 from flexlora.lora.product import Spectrum
 
@@ -46,6 +49,52 @@ def test_a_state_reads_back_to_the_same_bits(tmp_path: Path) -> None:
     assert loaded.state.parts[0].scaling == 1 / 3
     assert torch.equal(loaded.state.parts[0].A, state.parts[0].A)
     assert loaded.state.parts[0].A.dtype == torch.bfloat16
+
+
+def test_tensors_that_share_memory_are_copied_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, alone = torch.arange(6.0).reshape(2, 3), torch.ones(2, 2)
+    copied: list[tuple[int, ...]] = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: copied.append(tuple(tensor.shape)) or clone(tensor))
+    state = {"whole": whole, "again": whole, "row": whole[1], "column": whole[:, 1], "alone": alone}
+    save_checkpoint(tmp_path, Checkpoint(1, state, {}), keep=1)
+    assert copied == [(2, 3), (3,)]
+    loaded = load_latest(tmp_path, ())
+    assert loaded is not None
+    assert loaded.state.keys() == state.keys()
+    assert all(torch.equal(loaded.state[name], tensor) for name, tensor in state.items())
+
+
+def test_the_file_holds_what_safetensors_makes_of_the_tensors(tmp_path: Path) -> None:
+    state = {"b": torch.arange(3.0), "a": torch.ones(2, 2).bfloat16(), "empty": torch.zeros(0, 4)}
+    save_checkpoint(tmp_path, Checkpoint(1, state, {}), keep=1)
+    expected = safetensors.torch.save({f"state/{name}": tensor for name, tensor in state.items()})
+    files = sorted((tmp_path / "round-0001").iterdir())
+    assert [path.name for path in files] == ["state.json", "state.safetensors"]
+    assert files[1].read_bytes() == expected
+    assert files[0].stat().st_mode == files[1].stat().st_mode
+
+
+def test_a_disk_that_gives_out_is_the_machines_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, path: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_checkpoint(tmp_path, Checkpoint(1, example_state(0), {}), keep=1)
+    assert load_latest(tmp_path, TYPES) is None
+
+
+def test_progress_is_replaced_and_the_state_stays(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, Checkpoint(4, example_state(0), {"loop": 1, "record": "half"}), keep=1)
+    before = (tmp_path / "round-0004" / "state.safetensors").stat()
+    replace_progress(tmp_path, 4, {"loop": 2})
+    loaded = load_latest(tmp_path, TYPES)
+    assert loaded is not None
+    assert (loaded.server_round, loaded.progress) == (4, {"loop": 2})
+    assert torch.equal(loaded.state.parts[0].A, example_state(0).parts[0].A)
+    assert (tmp_path / "round-0004" / "state.safetensors").stat() == before
+    assert sorted(path.name for path in (tmp_path / "round-0004").iterdir()) == ["state.json", "state.safetensors"]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from flexlora import rounds
 from flexlora.aggregators import AGGREGATORS, STATE_TYPES
+from flexlora.checkpoint import Checkpoint, replace_progress, save_checkpoint
 from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update, stream_seed
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.report.records import EvaluationRecord, RankGroupRecord, ScoreRecord, read_records
 from flexlora.rounds import Federation, Loop, RoundSettings, run_rounds
+from flexlora.uplink.base import UplinkStep, send
 
 SHAPES = {"block.attn": (6, 4), "block.mlp": (5, 9)}
 SCALING = Scaling("constant_alpha", 16.0)
@@ -228,7 +232,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("checkpoint_every", [1, 3])
-@pytest.mark.parametrize("moment", [("client", 2), ("evaluating", 0), ("evaluating", 3), ("done", 0), ("done", 3)])
+@pytest.mark.parametrize(
+    "moment", [("client", 2), ("evaluating", 0), ("evaluating", 3), ("evaluating", 5), ("done", 0), ("done", 3)]
+)
 def test_a_run_cut_off_anywhere_resumes_to_the_same_bits(
     tmp_path: Path, moment: tuple[str, int], checkpoint_every: int
 ) -> None:
@@ -247,6 +253,266 @@ def test_a_run_cut_off_anywhere_resumes_to_the_same_bits(
         for name in ("U", "S", "Vh"):
             assert torch.equal(getattr(spectrum, name), getattr(resumed.state.spectra[module], name))
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
+
+
+@dataclass
+class CountedEngine:
+    """An engine that keeps a list of the rounds it was asked to train."""
+
+    engine: Engine
+    trained: list[int]
+
+    def train(
+        self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
+    ) -> Iterator[Update | ClientFailure]:
+        self.trained.append(server_round)
+        return self.engine.train(server_round, cohort, broadcasts)
+
+
+class OutOfMemory(RuntimeError):
+    """Stands for an evaluation that does not fit."""
+
+
+@dataclass
+class FailingScores(Scores):
+    """Fails once, at evaluation ``fails_at`` counted from 0, which is that of the base model; its loss falls."""
+
+    fails_at: int = 2
+    part: str = "scores"
+
+    def scores(self, adapter: Broadcast | None) -> EvaluationRecord:
+        if self.part == "scores" and len(self.seen) == self.fails_at:
+            self.fails_at = -1
+            raise OutOfMemory
+        return super().scores(adapter)
+
+    def rank_groups(self, broadcast: Callable[[RankPlan], Broadcast]) -> dict[str, RankGroupRecord]:
+        if self.part == "rank groups" and self.fails_at >= 0:
+            self.fails_at = -1
+            self.seen.pop()  # What was scored of a round that failed is scored again.
+            raise OutOfMemory
+        return super().rank_groups(broadcast)
+
+
+def failing_loop(folder: Path, trained: list[int], **options: object) -> Loop:
+    loop = loop_in(folder, drift, error_compensation=True, **options)
+    return dataclasses.replace(loop, engine=CountedEngine(loop.engine, trained))  # type: ignore[arg-type]
+
+
+LOSSES = (2.0, 1.5, 1.2, 1.3, 1.1, 1.0)
+
+
+@pytest.mark.parametrize("keep_checkpoints", [1, 2])
+def test_an_evaluation_that_fails_does_not_cost_the_round_that_was_trained(
+    tmp_path: Path, keep_checkpoints: int
+) -> None:
+    options = {"num_rounds": 5, "cohort_size": 3, "keep_checkpoints": keep_checkpoints, "patience": 2}
+    whole = run_rounds(failing_loop(tmp_path / "whole", [], evaluator=Scores(LOSSES), **options))
+    trained: list[int] = []
+    loop = failing_loop(tmp_path / "cut", trained, evaluator=FailingScores(LOSSES), **options)
+    with pytest.raises(OutOfMemory):
+        run_rounds(loop)
+    assert [record.server_round for record in read_records(tmp_path / "cut" / "records.jsonl")] == [0, 1]
+    assert trained == [1, 2]
+    resumed = run_rounds(loop)
+    assert trained == [1, 2, 3, 4, 5]
+    assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+    for module, spectrum in whole.state.spectra.items():
+        assert torch.equal(spectrum.U, resumed.state.spectra[module].U)
+    kept = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert kept == [f"round-{number:04d}" for number in range(6 - keep_checkpoints, 6)]
+
+
+@pytest.mark.parametrize("part", ["scores", "rank groups"])
+def test_the_last_evaluation_of_a_run_can_be_made_up_for(tmp_path: Path, part: str) -> None:
+    run_rounds(failing_loop(tmp_path / "whole", [], evaluator=Scores(LOSSES), num_rounds=2))
+    trained: list[int] = []
+    loop = failing_loop(tmp_path / "cut", trained, evaluator=FailingScores(LOSSES, part=part), num_rounds=2)
+    with pytest.raises(OutOfMemory):
+        run_rounds(loop)
+    assert run_rounds(loop).server_round == 2
+    assert run_rounds(loop).server_round == 2
+    assert trained == [1, 2]
+    assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+    assert read_records(tmp_path / "cut" / "records.jsonl")[-1].seconds["total"] > 0
+
+
+def test_a_run_that_grows_does_not_make_up_for_an_evaluation_that_is_no_longer_due(tmp_path: Path) -> None:
+    options = {"evaluate_every": 2}
+    run_rounds(failing_loop(tmp_path / "whole", [], evaluator=Scores(LOSSES), num_rounds=4, **options))
+    scores = FailingScores(LOSSES)
+    with pytest.raises(OutOfMemory):
+        run_rounds(failing_loop(tmp_path / "cut", [], evaluator=scores, num_rounds=3, **options))
+    trained: list[int] = []
+    run_rounds(failing_loop(tmp_path / "cut", trained, evaluator=scores, num_rounds=4, **options))
+    assert trained == [4]
+    assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+
+
+def test_a_run_that_gave_up_while_its_last_round_was_scored_has_given_up(tmp_path: Path) -> None:
+    def change(server_round: int, client: ClientSpec, factors: Mapping[str, LoraFactors]) -> object:
+        return ClientFailure(client.client_id, "train", "off")
+
+    options = {"num_rounds": 6, "max_failed_rounds": 2, "evaluate_every": 4}
+    loop = loop_in(tmp_path, change, evaluator=FailingScores(LOSSES, fails_at=1), **options)
+    with pytest.raises(OutOfMemory):
+        run_rounds(loop)
+    outcome = run_rounds(loop)
+    assert (outcome.server_round, outcome.has_progress) == (2, False)
+    assert read_records(tmp_path / "records.jsonl")[-1].evaluation is not None
+    # Resumed once more, it tries again.
+    assert run_rounds(loop).server_round == 4
+
+
+def test_rounds_are_checkpointed_as_often_as_asked_whatever_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[str, int]] = []
+
+    def saved(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
+        written.append(("state", checkpoint.server_round))
+        save_checkpoint(folder, checkpoint, keep)
+
+    def replaced(folder: Path, server_round: int, progress: Mapping[str, object]) -> None:
+        written.append(("scores", server_round))
+        replace_progress(folder, server_round, progress)
+
+    monkeypatch.setattr(rounds, "save_checkpoint", saved)
+    monkeypatch.setattr(rounds, "replace_progress", replaced)
+    run_rounds(loop_in(tmp_path, drift, num_rounds=7, checkpoint_every=2, evaluate_every=3))
+    states = [("state", number) for number in (0, 2, 4, 6)]
+    assert written == [*states, ("scores", 6), ("state", 7), ("scores", 7)]
+
+
+def test_a_run_stopped_between_checkpoints_is_saved_with_its_scores(tmp_path: Path) -> None:
+    scores = Scores(losses=(2.0, 1.5, 1.6, 1.7))
+    options = {"num_rounds": 10, "patience": 2, "checkpoint_every": 5}
+    assert run_rounds(loop_in(tmp_path, drift, evaluator=scores, **options)).server_round == 3
+    before = untimed(tmp_path)
+    assert run_rounds(loop_in(tmp_path, drift, **options)).server_round == 3
+    assert untimed(tmp_path) == before and before[-1]["evaluation"]
+
+
+def scaled(update: Update, factor: float) -> Update:
+    payload = {
+        module: LoraFactors(factors.A * factor, factors.B * factor, factors.scaling)
+        for module, factors in update.payload.items()
+    }
+    return dataclasses.replace(update, payload=payload)
+
+
+@dataclass(frozen=True)
+class Halve:
+    """Halves what is sent and doubles what is received; powers of two change no bit."""
+
+    arrived: list[str | None]
+
+    def send(self, update: Update, rng: torch.Generator) -> Update:
+        return scaled(update, 0.5)
+
+    def receive(self, updates: Iterable[Update], rng: torch.Generator) -> Iterator[Update]:
+        for update in updates:
+            self.arrived.append(update.client_id)
+            yield scaled(update, 2.0)
+
+
+@dataclass(frozen=True)
+class ServerNoise:
+    """Adds what it draws to every update on the server."""
+
+    drawn: list[float]
+
+    def send(self, update: Update, rng: torch.Generator) -> Update:
+        return update
+
+    def receive(self, updates: Iterable[Update], rng: torch.Generator) -> Iterator[Update]:
+        for update in updates:
+            self.drawn.append(float(torch.randn((), generator=rng)))
+            yield scaled(update, 1.0 + 0.01 * self.drawn[-1])
+
+
+@dataclass(frozen=True)
+class FirstOnly:
+    """Lets one update pass, or none, and asks for no other."""
+
+    num_updates: int
+
+    def send(self, update: Update, rng: torch.Generator) -> Update:
+        return update
+
+    def receive(self, updates: Iterable[Update], rng: torch.Generator) -> Iterator[Update]:
+        return islice(iter(updates), self.num_updates)
+
+
+@dataclass(frozen=True)
+class SteppedEngine:
+    """An engine whose clients run their ends of the steps."""
+
+    engine: Engine
+    steps: Sequence[UplinkStep]
+
+    def train(
+        self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
+    ) -> Iterator[Update | ClientFailure]:
+        for outcome in self.engine.train(server_round, cohort, broadcasts):
+            yield send(self.steps, outcome, torch.Generator()) if isinstance(outcome, Update) else outcome
+
+
+def stepped_loop(folder: Path, steps: Sequence[UplinkStep], change: object = drift, **options: object) -> Loop:
+    loop = loop_in(folder, change, **options)
+    engine = SteppedEngine(loop.engine, steps)  # type: ignore[arg-type]
+    return dataclasses.replace(loop, engine=engine, uplink=steps)
+
+
+def test_both_ends_of_an_uplink_step_run_and_without_steps_nothing_changes(tmp_path: Path) -> None:
+    plain = run_rounds(loop_in(tmp_path / "plain", drift))
+    arrived: list[str | None] = []
+    stepped = run_rounds(stepped_loop(tmp_path / "stepped", [Halve(arrived)]))
+    assert arrived == ["a", "b", "c", "d"] * 4
+    for module, spectrum in plain.state.spectra.items():
+        assert torch.equal(spectrum.S, stepped.state.spectra[module].S)
+        assert torch.equal(spectrum.U, stepped.state.spectra[module].U)
+    assert untimed(tmp_path / "plain") == untimed(tmp_path / "stepped")
+
+
+def test_the_server_draws_from_a_stream_of_its_own_in_every_round(tmp_path: Path) -> None:
+    whole, again = [], []
+    run_rounds(stepped_loop(tmp_path / "whole", [ServerNoise(whole)], num_rounds=3))
+    run_rounds(stepped_loop(tmp_path / "again", [ServerNoise(again)], num_rounds=2))
+    assert len(set(whole)) == 12 and again == whole[:8]
+    run_rounds(stepped_loop(tmp_path / "again", [ServerNoise(again)], num_rounds=3))
+    assert again == whole
+    other: list[float] = []
+    run_rounds(stepped_loop(tmp_path / "other", [ServerNoise(other)], num_rounds=3, seed=2))
+    assert not set(other) & set(whole)
+
+
+def test_what_a_client_sent_is_checked_before_any_step_receives_it(tmp_path: Path) -> None:
+    def change(server_round: int, client: ClientSpec, factors: Mapping[str, LoraFactors]) -> object:
+        if client.client_id == "b":
+            return {module: LoraFactors(own.A * float("nan"), own.B, own.scaling) for module, own in factors.items()}
+        return drift(server_round, client, factors)
+
+    arrived: list[str | None] = []
+    run_rounds(stepped_loop(tmp_path, [Halve(arrived)], change, num_rounds=1))
+    assert arrived == ["a", "c", "d"]
+    record = read_records(tmp_path / "records.jsonl")[-1]
+    assert [client.client_id for client in record.clients if client.stage == "validate"] == ["b"]
+
+
+def test_clients_a_step_does_not_ask_for_are_recorded_and_a_step_without_result_keeps_the_state(
+    tmp_path: Path,
+) -> None:
+    first = run_rounds(stepped_loop(tmp_path / "first", [FirstOnly(1)], num_rounds=1))
+    records = read_records(tmp_path / "first" / "records.jsonl")
+    assert [client.client_id for client in records[1].clients] == ["a", "b", "c", "d"]
+    assert records[1].note is None and records[1].seconds["aggregate"] >= 0
+    # Client a has rank 1: nothing else reached the aggregator.
+    assert {spectrum.S.numel() for spectrum in first.state.spectra.values()} == {1}
+    run_rounds(stepped_loop(tmp_path / "none", [FirstOnly(0)], num_rounds=1))
+    record = read_records(tmp_path / "none" / "records.jsonl")[1]
+    assert "could not be aggregated and the state was kept" in str(record.note)
+    assert len(record.clients) == 4
 
 
 def test_being_killed_between_checkpoint_and_record_loses_neither(tmp_path: Path) -> None:

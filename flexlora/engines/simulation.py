@@ -1,9 +1,12 @@
 """Trains a cohort in this process, one client after the other on one shared base model."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+import torch
 
 from flexlora import FlexLoraError
 from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update, stream_seed
@@ -11,6 +14,7 @@ from flexlora.data.prompts import EncodedExample
 from flexlora.lora.factors import AdapterState
 from flexlora.model import AdaptedModel
 from flexlora.training import LocalTraining, train_client
+from flexlora.uplink.base import UplinkStep, send
 from flexlora.uplink.wire import WireDtype, decode, decode_broadcast, encode, encode_broadcast
 
 _LONGEST_REASON = 300
@@ -45,6 +49,7 @@ class SimulationEngine:
         seed: Of the run; each client in each round has a stream of its own.
         wire_dtype: Dtype of the factors on their way.
         train_one: What trains one client.
+        uplink: The steps whose client ends run on each update before it is encoded.
     """
 
     model: AdaptedModel
@@ -54,6 +59,7 @@ class SimulationEngine:
     seed: int
     wire_dtype: WireDtype = "float32"
     train_one: TrainClient = train_client
+    uplink: Sequence[UplinkStep] = ()
 
     def train(
         self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
@@ -93,11 +99,15 @@ class SimulationEngine:
             # What leaves the client besides its factors: these two numbers and nothing else that was measured.
             told = {key: metrics[key] for key in ("loss", "steps") if key in metrics}
             stage = "upload"
-            sent = encode(adapter, self.wire_dtype)
+            rng = torch.Generator().manual_seed(stream_seed(self.seed, "uplink", server_round, client.client_id))
+            update = send(self.uplink, Update(client.client_id, adapter, float(client.num_examples), told), rng)
+            sent = encode(update.payload, self.wire_dtype)
             payload = decode(sent)
         except Exception as error:
             return ClientFailure(client.client_id, stage, _reason(error), down_bytes)
-        return Update(client.client_id, payload, float(client.num_examples), told, len(sent), down_bytes, train_seconds)
+        return dataclasses.replace(
+            update, payload=payload, up_bytes=len(sent), down_bytes=down_bytes, train_seconds=train_seconds
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -10,14 +10,23 @@ from flexlora.clients import Update
 
 @runtime_checkable
 class UplinkStep(Protocol):
-    """Something done to an update on its way, both ends of it."""
+    """Something done to an update on its way, both ends of it.
+
+    What leaves ``send`` travels as factors and is checked on arrival, client by client: it must keep modules, ranks and
+    scalings and stay finite, or its client counts as failed. A step that concerns one end only, such as noise added by
+    the server, passes on at the other. An error in ``send`` fails that client; a ``FlexLoraError`` in ``receive`` loses
+    the round's updates, and the state is kept.
+    """
 
     def send(self, update: Update, rng: torch.Generator) -> Update:
         """Return what leaves the client."""
         ...
 
     def receive(self, updates: Iterable[Update], rng: torch.Generator) -> Iterator[Update]:
-        """Yield what goes on towards the aggregator: one per update, or one for a whole cohort."""
+        """Yield what goes on towards the aggregator: one per update, or one for a whole cohort.
+
+        The updates are those of the clients that survived, in cohort order; who is missing is known only at the end.
+        """
         ...
 
 

@@ -8,6 +8,7 @@ from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Upd
 from flexlora.data.prompts import EncodedExample
 from flexlora.engines.base import Engine
 from flexlora.engines.simulation import SimulationEngine
+from flexlora.lora.factors import LoraFactors
 from flexlora.model import target_modules
 from flexlora.training import LocalTraining, train_client
 from flexlora.uplink.wire import encode, encode_broadcast
@@ -100,6 +101,51 @@ def test_a_small_wire_dtype_rounds_both_ways_and_halves_the_bytes(engine, broadc
     num_values = sum(factors.A.numel() + factors.B.numel() for factors in exact.payload.values())
     assert exact.up_bytes - rounded.up_bytes == pytest.approx(2 * num_values, rel=0.02)
     assert exact.down_bytes - rounded.down_bytes == pytest.approx(2 * num_values, rel=0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class Halve:
+    """Halves the factors; powers of two change no other bit. Notes what its streams begin with."""
+
+    drawn: list
+
+    def send(self, update, rng):
+        self.drawn.append(float(torch.rand((), generator=rng)))
+        payload = {
+            path: LoraFactors(factors.A / 2, factors.B / 2, factors.scaling) for path, factors in update.payload.items()
+        }
+        return dataclasses.replace(update, payload=payload, weight=2 * update.weight)
+
+    def receive(self, updates, rng):
+        yield from updates
+
+
+def test_client_ends_of_uplink_steps_run_before_the_wire_each_with_its_own_stream(engine, broadcasts):
+    drawn = []
+    plain = list(engine.train(1, COHORT, broadcasts))
+    stepped = dataclasses.replace(engine, uplink=[Halve(drawn)])
+    for before, after in zip(plain, stepped.train(1, COHORT, broadcasts), strict=True):
+        assert (after.client_id, after.weight, after.metrics) == (before.client_id, 2 * before.weight, before.metrics)
+        assert (after.up_bytes, after.down_bytes) == (len(encode(after.payload, "float32")), before.down_bytes)
+        for path, factors in before.payload.items():
+            assert torch.equal(after.payload[path].A * 2, factors.A)
+            assert torch.equal(after.payload[path].B * 2, factors.B)
+    list(stepped.train(1, COHORT[:1], broadcasts))
+    list(stepped.train(2, COHORT[:1], broadcasts))
+    assert len(set(drawn[:4])) == 4
+    assert drawn[4] == drawn[0] and drawn[5] not in drawn[:4]
+
+
+def test_a_step_that_fails_at_a_client_fails_that_client(engine, broadcasts):
+    class Refusing(Halve):
+        def send(self, update, rng):
+            if update.client_id == "bob":
+                raise ValueError("no key")
+            return update
+
+    outcomes = list(dataclasses.replace(engine, uplink=[Refusing([])]).train(1, COHORT, broadcasts))
+    assert [type(outcome) for outcome in outcomes] == [Update, ClientFailure, Update, Update]
+    assert (outcomes[1].stage, outcomes[1].reason) == ("upload", "ValueError: no key")
 
 
 @pytest.mark.parametrize(
