@@ -1,15 +1,13 @@
 """What is the weighted sum of many LoRA changes, and its singular value decomposition.
 
-``P = sum_i w_i s_i B_i A_i`` is folded one update at a time into a ``ProductSum`` and read out as a ``Spectrum``. While
-the total rank is small the factors themselves are kept: with ``L = [w_i s_i B_i]``, ``R = [A_i]``, ``L = Q1 R1`` and
-``R^T = Q2 R2``, the decomposition of the small ``R1 R2^T`` is that of ``P``. Beyond ``FACTORED_SHARE`` of the shorter
-side the stacks are multiplied out, block by block, and the dense float64 sum is decomposed. Both are exact to float64:
-nothing goes through a Gram matrix, which would lose singular values below 1e-8 of the largest. Weights may be negative.
+``P = sum_i w_i s_i B_i A_i`` is folded one update at a time into a ``ProductSum`` and read out as a ``Spectrum``; which
+method finds it is the subject of ``decomposition``. Weights may be negative. A sum refers to the factors as they are
+stored and, once these would take more memory than the change itself, multiplies them out in float64, unless it is told
+to keep them (because they lie in a file that is mapped into memory).
 """
 
-# torch.linalg and torch.special carry no type information, and LinAlgError comes from torch's private part.
+# torch.linalg and torch.special carry no type information.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportPrivateImportUsage=false
 
 from dataclasses import dataclass, replace
 from math import hypot, isfinite
@@ -20,12 +18,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flexlora import FlexLoraError
+from flexlora.lora.decomposition import (
+    Accuracy,
+    Certificate,
+    DecompositionError,
+    Operator,
+    Term,
+    truncated_svd,
+)
 from flexlora.lora.factors import FactorsError, LoraFactors
 
 Split = Literal["b", "balanced"]
-
-FACTORED_SHARE = 0.5
-"""Total rank over ``min(out_features, in_features)`` up to which two QR decompositions cost less than one dense SVD."""
 
 
 class ProductError(FlexLoraError, ValueError):
@@ -98,34 +101,55 @@ class ProductSum:
     """A weighted sum of changes so far; ``add_product`` and ``add_spectrum`` return the next one.
 
     Attributes:
-        left: Columns ``w_i s_i B_i`` not yet multiplied out, float64.
-        right: Rows ``A_i`` that belong to them.
-        dense: What has been multiplied out, or None.
-        magnitude: ``sum_j |left_j| |right_j|`` over all columns ever added; rounding errors scale with it.
+        keep_factors: Never multiply out, however many factors there are; for factors that cost no memory.
+        terms: What has not been multiplied out.
+        dense: What has, float64, or None.
+        magnitude: Sum of the norms of the products of all columns ever added; rounding errors scale with it.
     """
 
     out_features: int
     in_features: int
-    left: tuple[Tensor, ...] = ()
-    right: tuple[Tensor, ...] = ()
+    keep_factors: bool = False
+    terms: tuple[Term, ...] = ()
     dense: Float[Tensor, "out_features in_features"] | None = None
     magnitude: float = 0.0
 
+    @property
+    def total_rank(self) -> int:
+        """Columns of all factors that have not been multiplied out."""
+        return sum(term.columns for term in self.terms)
+
 
 def add_product(total: ProductSum, factors: LoraFactors, weight: float) -> ProductSum:
-    """Return ``total + weight * scaling * B @ A``; ``weight`` may be negative."""
-    left = factors.B.detach().to(torch.float64) * (weight * factors.scaling)
-    return _add_columns(total, left, factors.A.detach().to(torch.float64))
+    """Return ``total + weight * scaling * B @ A``; ``weight`` may be negative.
+
+    The factors are referred to, not copied: they must not be changed in place afterwards.
+    """
+    return _add_term(total, factors.B.detach(), factors.A.detach(), weight * factors.scaling)
 
 
 def add_spectrum(total: ProductSum, spectrum: Spectrum, values: Float[Tensor, " k"]) -> ProductSum:
     """Return ``total + U diag(values) Vh``: the directions of ``spectrum`` with other values, of any sign."""
-    left = spectrum.U.to(torch.float64) * values.to(torch.float64)
-    return _add_columns(total, left, spectrum.Vh.to(torch.float64))
+    return _add_term(total, spectrum.U * values.to(spectrum.U), spectrum.Vh, 1.0)
 
 
-def decompose(total: ProductSum, max_rank: int | None = None, divisor: float = 1.0) -> Spectrum:
-    """Return the singular value decomposition of ``total / divisor`` with at most ``max_rank`` directions.
+def decompose(
+    total: ProductSum, max_rank: int | None = None, divisor: float = 1.0, accuracy: Accuracy = "exact"
+) -> Spectrum:
+    """Return what ``certified_decomposition`` does, without the certificate."""
+    return certified_decomposition(total, max_rank, divisor, accuracy)[0]
+
+
+def certified_decomposition(
+    total: ProductSum,
+    max_rank: int | None = None,
+    divisor: float = 1.0,
+    accuracy: Accuracy = "exact",
+    *,
+    start: Float[Tensor, "j in_features"] | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Spectrum, Certificate]:
+    """Return the singular value decomposition of ``total / divisor``, at most ``max_rank`` directions, and its bound.
 
     Singular values at the level of the rounding errors are noise and are left out (into ``tail``), so the spectrum of
     a sum of known rank has that many directions, and a sum of nothing has none. ``U`` and ``Vh`` are stored row by row,
@@ -135,25 +159,37 @@ def decompose(total: ProductSum, max_rank: int | None = None, divisor: float = 1
         total: What was added up.
         max_rank: None keeps every direction.
         divisor: Positive, usually the sum of the weights: a mean needs no second pass over the updates.
+        accuracy: ``exact`` is within 1e-6 of the best approximation of its rank, relative to the latter's error;
+            ``fast`` within 1e-3.
+        start: Rows to begin from, such as ``Vh`` of the round before: quicker where little has changed, never worse.
+        device: Where to compute; None is where the factors are. The result is there too.
 
     Raises:
         ProductError: If a factor or weight was NaN or infinite, or if LAPACK finds no decomposition.
     """
     if not isfinite(total.magnitude):
         raise ProductError("factors, scalings and weights must be finite; a sum of products became NaN or infinite")
-    U, S, Vh = _decompose_stacks(total) if total.dense is None else _decompose_dense(total.dense, total)
+    operator = Operator(
+        total.out_features, total.in_features, total.terms, total.dense, _device(total, device), total.magnitude
+    )
+    try:
+        (U, S, Vh), certificate = truncated_svd(operator, max_rank, accuracy, None if start is None else start.T)
+    except DecompositionError as error:
+        raise ProductError(str(error)) from error
     noise = 4 * torch.finfo(torch.float64).eps * max(total.out_features, total.in_features) ** 0.5 * total.magnitude
     kept = int((S > noise).sum())
-    spectrum = Spectrum(U, S / divisor, Vh).truncate(kept if max_rank is None else min(kept, max_rank))
+    spectrum = Spectrum(U, S, Vh, certificate.tail).truncate(kept if max_rank is None else min(kept, max_rank))
+    certificate = replace(certificate, tail=spectrum.tail).scaled(1.0 / divisor)
     largest = spectrum.Vh.gather(1, spectrum.Vh.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(torch.float64)
     # Cloned, because a slice would keep every discarded direction alive for as long as the state lives.
-    return Spectrum(
+    spectrum = Spectrum(
         (spectrum.U * signs[:, 0]).clone(memory_format=torch.contiguous_format),
-        spectrum.S.clone(),
+        spectrum.S / divisor,
         (spectrum.Vh * signs).clone(memory_format=torch.contiguous_format),
-        spectrum.tail,
+        spectrum.tail / divisor,
     )
+    return spectrum, certificate
 
 
 def spectrum_of(factors: LoraFactors, max_rank: int | None = None) -> Spectrum:
@@ -161,10 +197,13 @@ def spectrum_of(factors: LoraFactors, max_rank: int | None = None) -> Spectrum:
     return decompose(add_product(ProductSum(*factors.shape), factors, 1.0), max_rank)
 
 
-def _add_columns(
-    total: ProductSum, left: Float[Tensor, "out_features columns"], right: Float[Tensor, "columns in_features"]
+def _add_term(
+    total: ProductSum,
+    left: Float[Tensor, "out_features columns"],
+    right: Float[Tensor, "columns in_features"],
+    coefficient: float,
 ) -> ProductSum:
-    """Return ``total + left @ right``, multiplied out only when the stacks have grown past their share."""
+    """Return ``total + coefficient * left @ right``, multiplied out only where that takes less memory."""
     shape = (left.shape[0], right.shape[1])
     if shape != (total.out_features, total.in_features):
         raise ProductError(
@@ -172,53 +211,29 @@ def _add_columns(
         )
     if left.shape[1] == 0:
         return total
-    magnitude = total.magnitude + float(left.norm(dim=0) @ right.norm(dim=1))
-    lefts, rights = (*total.left, left), (*total.right, right)
-    if sum(block.shape[1] for block in lefts) <= FACTORED_SHARE * min(shape):
-        return replace(total, left=lefts, right=rights, magnitude=magnitude)
-    product = torch.cat(lefts, 1) @ torch.cat(rights)
-    dense = product if total.dense is None else total.dense + product
-    return replace(total, left=(), right=(), dense=dense, magnitude=magnitude)
+    right_sizes = torch.linalg.vector_norm(right, dim=1, dtype=_at_least_float32(right)).double().cpu()
+    left_sizes = torch.linalg.vector_norm(left, dim=0, dtype=_at_least_float32(left)).double().cpu()
+    sizes = left_sizes * right_sizes * abs(coefficient)
+    term = Term(left, right, coefficient, sizes, right_sizes)
+    total = replace(total, terms=(*total.terms, term), magnitude=total.magnitude + float(sizes.sum()))
+    stored = sum(term.columns * term.left.element_size() for term in total.terms) * sum(shape)
+    if total.keep_factors or stored <= 8 * shape[0] * shape[1]:
+        return total
+    device = _device(total, None)
+    operator = Operator(*shape, total.terms, total.dense, device, total.magnitude)
+    return replace(total, terms=(), dense=operator.formed(torch.float64).dense)
 
 
-def _decompose_stacks(total: ProductSum) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD of ``L @ R`` by two QR decompositions and the SVD of the small core."""
-    if not total.left:
-        empty = torch.zeros(0, dtype=torch.float64)
-        return empty.reshape(total.out_features, 0), empty, empty.reshape(0, total.in_features)
-    Q1, R1 = torch.linalg.qr(torch.cat(total.left, 1))
-    Q2, R2 = torch.linalg.qr(torch.cat(total.right).T)
-    U, S, Vh = _thin_svd(R1 @ R2.T)
-    return Q1 @ U, S, Vh @ Q2.T
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _decompose_dense(dense: Tensor, rest: ProductSum) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD of ``dense`` plus the stacks not yet multiplied out."""
-    if rest.left:
-        dense = dense + torch.cat(rest.left, 1) @ torch.cat(rest.right)
-    return _thin_svd(dense)
-
-
-def _thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD of a finite matrix, by a second way where LAPACK's iteration does not converge.
-
-    With ``matrix = Q R`` the second way decomposes ``R^T``, scaled to norm 1: the same singular values, to the same
-    digits, from other numbers to iterate on.
-    """
-    try:
-        return tuple(torch.linalg.svd(matrix, full_matrices=False))
-    except torch.linalg.LinAlgError:
-        norm = matrix.norm()
-    Q, R = torch.linalg.qr(matrix / norm)
-    try:
-        U, S, Vh = torch.linalg.svd(R.T, full_matrices=False)
-    except torch.linalg.LinAlgError as error:
-        raise ProductError(
-            f"a sum of products must have a singular value decomposition; the one of shape {tuple(matrix.shape)} and "
-            f"norm {float(norm):.3g} did not converge in two attempts, look for a client whose update is out of scale "
-            f"({error})"
-        ) from error
-    return Q @ Vh.T, S * norm, U.T
+def _device(total: ProductSum, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    if total.dense is not None:
+        return total.dense.device
+    return total.terms[0].left.device if total.terms else torch.device("cpu")
 
 
 def _fresh_rows(

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from flexlora.lora.factors import FactorsError, LoraFactors
 from flexlora.lora.product import (
-    FACTORED_SHARE,
     ProductError,
     ProductSum,
     Spectrum,
@@ -76,15 +75,21 @@ def test_every_truncation_equals_the_dense_float64_oracle(shape, num_clients):
         assert np.linalg.norm(change.numpy() - expected) == pytest.approx(np.linalg.norm(S[rank:]), abs=1e-11 * S[0])
 
 
-def test_both_paths_are_taken_and_the_result_does_not_depend_on_which():
+def test_factors_are_kept_until_the_change_itself_is_smaller_and_the_result_does_not_depend_on_it():
     shape = (30, 26)
     updates = random_updates(shape, FEW)
     few = add_all(shape, updates)
     assert few.dense is None
-    assert sum(block.shape[1] for block in few.left) <= FACTORED_SHARE * 26
+    assert few.total_rank == sum(factors.rank for factors, _ in updates)
+    assert few.terms[0].left.data_ptr() == updates[0][0].B.data_ptr()
     rest = random_updates(shape, MANY, seed=1)
     many = add_all(shape, updates + rest)
     assert many.dense is not None
+    kept = ProductSum(*shape, keep_factors=True)
+    for factors, weight in updates + rest:
+        kept = add_product(kept, factors, weight)
+    assert kept.dense is None
+    assert relative_error(decompose(kept, 26).delta(), decompose(many, 26).delta().numpy()) < 1e-12
     for factors, weight in rest:
         many = add_product(many, factors, -weight)
     assert relative_error(decompose(many, 26).delta(), decompose(few).delta().numpy()) < 1e-12

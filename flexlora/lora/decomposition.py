@@ -1,0 +1,707 @@
+"""What are the leading singular values of a sum of products, at the least cost, and how good is the answer?
+
+For ``P = sum_i c_i B_i A_i`` of shape ``m x n``, with ``R`` columns in all the ``B_i`` and ``k`` directions asked for:
+
+========== ===================================================================== =================================
+method     how                                                                   taken when
+========== ===================================================================== =================================
+qr         QR of both stacks, SVD of the ``R x R`` core, float64                 ``R`` is small, or all is wanted
+gram       float64 Gram matrices of both stacks, Cholesky, ``R x R`` eigenvalues ``R`` below ``min(m, n)``
+subspace   filtered block iteration on ``P``, never formed, or formed once       ``R`` large, ``k`` small
+dense_gram float64 Gram matrix of the shorter side, top eigenvectors             no gap after ``k``, or small sides
+dense_svd  full SVD in float64                                                   anything else
+========== ===================================================================== =================================
+
+Every answer carries a ``Certificate``. With ``E_k`` the error of the best approximation of rank ``k`` (Eckart and
+Young) it says ``||P - U S Vh|| <= (1 + excess) E_k + rounding``. A method that cannot keep ``excess`` within the
+tolerance hands over to the next one down the table.
+
+``subspace`` begins with a block ``[X, G]``: ``X`` from what is known, ``G`` standard normal and drawn after ``X`` was
+fixed. It is multiplied with ``f(P)``, an odd polynomial of the singular values: ``sigma`` at first, then ``sigma^2
+T(sigma / edge)`` with Chebyshev polynomials ``T``, which hold down all below ``edge``. Its certificate costs no further
+product. Let ``T^T T`` be the Gram matrix of what of ``f(P) G`` is orthogonal to ``f(P) X``, with eigenvalues ``mu_1 <=
+mu_2 <= ...``. For a singular triple ``(sigma, u, v)`` of ``P`` write ``G = v g^T + G'``; ``g`` is standard normal and
+independent of ``G'``. The combination of columns in which ``g`` adds up to 1 is ``f(sigma) u`` plus a combination of
+``f(P) G'``, which can be made as short as ``1 / (g^T S^-1 g)`` (squared), where ``S`` is the Gram matrix without ``v``.
+In the space of the ``b`` smallest eigenvalues of ``S``, which interlace with the ``mu``, ``g`` has a chi-squared length
+that exceeds ``x_b`` except with a chance of our choice. So
+
+    sin^2(u, block) <= mu_(b+1) / (x_b f(sigma)^2),    sum_(i<=k) (sigma_i^2 - theta_i) <= sum_i sigma_i^2 sin^2(u_i)
+
+for the Ritz values ``theta_i`` of the block; the second holds because ``P P^T`` is at least its leading part.
+"""
+
+# torch.linalg carries no type information, and LinAlgError comes from torch's private part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportConstantRedefinition=false
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import exp, inf, lgamma, log, sqrt
+from typing import Literal
+
+import torch
+from scipy.linalg import eigh  # pyright: ignore[reportMissingTypeStubs]
+from torch import Tensor
+
+Accuracy = Literal["exact", "fast"]
+Method = Literal["none", "qr", "gram", "subspace", "dense_gram", "dense_svd"]
+
+TOLERANCE: dict[Accuracy, float] = {"exact": 1e-6, "fast": 1e-3}
+"""Largest ``excess``: how much worse than the best approximation of the same rank an answer may be."""
+
+FLOOR: dict[Accuracy, float] = {"exact": 1e-9, "fast": 1e-5}
+"""Additive error, relative to the norm of the change, that is accepted where the best error is nearly zero."""
+
+FAILURE_PROBABILITY = 1e-9
+"""Chance that a certificate of the randomised method does not hold."""
+
+QR_COLUMNS = 96
+GRAM_SHARE = 0.75
+SMALL_SIDE = 768
+BLOCK_BYTES = 64 * 2**20
+NUM_PROBES = 16
+LEAST_OVERSAMPLING = 32
+MOST_PRODUCTS = 16
+STEEP = 1e-6
+"""Singular value over the largest below which its vectors are not taken from a Gram matrix."""
+DOUBLE_COST = 2.5
+"""Time of a float64 matrix product over that of a float32 one, on the CPUs measured."""
+
+
+class DecompositionError(ArithmeticError):
+    """No decomposition was found."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How good a truncated decomposition is: ``||P - U S Vh|| <= (1 + excess) best + rounding`` in Frobenius norm.
+
+    Attributes:
+        method: How it was found.
+        reason: Why that way, in words.
+        norm: Frobenius norm of the whole change.
+        tail: Frobenius norm of what was discarded. Like ``norm`` estimated from random probes where the change was
+            never formed (``method="subspace"``), to a few per cent.
+        excess: Upper bound of the relative distance to the best approximation of the same rank.
+        rounding: Upper bound of what limited precision adds, absolute.
+        failure_probability: Chance that the bound does not hold; 0 where nothing random was used.
+    """
+
+    method: Method
+    reason: str
+    norm: float
+    tail: float
+    excess: float = 0.0
+    rounding: float = 0.0
+    failure_probability: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Discarded part with rounding: upper bound of the distance, as far as ``tail`` is exact."""
+        return self.tail + self.rounding
+
+    @property
+    def optimal(self) -> float:
+        """Lower bound of the distance of the best approximation of this rank, as far as ``tail`` is exact."""
+        return max(0.0, self.tail - self.rounding) / (1.0 + self.excess)
+
+    @property
+    def energy_kept(self) -> float:
+        """Share in 0..1 of the squared norm that was kept."""
+        return max(0.0, 1.0 - (self.tail / self.norm) ** 2) if self.norm > 0 else 1.0
+
+    def scaled(self, factor: float) -> "Certificate":
+        """Return the certificate of the change times ``factor`` > 0."""
+        return replace(self, norm=self.norm * factor, tail=self.tail * factor, rounding=self.rounding * factor)
+
+
+@dataclass(frozen=True)
+class Term:
+    """``left @ diag(coefficients) @ right`` in whatever type it is stored, with the norms of columns and rows.
+
+    Attributes:
+        left: Shape (out_features, columns).
+        right: Shape (columns, in_features).
+        coefficient: Weight times scaling, of any sign.
+        sizes: ``|coefficient| |left_j| |right_j|`` for each column, float64.
+        right_sizes: ``|right_j|``, float64.
+    """
+
+    left: Tensor
+    right: Tensor
+    coefficient: float
+    sizes: Tensor
+    right_sizes: Tensor
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of ``left``."""
+        return self.left.shape[1]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A sum of terms plus, possibly, a dense part: ``P`` as something that multiplies blocks of vectors.
+
+    Attributes:
+        out_features: Rows of ``P``.
+        in_features: Columns of ``P``.
+        terms: What has not been multiplied out.
+        dense: What has, float64, or None.
+        device: Where to compute.
+        magnitude: Sum of the norms of all columns' products ever added: the worst case of rounding errors.
+    """
+
+    out_features: int
+    in_features: int
+    terms: Sequence[Term]
+    dense: Tensor | None
+    device: torch.device
+    magnitude: float
+
+    @cached_property
+    def columns(self) -> int:
+        """Total rank of the terms."""
+        return sum(term.columns for term in self.terms)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """``|c_j l_j| |r_j|`` of all columns, float64."""
+        parts = [term.sizes for term in self.terms]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    @cached_property
+    def scale(self) -> float:
+        """Root of the sum of the squared norms of all columns' products, as independent rounding errors add up."""
+        dense = 0.0 if self.dense is None else float(torch.linalg.vector_norm(self.dense))
+        return sqrt(float(self.sizes.square().sum()) + dense**2)
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield ``left``, ``right`` and the coefficients, some columns at a time, in buffers that are used again."""
+        m, n = self.out_features, self.in_features
+        most = max(1, BLOCK_BYTES // (dtype.itemsize * (m + n)) // 64) * 64
+        size = min(most, self.columns)
+        lefts = torch.empty(m, size, dtype=dtype, device=self.device)
+        rights = torch.empty(size, n, dtype=dtype, device=self.device)
+        factors = torch.empty(size, dtype=torch.float64)
+        filled = 0
+        for term in self.terms:
+            done = 0
+            while done < term.columns:
+                take = min(size - filled, term.columns - done)
+                lefts[:, filled : filled + take] = term.left[:, done : done + take]
+                rights[filled : filled + take] = term.right[done : done + take]
+                factors[filled : filled + take] = term.coefficient
+                done, filled = done + take, filled + take
+                if filled == size:
+                    yield lefts, rights, factors.to(lefts)
+                    filled = 0
+        if filled:
+            yield lefts[:, :filled], rights[:filled], factors[:filled].to(lefts)
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Return ``P @ X`` in the type of ``X``."""
+        Y = X.new_zeros(self.out_features, X.shape[1])
+        if self.dense is not None:
+            Y.addmm_(self.dense.to(X), X)
+        for left, right, factors in self.blocks(X.dtype):
+            Y.addmm_(left, (right @ X).mul_(factors[:, None]))
+        return Y
+
+    def apply_transposed(self, Y: Tensor) -> Tensor:
+        """Return ``P.T @ Y`` in the type of ``Y``."""
+        X = Y.new_zeros(self.in_features, Y.shape[1])
+        if self.dense is not None:
+            X.addmm_(self.dense.to(Y).T, Y)
+        for left, right, factors in self.blocks(Y.dtype):
+            X.addmm_(right.T, (left.T @ Y).mul_(factors[:, None]))
+        return X
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """Return both stacks in float64, coefficients in the left one."""
+        left = torch.empty(self.out_features, self.columns, dtype=torch.float64, device=self.device)
+        right = torch.empty(self.columns, self.in_features, dtype=torch.float64, device=self.device)
+        start = 0
+        for term in self.terms:
+            stop = start + term.columns
+            left[:, start:stop] = term.left
+            left[:, start:stop] *= term.coefficient
+            right[start:stop] = term.right
+            start = stop
+        return left, right
+
+    def formed(self, dtype: torch.dtype) -> "Operator":
+        """Return the same operator, multiplied out in ``dtype``."""
+        if not self.terms and self.dense is not None:
+            return replace(self, dense=self.dense.to(self.device, dtype))
+        if self.dense is None:
+            total = torch.zeros(self.out_features, self.in_features, dtype=dtype, device=self.device)
+        else:
+            total = self.dense.to(self.device, dtype, copy=True)
+        for left, right, factors in self.blocks(dtype):
+            total.addmm_(left * factors, right)
+        return replace(self, terms=(), dense=total)
+
+    def sketch(self, size: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """Return ``size`` random combinations of the rows of all terms, weighted by what their columns carry.
+
+        It costs half a product with ``P``, and for clients that learned much the same it points where ``P`` does.
+        """
+        X = torch.zeros(self.in_features, size, dtype=dtype, device=self.device)
+        weights = torch.cat([term.sizes / term.right_sizes.clamp_min(1e-300) for term in self.terms])
+        start = 0
+        for _, right, _ in self.blocks(dtype):
+            stop = start + right.shape[0]
+            mixture = torch.randn(right.shape[0], size, generator=generator, dtype=torch.float32)
+            X.addmm_(right.T, (mixture * weights[start:stop, None]).to(X))
+            start = stop
+        return X
+
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def truncated_svd(
+    operator: Operator, k: int | None, accuracy: Accuracy = "exact", start: Tensor | None = None
+) -> tuple[Triple, Certificate]:
+    """Return ``U``, ``S``, ``Vh`` (float64) of the leading directions and their certificate.
+
+    More than ``k`` directions may come back where a method finds them anyway.
+
+    Args:
+        operator: The sum; all its numbers finite.
+        k: Directions asked for; None is all of them.
+        accuracy: Which ``TOLERANCE`` to meet.
+        start: Shape (in_features, any), directions to begin from, such as the right singular vectors of the last
+            round. They cannot make the answer worse, only quicker.
+
+    Raises:
+        DecompositionError: If LAPACK finds no decomposition.
+    """
+    m, n = operator.out_features, operator.in_features
+    side, columns = min(m, n), operator.columns
+    top = columns if operator.dense is None else side
+    wanted = min(side, top) if k is None else min(k, side, top)
+    if wanted == 0:
+        empty = torch.zeros(0, dtype=torch.float64, device=operator.device)
+        triple = (empty.reshape(m, 0), empty, empty.reshape(0, n))
+        return triple, Certificate("none", "there is nothing to decompose", 0.0, 0.0)
+    notes: list[str] = []
+    if operator.dense is None:
+        if columns <= QR_COLUMNS or (wanted >= min(columns, side) and columns <= GRAM_SHARE * side):
+            return _by_qr(operator, f"total rank {columns} is small")
+        if columns <= GRAM_SHARE * side:
+            reason = f"total rank {columns} is below the shorter side {side}"
+            if (found := _by_gram(operator, wanted, accuracy, reason)) is not None:
+                return found
+            return _by_qr(operator, f"{reason}; the spectrum is too steep for Gram matrices")
+    formed = None
+    size = wanted + _oversampling(wanted)
+    if 2 * size <= side and side > SMALL_SIDE:
+        if _is_cheaper_formed(operator, size):
+            formed = operator.formed(torch.float32)
+        found = _by_subspace(operator, wanted, accuracy, start, formed, notes)
+        if found is not None:
+            return found
+    if 4 * wanted <= 3 * side:
+        reason = "; ".join(notes) or f"the shorter side {side} is small"
+        if (found := _by_dense_gram(operator, wanted, accuracy, reason, formed)) is not None:
+            return found
+        notes.append("the spectrum is too steep for a Gram matrix")
+    return _by_dense_svd(operator, "; ".join(notes) or f"{wanted} of {side} directions are asked for")
+
+
+def _by_qr(operator: Operator, reason: str) -> tuple[Triple, Certificate]:
+    """Decompose through QR of both stacks: exact to float64, small singular values included."""
+    left, right = operator.stacked()
+    Q1, R1 = torch.linalg.qr(left)
+    Q2, R2 = torch.linalg.qr(right.T)
+    U, S, Vh = thin_svd(R1 @ R2.T)
+    rounding = _double_rounding(operator)
+    return (Q1 @ U, S, Vh @ Q2.T), Certificate("qr", reason, float(S.norm()), 0.0, 0.0, rounding)
+
+
+def _by_gram(operator: Operator, k: int, accuracy: Accuracy, reason: str) -> tuple[Triple, Certificate] | None:
+    """Decompose through float64 Gram matrices of both stacks; None where their precision does not do.
+
+    With ``L^T L = C1 C1^T`` and ``R R^T = C2 C2^T`` the singular values of ``L R`` are those of ``C1^T C2``. Its right
+    singular vectors ``W`` give ``U S = L C2 W`` and ``Vh = W^T C2^-1 R``; nothing is divided by a singular value but
+    the columns of ``U S``.
+    """
+    left, right = operator.stacked()
+    lengths = right.norm(dim=1).clamp_min(1e-300)
+    right /= lengths[:, None]
+    left *= lengths
+    G1, G2 = _gram(left), _gram(right.T)
+    C1, C2 = _cholesky(G1), _cholesky(G2)
+    if C1 is None or C2 is None:
+        return None
+    core = C1.T @ C2
+    theta, W = torch.linalg.eigh(core.T @ core)
+    theta, W = theta.flip(0).clamp_min(0), W.flip(1)[:, :k]
+    total, largest = float(theta.sum()), float(theta[0])
+    tail2 = float(theta[k:].sum())
+    columns = operator.columns
+    # What the Gram matrices and the eigenvalue solver may have got wrong in the k leading eigenvalues together.
+    spread = float(torch.linalg.matrix_norm(G1)) * float(torch.linalg.matrix_norm(G2))
+    missed = 64 * torch.finfo(torch.float64).eps * sqrt(k) * (spread + sqrt(columns) * largest)
+    verdict = _verdict(missed, tail2, total, accuracy)
+    S = theta[:k].sqrt()
+    if verdict is None or float(S[-1]) <= 10 * STEEP * float(S[0]):
+        return None
+    US = left @ (C2 @ W)
+    V = torch.linalg.solve_triangular(C2.T, W, upper=True).T @ right
+    U = US / S
+    off = max(float((U.T @ U - torch.eye(k).to(U)).abs().max()), float((V @ V.T - torch.eye(k).to(V)).abs().max()))
+    if off > 1e-9:
+        return None
+    excess, rounding = verdict
+    return (U, S, V), Certificate("gram", reason, sqrt(total), sqrt(tail2), excess, rounding)
+
+
+def _by_subspace(
+    operator: Operator, k: int, accuracy: Accuracy, start: Tensor | None, formed: Operator | None, notes: list[str]
+) -> tuple[Triple, Certificate] | None:
+    """Decompose by block power iteration with the certificate of the module's docstring; None where it is not met."""
+    m, n = operator.out_features, operator.in_features
+    # Multiplied out, the sum has errors of float32, which only the sum itself can mend.
+    exact, operator = operator, formed or operator
+    reason = f"{k} of {min(m, n)} directions, {'multiplied out once' if formed else 'never multiplied out'}"
+    generator = torch.Generator().manual_seed(0)
+    scale2, dtype, products = exact.scale**2, torch.float32, 2
+    Q, upper = _orthonormal(operator.apply(_first_block(operator, k, start, generator)))
+    inverse = torch.linalg.inv(upper[k:, k:])
+    probes = torch.randn(m, NUM_PROBES, generator=generator, dtype=torch.float64).to(operator.device)
+    filtered, before, right = _Filter(0, 0.0), inf, Q
+    while True:
+        images = operator.apply_transposed(torch.cat([Q, probes], 1).to(dtype)).to(torch.float64)
+        Z, images = images[:, : Q.shape[1]], images[:, Q.shape[1] :]
+        inner = _gram(Z)
+        theta, rotation = torch.linalg.eigh(inner)
+        theta, rotation = theta.flip(0).clamp_min(0), rotation.flip(1)
+        outside, least = _energy(images - Z @ (Q.T @ probes))
+        total, between = float(theta.sum()) + outside, float(theta[k:].sum())
+        rounding2 = (8 * torch.finfo(dtype).eps) ** 2 * (scale2 + total)
+        if float(theta[0]) <= rounding2:
+            notes.append("the sum cancels to nothing but rounding")
+            return None
+        missed = _missed(inverse, theta[:k], filtered)
+        lost = _lost_to_rounding(theta, k, rounding2)
+        tail2 = max(0.0, between + least - 2 * rounding2)
+        verdict = _verdict(missed + lost, tail2, total, accuracy)
+        if verdict is not None:
+            break
+        if filtered.degree == 0 and dtype == torch.float32 and float(theta[-1]) <= rounding2:
+            # All that the block does not hold is rounding: only more digits can tell what there is.
+            generator, dtype, operator = torch.Generator().manual_seed(1), torch.float64, exact
+            reason += ", in float64 because nothing else is left"
+            start = Z @ rotation[:, :k]
+            Q, upper = _orthonormal(operator.apply(_first_block(operator, k, start, generator).to(dtype)))
+            inverse = torch.linalg.inv(upper[k:, k:])
+            products += 2
+            continue
+        is_imprecise = dtype == torch.float32 and _verdict(missed, tail2, total, accuracy) is not None
+        if not is_imprecise and (products >= MOST_PRODUCTS or (products > 6 and missed > 0.5 * before)):
+            notes.append(f"no gap after direction {k} that {products} products with the sum could use")
+            return None
+        if is_imprecise:
+            dtype, operator = torch.float64, exact
+            reason += ", in float64 at the end"
+        before = missed
+        if filtered.degree == 0:
+            # The power step so far says where the unwanted part of the spectrum ends; from here on it is filtered.
+            filtered = _Filter(1, sqrt(max(float(theta[-1]), 1e-30 * float(theta[0]))))
+            right, upper = _orthonormal(Z, inner)
+            inverse = inverse @ torch.linalg.inv(upper[k:, k:])
+            left = operator.apply(right.to(dtype)).to(torch.float64) / filtered.edge
+        else:
+            filtered = _Filter(filtered.degree + 2, filtered.edge)
+            right, upper = _orthonormal(2 / filtered.edge * Z - right)
+            inverse = inverse @ torch.linalg.inv(upper[k:, k:])
+            left = torch.linalg.solve_triangular(upper, Q, upper=True, left=False)
+            left = 2 / filtered.edge * operator.apply(right.to(dtype)).to(torch.float64) - left
+        Q, upper = _orthonormal(left)
+        right = torch.linalg.solve_triangular(upper, right, upper=True, left=False)
+        inverse = inverse @ torch.linalg.inv(upper[k:, k:])
+        products += 2
+    excess, rounding = verdict
+    S, right = theta.sqrt(), rotation
+    if float(S[k - 1]) < STEEP * float(S[0]):
+        # Eigenvalues of a Gram matrix have lost the digits of values this small.
+        V, S, right = thin_svd(Z)
+        right = right.T
+    else:
+        V = Z @ (rotation / S)
+    kept = min(k, int((S > S[0] * torch.finfo(dtype).eps).sum()))
+    triple = (Q @ right[:, :kept], S[:kept], V[:, :kept].T)
+    tail = sqrt(between + outside)
+    reason = f"{reason}; {products} products with it"
+    return triple, Certificate("subspace", reason, sqrt(total), tail, excess, rounding, FAILURE_PROBABILITY)
+
+
+def _by_dense_gram(
+    operator: Operator, k: int, accuracy: Accuracy, reason: str, formed: Operator | None
+) -> tuple[Triple, Certificate] | None:
+    """Decompose through the float64 Gram matrix of the shorter side; None where its precision does not do.
+
+    For ``fast`` the sum is multiplied out in float32 first, in float64 where that turns out to be too coarse.
+    """
+    m, n = operator.out_features, operator.in_features
+    eps, scale2 = torch.finfo(torch.float64).eps, operator.scale**2
+    for dtype in (torch.float32, torch.float64) if operator.terms and accuracy == "fast" else (torch.float64,):
+        if formed is None or dtype == torch.float64:
+            formed = operator.formed(dtype)
+        assert formed.dense is not None
+        rounding2 = (8 * torch.finfo(dtype).eps) ** 2 * scale2
+        W = formed.dense.to(torch.float64)
+        W = W.T if m < n else W
+        theta, V = _top_eigenvectors(_gram(W), k + 1)
+        total = float(torch.linalg.vector_norm(W)) ** 2
+        theta = theta.clamp_min(0)
+        missed = 16 * eps * (sqrt(k) + sqrt(min(m, n))) * total + _lost_to_rounding(theta, k, rounding2)
+        theta, V = theta[:k], V[:, :k]
+        tail2 = max(0.0, total - float(theta.sum()))
+        verdict = _verdict(missed, tail2, total, accuracy)
+        if verdict is not None and float(theta[-1]) > (10 * STEEP) ** 2 * float(theta[0]):
+            S = theta.sqrt()
+            other = W @ (V / S)
+            off = float((other.T @ other - torch.eye(k).to(other)).abs().max())
+            if off <= 1e-9:
+                U, Vh = (V, other.T) if m < n else (other, V.T)
+                excess, rounding = verdict
+                return (U, S, Vh), Certificate("dense_gram", reason, sqrt(total), sqrt(tail2), excess, rounding)
+    return None
+
+
+def _by_dense_svd(operator: Operator, reason: str) -> tuple[Triple, Certificate]:
+    """Decompose the sum, multiplied out in float64."""
+    dense = operator.formed(torch.float64).dense
+    assert dense is not None
+    U, S, Vh = thin_svd(dense)
+    return (U, S, Vh), Certificate("dense_svd", reason, float(S.norm()), 0.0, 0.0, _double_rounding(operator))
+
+
+def thin_svd(matrix: Tensor) -> Triple:
+    """Return the thin SVD of a finite matrix, by a second way where LAPACK's iteration does not converge.
+
+    With ``matrix = Q R`` the second way decomposes ``R^T``, scaled to norm 1: the same singular values, to the same
+    digits, from other numbers to iterate on.
+
+    Raises:
+        DecompositionError: If neither converges.
+    """
+    try:
+        return tuple(torch.linalg.svd(matrix, full_matrices=False))
+    except torch.linalg.LinAlgError:
+        norm = matrix.norm()
+    Q, R = torch.linalg.qr(matrix / norm)
+    try:
+        U, S, Vh = torch.linalg.svd(R.T, full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise DecompositionError(
+            f"a sum of products must have a singular value decomposition; the one of shape {tuple(matrix.shape)} and "
+            f"norm {float(norm):.3g} did not converge in two attempts, look for a client whose update is out of scale "
+            f"({error})"
+        ) from error
+    return Q @ Vh.T, S * norm, U.T
+
+
+def _double_rounding(operator: Operator) -> float:
+    longer = max(operator.out_features, operator.in_features)
+    return 4 * torch.finfo(torch.float64).eps * sqrt(longer) * operator.magnitude
+
+
+def _verdict(missed: float, tail2: float, total: float, accuracy: Accuracy) -> tuple[float, float] | None:
+    """Return excess and rounding of an answer that misses at most ``missed`` of the best energy; None if too much.
+
+    Args:
+        missed: Upper bound of the best captured energy minus the captured one.
+        tail2: Lower bound of the energy that the answer discards.
+        total: Energy of the whole.
+        accuracy: What is asked for.
+    """
+    best = tail2 - missed
+    if best > 0:
+        excess = sqrt(1 + missed / best) - 1
+        if excess <= TOLERANCE[accuracy]:
+            return excess, 0.0
+    if sqrt(missed) <= FLOOR[accuracy] * sqrt(total):
+        return 0.0, sqrt(missed)
+    return None
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """What the block has been multiplied with, as a function of a singular value.
+
+    ``sigma`` at degree 0, afterwards ``sigma^2 T(sigma / edge)`` with the Chebyshev polynomial of this odd degree.
+    """
+
+    degree: int
+    edge: float
+
+    def squared(self, theta: Tensor) -> Tensor:
+        """Return the square of the function at the singular values ``sqrt(theta)``, none of them below ``edge``."""
+        if self.degree == 0:
+            return theta
+        growth = torch.cosh(self.degree * torch.acosh((theta.sqrt() / self.edge).clamp_min(1)))
+        return theta.square() * growth.square()
+
+
+def _lost_to_rounding(theta: Tensor, k: int, rounding2: float) -> float:
+    """Return what picking ``k`` of the singular vectors of ``P + E`` instead of ``P`` can cost in captured energy.
+
+    With a gap after ``k`` that ``E`` cannot close, mixing across it costs at most ``sum |E_ij|^2 sigma_i^2 / (sigma_i^2
+    - sigma_j^2)`` and the factors' own errors ``|E|^2``; without one, directions change places whose values are as near
+    as ``E`` is large.
+
+    Args:
+        theta: Squared singular values, descending, as far as they are known.
+        k: Number picked.
+        rounding2: ``|E|^2``, Frobenius norm.
+    """
+    here = float(theta[k - 1])
+    following = float(theta[k]) if k < theta.shape[0] else 0.0
+    size = sqrt(rounding2)
+    linear = rounding2 + 4 * k * sqrt(here) * size
+    if sqrt(here) - sqrt(following) <= 4 * size:
+        return linear
+    return min(linear, rounding2 * (1 + 8 * here / (here - following)))
+
+
+def _missed(inverse: Tensor, theta: Tensor, filtered: _Filter) -> float:
+    """Return the upper bound of ``sum sigma_i^2 - sum theta_i`` of the module's docstring.
+
+    Args:
+        inverse: Inverse of the triangular factor of ``T``.
+        theta: The ``k`` leading Ritz values, descending.
+        filtered: ``f``.
+    """
+    k, columns = theta.shape[0], inverse.shape[0]
+    # The eigenvalues of T^T T from the inverse: those are its largest singular values, which are computed accurately.
+    mu = torch.linalg.svdvals(inverse).square().reciprocal()
+    choices = sorted({max(1, columns // 4), max(1, columns // 2), max(1, 3 * columns // 4)})
+    chance = FAILURE_PROBABILITY / (2 * k * len(choices))
+    beta = min((float(mu[b]) / _least_chi2(b, chance) for b in choices if b < columns), default=inf)
+    if not 0 < beta < inf:
+        return inf
+    # sigma^2 sin^2 <= min(sigma^2, beta sigma^2 / f^2), where the second falls with sigma; all sigma^2 >= theta.
+    inside = theta.clamp_min(filtered.edge**2)
+    bound = beta * inside / filtered.squared(inside)
+    reached = bound <= inside
+    if bool(reached.all()):
+        return float(bound.sum())
+    # Below the value where both meet, either may be what counts, and that value is the largest of it.
+    low, high = float(inside[-1]), float(inside[-1]) + beta
+    while beta / float(filtered.squared(torch.tensor(high, dtype=torch.float64))) > 1:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        is_below = beta / float(filtered.squared(torch.tensor(middle, dtype=torch.float64))) > 1
+        low, high = (middle, high) if is_below else (low, middle)
+    return float(torch.where(reached, bound, torch.full_like(bound, high)).sum())
+
+
+def _least_chi2(b: int, chance: float) -> float:
+    """Return a value that a chi-squared variable with ``b`` degrees of freedom falls below with at most ``chance``.
+
+    From ``P(chi2_b < x) <= (x / 2)^(b / 2) / Gamma(b / 2 + 1)``.
+    """
+    return 2 * exp(2 / b * (log(chance) + lgamma(b / 2 + 1)))
+
+
+def _energy(misses: Tensor) -> tuple[float, float]:
+    """Return estimate and lower bound of a squared Frobenius norm from products with standard normal vectors.
+
+    The lower bound is that of the least favourable case, one single direction (Laurent and Massart 2000, lemma 1).
+    """
+    number = misses.shape[1]
+    estimate = float(misses.square().sum()) / number
+    x = -log(FAILURE_PROBABILITY / 2)
+    return estimate, estimate * number / (number + 2 * sqrt(number * x) + 2 * x)
+
+
+def _first_block(operator: Operator, k: int, start: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Return the block to begin with: ``k`` columns from what is known, then independent normal ones."""
+    n = operator.in_features
+    known = torch.zeros(n, 0) if start is None else start[:, :k]
+    missing = k - known.shape[1]
+    parts = [known.to(operator.device, torch.float32)]
+    if missing and operator.terms:
+        sketch = operator.sketch(missing, generator, torch.float32)
+        parts.append(sketch / sketch.norm().clamp_min(1e-30))
+    elif missing:
+        parts.append(torch.randn(n, missing, generator=generator).to(operator.device))
+    parts.append(torch.randn(n, _oversampling(k), generator=generator).to(operator.device))
+    return torch.cat(parts, 1)
+
+
+def _oversampling(k: int) -> int:
+    """Return the number of normal columns: with more of them the certificate needs fewer products with the sum."""
+    return max(LEAST_OVERSAMPLING, k * 5 // 8)
+
+
+def _is_cheaper_formed(operator: Operator, size: int) -> bool:
+    """Return whether multiplying the sum out pays for block products with it."""
+    m, n, columns, passes = operator.out_features, operator.in_features, operator.columns, 4
+    if not columns:
+        return True
+    return columns * m * n + passes * m * n * size < 1.2 * passes * columns * (m + n) * size
+
+
+def _orthonormal(Y: Tensor, inner: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return ``Q`` (float64) with orthonormal columns and an upper triangular ``R`` with ``Y = Q R``.
+
+    By Cholesky of the float64 Gram matrix, twice where the columns are nearly dependent, by Householder where they are.
+    """
+    Y = Y.to(torch.float64)
+    inner = _gram(Y) if inner is None else inner
+    lengths = inner.diagonal().sqrt().clamp_min(1e-300)
+    upper, info = torch.linalg.cholesky_ex(inner / (lengths[:, None] * lengths), upper=True)
+    if int(info) == 0 and float(upper.diagonal().min()) > 1e-7:
+        upper = upper * lengths
+        Q = torch.linalg.solve_triangular(upper, Y, upper=True, left=False)
+        again, info = torch.linalg.cholesky_ex(_gram(Q), upper=True)
+        if int(info) == 0:
+            return torch.linalg.solve_triangular(again, Q, upper=True, left=False), again @ upper
+    Q, upper = torch.linalg.qr(Y)
+    # A column that is nothing but rounding must not look like a captured direction: it bounds nothing.
+    smallest = 1e-300 + 1e-16 * float(upper.diagonal().abs().max())
+    diagonal = upper.diagonal()
+    diagonal.copy_(torch.where(diagonal.abs() < smallest, torch.full_like(diagonal, smallest), diagonal))
+    return Q, upper
+
+
+def _gram(X: Tensor) -> Tensor:
+    """Return ``X.T @ X``, the lower part mirrored from the upper one, which alone is computed."""
+    size, step = X.shape[1], 128
+    result = torch.empty(size, size, dtype=X.dtype, device=X.device)
+    for start in range(0, size, step):
+        stop = min(size, start + step)
+        result[start:stop, start:] = X[:, start:stop].T @ X[:, start:]
+        result[stop:, start:stop] = result[start:stop, stop:].T
+    return result
+
+
+def _cholesky(gram: Tensor) -> Tensor | None:
+    """Return the lower factor of a Gram matrix that may be singular, with jitter at the level of its rounding."""
+    lengths = gram.diagonal().sqrt()
+    if not bool((lengths > 0).all()):
+        return None
+    scaled = gram / (lengths[:, None] * lengths)
+    scaled.diagonal().add_(1e-14)
+    lower, info = torch.linalg.cholesky_ex(scaled)
+    return lower * lengths[:, None] if int(info) == 0 else None
+
+
+def _top_eigenvectors(gram: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the ``k`` largest eigenvalues, descending, and their vectors."""
+    size = gram.shape[0]
+    if gram.device.type == "cpu" and 4 * k < size:
+        values, vectors = eigh(gram.numpy(), subset_by_index=[size - k, size - 1], driver="evr", check_finite=False)
+        theta, V = torch.from_numpy(values), torch.from_numpy(vectors)
+    else:
+        theta, V = torch.linalg.eigh(gram)
+    return theta.flip(0)[:k], V.flip(1)[:, :k].contiguous()

@@ -1,0 +1,166 @@
+"""Expected values come from numpy: a dense float64 sum and numpy.linalg.svd."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexlora.lora import decomposition
+from flexlora.lora.decomposition import FLOOR, TOLERANCE
+from flexlora.lora.factors import LoraFactors
+from flexlora.lora.product import ProductSum, add_product, certified_decomposition
+
+SHAPES = [(150, 120), (120, 150), (130, 130), (400, 110)]
+
+
+@pytest.fixture
+def small_sides_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets sizes at which tests are quick take the ways meant for large ones."""
+    monkeypatch.setattr(decomposition, "SMALL_SIDE", 8)
+    monkeypatch.setattr(decomposition, "LEAST_OVERSAMPLING", 24)
+
+
+def matrix_of(S: np.ndarray, shape: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    U = np.linalg.qr(rng.standard_normal((shape[0], len(S))))[0]
+    V = np.linalg.qr(rng.standard_normal((shape[1], len(S))))[0]
+    return U * S, V.T
+
+
+def spectrum_values(kind: str, side: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    index = np.arange(side)
+    return {
+        "decaying": np.exp(-index / rng.uniform(1, side)),
+        "graded": np.geomspace(1, 1e-7, side),
+        "flat": np.ones(side),
+        "step": np.where(index < k, 1.0, rng.uniform(0.001, 0.99)),
+        "late step": np.where(index < min(side - 1, k + 3), 1.0, 1e-3),
+        "low rank": np.where(index < max(1, k // 2), 1.0, 0.0),
+        "one": np.where(index < 1, 1.0, 1e-4 * rng.random(side)),
+    }[kind]
+
+
+KINDS = ["decaying", "graded", "flat", "step", "late step", "low rank", "one"]
+
+
+def split_into_clients(
+    left: np.ndarray, right: np.ndarray, num: int, rng: np.random.Generator, dtype: torch.dtype
+) -> list[tuple[LoraFactors, float]]:
+    """Return clients whose sum is near ``left @ right``: each has some columns, some of them twice, signs included."""
+    clients = []
+    for _ in range(num):
+        columns = rng.permutation(left.shape[1])[: int(rng.integers(1, left.shape[1] + 1))]
+        noise = 10.0 ** rng.uniform(-8, -1)
+        B = left[:, columns] * (1 + noise * rng.standard_normal(len(columns)))
+        A = right[columns] + noise * rng.standard_normal((len(columns), right.shape[1])) / right.shape[1] ** 0.5
+        scaling, weight = float(rng.uniform(0.1, 4)), float(rng.uniform(-0.5, 2))
+        clients.append((LoraFactors(torch.tensor(A).to(dtype), torch.tensor(B).to(dtype), scaling), weight))
+    return clients
+
+
+def check_certificate(shape, clients, k, accuracy, **options):
+    total, expected = ProductSum(*shape, keep_factors=options.pop("keep_factors", True)), np.zeros(shape)
+    for factors, weight in clients:
+        total = add_product(total, factors, weight)
+        expected += weight * factors.scaling * factors.B.double().numpy() @ factors.A.double().numpy()
+    spectrum, certificate = certified_decomposition(total, k, accuracy=accuracy, **options)
+    S = np.linalg.svd(expected, compute_uv=False)
+    kept = len(spectrum.S)
+    assert kept <= k
+    best = np.linalg.norm(S[k:])
+    error = np.linalg.norm(expected - spectrum.delta().numpy())
+    noise = 1e-13 * total.magnitude
+    assert error <= (1 + certificate.excess) * best + certificate.rounding + noise
+    assert certificate.excess <= TOLERANCE[accuracy]
+    assert certificate.rounding <= FLOOR[accuracy] * certificate.norm + noise
+    np.testing.assert_allclose(spectrum.U.T @ spectrum.U, np.eye(kept), atol=1e-8)
+    np.testing.assert_allclose(spectrum.Vh @ spectrum.Vh.T, np.eye(kept), atol=1e-8)
+    if certificate.method == "subspace":
+        assert certificate.failure_probability == decomposition.FAILURE_PROBABILITY
+    else:
+        assert certificate.failure_probability == 0
+        assert certificate.tail == pytest.approx(error, rel=1e-5, abs=noise + certificate.rounding)
+        assert certificate.norm == pytest.approx(np.linalg.norm(S), rel=1e-6, abs=noise)
+    return certificate
+
+
+@pytest.mark.usefixtures("small_sides_are_large")
+@settings(max_examples=400, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    kind=st.sampled_from(KINDS),
+    num_clients=st.integers(1, 12),
+    k=st.integers(1, 40),
+    seed=st.integers(0, 2**20),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    accuracy=st.sampled_from(["exact", "fast"]),
+    keep_factors=st.booleans(),
+)
+def test_a_certificate_holds_and_is_as_tight_as_asked(shape, kind, num_clients, k, seed, dtype, accuracy, keep_factors):
+    rng = np.random.default_rng(seed)
+    left, right = matrix_of(spectrum_values(kind, min(shape), k, rng), shape, rng)
+    clients = split_into_clients(left, right, num_clients, rng, dtype)
+    check_certificate(shape, clients, k, accuracy, keep_factors=keep_factors)
+
+
+def test_every_method_is_reached(small_sides_are_large):
+    rng = np.random.default_rng(0)
+    shape, k = (300, 260), 12
+    cases = {
+        "qr": (np.geomspace(1, 1e-3, 20), 1),
+        "gram": (np.geomspace(1, 1e-3, 60), 2),
+        "subspace": (np.where(np.arange(260) < k, 1.0, 1e-2), 3),
+        "dense_gram": (np.ones(260), 3),
+        "dense_svd": (np.geomspace(1, 1e-12, 260), 3),
+    }
+    for method, (S, copies) in cases.items():
+        left, right = matrix_of(S, shape, rng)
+        factors = LoraFactors(torch.tensor(right), torch.tensor(left), 0.5)
+        wanted = 200 if method == "dense_svd" else k
+        assert check_certificate(shape, [(factors, 1.0)] * copies, wanted, "exact").method == method
+
+
+@pytest.mark.parametrize("accuracy", ["exact", "fast"])
+def test_directions_to_begin_from_change_nothing_but_the_way(small_sides_are_large, accuracy):
+    rng = np.random.default_rng(1)
+    shape, k = (300, 260), 12
+    left, right = matrix_of(np.where(np.arange(260) < k, np.geomspace(1, 0.1, 260), 1e-3), shape, rng)
+    clients = split_into_clients(left, right, 4, rng, torch.float32)
+    for start in (torch.tensor(right[:k]), torch.tensor(right[-k:]), torch.zeros(k, 260), torch.tensor(right[:3])):
+        check_certificate(shape, clients, k, accuracy, start=start)
+
+
+def test_a_direction_that_random_vectors_can_hardly_see_is_not_certified_away(small_sides_are_large):
+    """One large direction on top of a flat spectrum, in the sum of many clients, for many draws of the rotation."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        shape = (160, 140)
+        left, right = matrix_of(np.where(np.arange(140) < 1, 1.02, 1.0), shape, rng)
+        factors = LoraFactors(torch.tensor(right), torch.tensor(left), 1.0)
+        check_certificate(shape, [(factors, 1.0)], 1, "fast")
+
+
+def test_results_are_the_same_bits_every_time():
+    rng = np.random.default_rng(2)
+    shape = (900, 800)
+    left, right = matrix_of(np.geomspace(1, 1e-4, 800), shape, rng)
+    total = ProductSum(*shape, keep_factors=True)
+    for factors, weight in split_into_clients(left, right, 3, rng, torch.float32):
+        total = add_product(total, factors, weight)
+    first, _ = certified_decomposition(total, 20)
+    second, certificate = certified_decomposition(total, 20)
+    assert certificate.method == "subspace"
+    for name in ("U", "S", "Vh"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+def test_the_certificate_of_a_multiple_is_the_multiple():
+    rng = np.random.default_rng(3)
+    left, right = matrix_of(np.geomspace(1, 1e-3, 30), (80, 70), rng)
+    total = add_product(ProductSum(80, 70), LoraFactors(torch.tensor(right), torch.tensor(left), 1.0), 1.0)
+    spectrum, one = certified_decomposition(total, 5)
+    halved, half = certified_decomposition(total, 5, divisor=2.0)
+    assert half.norm == pytest.approx(one.norm / 2)
+    assert half.tail == pytest.approx(one.tail / 2) == pytest.approx(halved.tail)
+    assert half.energy_kept == pytest.approx(one.energy_kept)
+    torch.testing.assert_close(halved.S, spectrum.S / 2)
