@@ -26,6 +26,8 @@ FFN_PATTERN = r""
 PAPER_RANKS = (8, 30, 200)
 SMALL_RANKS = (1, 4, 16)
 
+NUM_IDS_SHOWN = 5
+
 DISTRIBUTIONS: Mapping[str, tuple[float, float, float, float]] = MappingProxyType(
     {
         "uniform": (0.25, 0.25, 0.25, 0.25),
@@ -267,17 +269,39 @@ def deal_plans(
     Raises:
         ClientError: For an unknown type, a negative count, or counts that do not add up to the number of clients.
     """
-    _check_types(plans, counts)
-    ids = _unique(client_ids)
-    if min(counts.values(), default=0) < 0 or sum(counts.values()) != len(ids):
+    _check_types("clients.counts", plans, counts)
+    ids, total = _unique(client_ids), sum(counts.values())
+    if min(counts.values(), default=0) < 0:
+        raise ClientError(f"clients.counts must be 0 or more; got {dict(counts)}")
+    if total != len(ids):
+        change = f"{'add' if total < len(ids) else 'take away'} {abs(total - len(ids))}"
         raise ClientError(
-            f"counts of types must be 0 or more and add up to the {len(ids)} clients; got {dict(counts)}, "
-            f"{sum(counts.values())} in all"
+            f"clients.counts must add up to {len(ids)}, the clients that clients.assigned does not name; got {total}: "
+            f"{change}, or leave clients.counts out and give shares in clients.distribution"
         )
     order = sorted(ids, key=lambda client_id: (stream_seed(seed, "client-type", client_id), client_id))
     names = [name for name in sorted(counts) for _ in range(counts[name])]
     plan_of = {client_id: plans[name] for client_id, name in zip(order, names, strict=True)}
     return {client_id: plan_of[client_id] for client_id in ids}
+
+
+def fixed_plans(
+    client_ids: Iterable[str], plans: Mapping[str, RankPlan], assigned: Mapping[str, str]
+) -> dict[str, RankPlan]:
+    """Return client id -> plan of the clients that ``assigned`` gives a type by name.
+
+    Raises:
+        ClientError: For a type that is not in ``plans`` or a client that is not in ``client_ids``.
+    """
+    _check_types("clients.assigned", plans, assigned.values())
+    known = sorted(_unique(client_ids))
+    unknown = sorted(assigned.keys() - set(known))
+    if unknown:
+        raise ClientError(
+            f"clients.assigned must name clients of the data; {len(unknown)} of {len(assigned)} are unknown: "
+            f"{_some(unknown)}. The data has {len(known)}: {_some(known)}"
+        )
+    return {client_id: plans[name] for client_id, name in sorted(assigned.items())}
 
 
 def count_plans(plans: Iterable[RankPlan]) -> dict[str, int]:
@@ -338,7 +362,7 @@ def _weights(plans: Mapping[str, RankPlan], distribution: str | Mapping[str, flo
                 "write clients.distribution as {type: weight}"
             )
         return dict(zip(plans, shares, strict=True))
-    _check_types(plans, distribution)
+    _check_types("clients.distribution", plans, distribution)
     if not all(math.isfinite(weight) and weight >= 0 for weight in distribution.values()) or not any(
         distribution.values()
     ):
@@ -351,10 +375,16 @@ def _place(bounds: Sequence[float], uniform: float) -> int:
     return min(bisect_right(bounds, uniform * bounds[-1]), len(bounds) - 1)
 
 
-def _check_types(plans: Mapping[str, RankPlan], named: Iterable[str]) -> None:
+def _check_types(key: str, plans: Mapping[str, RankPlan], named: Iterable[str]) -> None:
     unknown = sorted(set(named) - set(plans))
     if unknown:
-        raise ClientError(f"clients.distribution must name types in {', '.join(plans)}; got {', '.join(unknown)}")
+        raise ClientError(f"{key} must name types in {', '.join(plans)}; got {', '.join(unknown)}")
+
+
+def _some(client_ids: Sequence[str]) -> str:
+    """Return the first few of the ids for a message."""
+    shown = ", ".join(repr(client_id) for client_id in client_ids[:NUM_IDS_SHOWN])
+    return shown if len(client_ids) <= NUM_IDS_SHOWN else f"{shown}, ..."
 
 
 def _unique(client_ids: Iterable[str]) -> list[str]:

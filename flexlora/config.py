@@ -15,6 +15,7 @@ from flexlora import FlexLoraError
 
 TRUNCATED_VALUE_LENGTH = 80
 MOST_CHECKS = 6
+NUM_CLIENTS_SHOWN = 5
 PLACEHOLDER = "?"
 VARIANT_TAGS = ("generated", "natural_instructions", "instructions", "fedit", "zero_pad", "flexlora")
 METHOD_TAGS = ("fedit", "zero_pad", "flexlora")
@@ -131,6 +132,13 @@ class NaturalInstructionsData(_DataConfig):
     )
     unseen_tasks: tuple[str, ...] = Field(default=(), description="Tasks held out by name (with or without `.json`).")
     unseen_categories: tuple[str, ...] = Field(default=(), description="Tasks held out by category.")
+    languages: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "Leave out tasks that name any other language, for example `[English]`; tasks that name none stay. Empty "
+            "keeps all."
+        ),
+    )
     exclude_pretraining_tasks: bool = Field(
         default=True, description="Leave out every task that the embedded base model saw in pretraining."
     )
@@ -189,6 +197,17 @@ class ClientsConfig(_Section):
     ) = Field(
         default="heavy_tail_light",
         description="How types are spread over clients: a named distribution, or `{type: weight}` in any unit.",
+    )
+    counts: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description=(
+            "Exact number of clients of each type, dealt by the seed; replaces `clients.distribution`, whatever that "
+            "says. Must add up to the clients that `clients.assigned` does not name."
+        ),
+    )
+    assigned: dict[Annotated[str, Field(coerce_numbers_to_str=True)], str] = Field(
+        default_factory=dict,
+        description="Client id -> its type, for clients whose device is known; all others are drawn.",
     )
 
 
@@ -260,7 +279,11 @@ class RoundsConfig(_Section):
         default=0.05, gt=0, le=1, description="Share of the clients per round; the paper uses 0.05."
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
-    checkpoint_every: int = Field(default=1, ge=1, description="Rounds between checkpoints.")
+    checkpoint_every: int = Field(
+        default=1,
+        ge=1,
+        description="Rounds between checkpoints; one is on disk before its round is evaluated, should that fail.",
+    )
     patience: int | None = Field(
         default=None, ge=1, description="Stop after this many evaluations without a lower validation loss; null never."
     )
@@ -291,6 +314,11 @@ class EvaluationConfig(_Section):
     )
     fedit_reference: bool = Field(
         default=True, description="Also run FedIT with every client at the smallest rank, same seed and rounds."
+    )
+    fedit_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Learning rate of that reference, which a small rank may want larger; null is the run's own.",
     )
 
 
@@ -338,7 +366,7 @@ def _disagreements(config: Config) -> Iterator[str]:
             yield "data.unseen_labels needs the name of the label column; set data.label_column"
         if not data.unseen_labels and data.unseen_fraction == 0:
             yield "data holds out nothing to score; set data.unseen_labels or data.unseen_fraction above 0"
-    types, distribution = config.clients.types, config.clients.distribution
+    types = config.clients.types
     if isinstance(types, dict):
         if not types:
             yield "clients.types is an empty mapping; name at least one type, for example small: {attention: 2, ffn: 2}"
@@ -353,7 +381,26 @@ def _disagreements(config: Config) -> Iterator[str]:
                 except re.error as error:
                     yield f"clients.types.{name}.patterns: {pattern!r} must be a regular expression: {error}"
     known = list(types) if isinstance(types, dict) else ["type1", "type2", "type3", "type4"]
-    if isinstance(distribution, dict):
+    yield from _type_disagreements(config, known)
+
+
+def _type_disagreements(config: Config, known: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with how clients get one of the ``known`` types."""
+    distribution, counts, assigned = config.clients.distribution, config.clients.counts, config.clients.assigned
+    unknown = [f"{client_id}: {name}" for client_id, name in assigned.items() if name not in known]
+    if unknown:
+        shown = ", ".join(unknown[:NUM_CLIENTS_SHOWN]) + (", ..." if len(unknown) > NUM_CLIENTS_SHOWN else "")
+        yield f"clients.assigned must give types of clients.types, which has {', '.join(known)}; got {shown}"
+    if counts:
+        for name in sorted(counts.keys() - set(known)):
+            yield f"clients.counts names the type {name!r}; clients.types has {', '.join(known)}"
+        num_clients, num_given = config.data.num_clients, sum(counts.values()) + len(assigned)
+        if num_clients is not None and num_given != num_clients:
+            yield (
+                f"clients.counts and clients.assigned are about {num_given} clients but data.num_clients is "
+                f"{num_clients}; change the counts, or set data.num_clients={num_given}"
+            )
+    elif isinstance(distribution, dict):
         for name, share in distribution.items():
             if name not in known:
                 yield f"clients.distribution names the type {name!r}; clients.types has {', '.join(known)}"

@@ -1,6 +1,6 @@
 """Who takes part in a run, and with what data: configuration -> examples and client specifications."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from flexlora.clients import (
     TypeRanks,
     assign_plans,
     count_plans,
+    deal_plans,
+    fixed_plans,
     rank_plans,
     stream,
 )
@@ -66,7 +68,7 @@ def gather_participants(config: Config) -> Participants:
     validation = fixed_validation(corpus.clients, config.data.validation_examples, rng)
     types = config.clients.types
     plans = rank_plans(types if isinstance(types, str) else {name: _type_ranks(own) for name, own in types.items()})
-    plan_of = assign_plans(sorted(corpus.clients), plans, config.clients.distribution, config.seed)
+    plan_of = _plan_of_each(sorted(corpus.clients), plans, config)
     clients = tuple(
         ClientSpec(client_id, plan_of[client_id], len(splits.train), splits.category)
         for client_id, splits in sorted(corpus.clients.items())
@@ -75,13 +77,22 @@ def gather_participants(config: Config) -> Participants:
     if config.method.name == "fedit" and len({tuple(sorted(plan.patterns)) for plan in used.values()}) > 1:
         raise ConfigError(
             [
-                "method.name=fedit averages factors of one rank, but clients.distribution gives clients "
-                f"{', '.join(sorted(used))}; set clients.distribution to a single type, for example "
-                f"clients.distribution='{{{min(used)}: 1}}'"
+                "method.name=fedit averages factors of one rank, but the clients have the types "
+                f"{', '.join(sorted(used))}; give all of them one, for example "
+                f"clients.distribution='{{{min(used)}: 1}}' without clients.counts and clients.assigned"
             ],
             "the configuration",
         )
     return Participants(corpus, validation, clients, dict(sorted(used.items())), warnings)
+
+
+def _plan_of_each(client_ids: Sequence[str], plans: Mapping[str, RankPlan], config: Config) -> dict[str, RankPlan]:
+    """Return client id -> plan: those assigned by name, and the others by exact counts or by the distribution."""
+    fixed = fixed_plans(client_ids, plans, config.clients.assigned)
+    others = [client_id for client_id in client_ids if client_id not in fixed]
+    if config.clients.counts:
+        return fixed | deal_plans(others, plans, config.clients.counts, config.seed)
+    return fixed | assign_plans(others, plans, config.clients.distribution, config.seed)
 
 
 def _type_ranks(ranks: RankConfig) -> TypeRanks:
@@ -127,6 +138,7 @@ def _read_tasks(
             max_examples=data.max_examples_per_task,
             min_examples=data.min_examples,
             num_clients=data.num_clients,
+            languages=data.languages,
             exclude=seen_in_pretraining if base_is_embedded and data.exclude_pretraining_tasks else None,
         )
     else:
@@ -144,6 +156,7 @@ def _read_tasks(
         )
     counts = {
         "tasks seen in pretraining": summary.num_seen_in_pretraining,
+        "tasks in other languages": summary.num_other_language,
         "tasks with too few examples": summary.num_too_small,
         "instances without answer": summary.num_unanswered,
         "test examples that a client trains on": summary.num_leaked,

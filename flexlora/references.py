@@ -130,10 +130,10 @@ def _fedit_reference(
     workbench: Workbench, base: EvaluationRecord, num_rounds: int, folder: Path, notify: Notify
 ) -> ReferenceRunRecord:
     """Run FedIT with every client at the ranks that all can afford: same seed, cohorts, rounds and data."""
-    ranks = smallest_ranks(list(workbench.participants.plans.values()), workbench.shapes)
-    plan = RankPlan("smallest", tuple((f"^{re.escape(module)}$", rank) for module, rank in ranks.items()))
-    clients = [dataclasses.replace(client, plan=plan) for client in workbench.participants.clients]
-    loop = workbench.loop({"name": "fedit"}, clients, folder / FEDIT_FOLDER, notify)
+    clients = at_smallest_ranks(workbench)
+    ranks = clients[0].plan.resolve(workbench.shapes)
+    learning_rate = workbench.config.evaluation.fedit_learning_rate
+    loop = workbench.loop({"name": "fedit"}, clients, folder / FEDIT_FOLDER, notify, learning_rate)
     rounds = dataclasses.replace(loop.settings, num_rounds=num_rounds, patience=None)
     loop = dataclasses.replace(loop, settings=rounds, evaluator=ReferenceScorer(workbench, base))
     notify(rounds_stage("Reference: FedIT, every client at the smallest rank", loop))
@@ -144,11 +144,19 @@ def _fedit_reference(
     return ReferenceRunRecord(
         rank=describe_ranks(compact),
         ranks=compact,
+        learning_rate=learning_rate,
         evaluations=[RoundScoreRecord(server_round=number, unseen=scores.unseen) for number, scores in scored],
         final=scored[-1][1],
         up_bytes=sum(record.up_bytes for record in records),
         down_bytes=sum(record.down_bytes for record in records),
     )
+
+
+def at_smallest_ranks(workbench: Workbench) -> list[ClientSpec]:
+    """Return the same clients, each at the ranks that all of them can afford: the bucket effect."""
+    ranks = smallest_ranks(list(workbench.participants.plans.values()), workbench.shapes)
+    plan = RankPlan("smallest", tuple((f"^{re.escape(module)}$", rank) for module, rank in ranks.items()))
+    return [dataclasses.replace(client, plan=plan) for client in workbench.participants.clients]
 
 
 @dataclass(frozen=True)

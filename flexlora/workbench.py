@@ -113,8 +113,23 @@ class Workbench:
         scaling = scaling_rule(config)
         return Workbench(config, participants, model, shapes, scaling, name)
 
-    def loop(self, method: Mapping[str, Any], clients: Sequence[ClientSpec], folder: Path, notify: Notify) -> Loop:
-        """Return a round loop of ``method`` over ``clients`` that keeps its files in ``folder``."""
+    def loop(
+        self,
+        method: Mapping[str, Any],
+        clients: Sequence[ClientSpec],
+        folder: Path,
+        notify: Notify,
+        base_learning_rate: float | None = None,
+    ) -> Loop:
+        """Return a round loop of ``method`` over ``clients`` that keeps its files in ``folder``.
+
+        Args:
+            method: As in the configuration, with its ``name``.
+            clients: Everybody who can be sampled.
+            folder: Where records and checkpoints go.
+            notify: Told about each step.
+            base_learning_rate: What the schedule starts from; None takes that of the configuration.
+        """
         rounds, training = self.config.rounds, self.config.training
         options = {key: value for key, value in method.items() if key != "name"}
         aggregator: Aggregator[Any] = AGGREGATORS[method["name"]](scaling=self.scaling, **options)
@@ -122,11 +137,12 @@ class Workbench:
         if (server_rank := options.get("server_rank")) is not None:
             ranks = {module: server_rank for module in ranks}
         seed = stream_seed(self.config.seed, "initial-adapter")
+        base = training.learning_rate if base_learning_rate is None else base_learning_rate
 
         def learning_rate(server_round: int) -> float:
             return learning_rate_at(
                 server_round,
-                base=training.learning_rate,
+                base=base,
                 schedule=training.schedule,
                 num_rounds=rounds.num_rounds,
                 warmup_rounds=training.warmup_rounds,

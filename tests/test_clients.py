@@ -15,6 +15,7 @@ from flexlora.clients import (
     compact_ranks,
     count_plans,
     deal_plans,
+    fixed_plans,
     four_types,
     rank_plans,
     sample_cohort,
@@ -162,6 +163,28 @@ def test_exact_counts_are_met_whatever_the_order_of_clients():
     assert deal_plans(ids, plans, {"type1": 40, "type3": 9, "type4": 1}, seed=6) != dealt
 
 
+def test_clients_assigned_by_name_have_their_type_and_nobody_else():
+    plans = rank_plans("small")
+    assert fixed_plans(["a", "b", "c"], plans, {"c": "type4", "a": "type1"}) == {
+        "a": plans["type1"],
+        "c": plans["type4"],
+    }
+    assert fixed_plans(["a"], plans, {}) == {}
+
+
+def test_assigned_clients_and_types_that_do_not_exist_are_named_in_one_message():
+    ids, plans = [f"task{number:02d}" for number in range(40)], rank_plans("small")
+    with pytest.raises(
+        ClientError, match=r"clients.assigned must name clients of the data; 2 of 3 are unknown"
+    ) as raised:
+        fixed_plans(ids, plans, {"task01": "type1", "task1": "type1", "taks02": "type2"})
+    assert "'taks02', 'task1'. The data has 40: 'task00', 'task01', 'task02', 'task03', 'task04', ..." in str(
+        raised.value
+    )
+    with pytest.raises(ClientError, match=r"clients.assigned must name types in type1, .*; got phone, tablet"):
+        fixed_plans(ids, plans, {"task01": "phone", "task02": "tablet", "task03": "type1"})
+
+
 @pytest.mark.parametrize(
     ("distribution", "message"),
     [
@@ -181,8 +204,14 @@ def test_what_is_no_distribution_over_the_types_is_refused(distribution, message
 def test_named_distributions_need_four_types_and_counts_must_add_up():
     with pytest.raises(ClientError, match=r"clients.distribution=uniform is defined for 4 types; got 1"):
         assign_plans(["a"], {"edge": type_plan("edge", 1, 1)}, "uniform", seed=0)
-    with pytest.raises(ClientError, match=r"add up to the 2 clients; got {'type1': 3}, 3 in all"):
+    with pytest.raises(ClientError, match=r"clients.counts must add up to 2, .*; got 3: take away 1, or leave"):
         deal_plans(["a", "b"], rank_plans("small"), {"type1": 3}, seed=0)
+    with pytest.raises(ClientError, match=r"clients.counts must add up to 2, .*; got 0: add 2"):
+        deal_plans(["a", "b"], rank_plans("small"), {}, seed=0)
+    with pytest.raises(ClientError, match=r"clients.counts must be 0 or more; got {'type1': 3, 'type2': -1}"):
+        deal_plans(["a", "b"], rank_plans("small"), {"type1": 3, "type2": -1}, seed=0)
+    with pytest.raises(ClientError, match=r"clients.counts must name types in type1, .*; got phone"):
+        deal_plans(["a"], rank_plans("small"), {"phone": 1}, seed=0)
     with pytest.raises(ClientError, match="client ids must be unique; 'a' occurs 2 times"):
         assign_plans(["a", "b", "a"], rank_plans("small"), "uniform", seed=0)
 

@@ -86,6 +86,19 @@ def test_missing_paths_are_reported_when_asked(tmp_path: Path) -> None:
             {"clients": {"types": {"a": {"attention": 0, "ffn": 0}}, "distribution": {"a": 1}}},
             "clients.types.a adapts nothing",
         ),
+        ({"clients": {"counts": {"phone": 1}}}, "clients.counts names the type 'phone'; clients.types has type1"),
+        ({"clients": {"counts": {"type1": -1}}}, "clients.counts.type1: Input should be greater than or equal to 0"),
+        (
+            {"clients": {"assigned": {"a": "phone", "b": "type1"}}},
+            "clients.assigned must give types of clients.types, which has type1, type2, type3, type4; got a: phone",
+        ),
+        (
+            {
+                "clients": {"counts": {"type1": 6}, "assigned": {"a": "type2"}},
+                "data": {"name": "generated", "num_clients": 9},
+            },
+            "are about 7 clients but data.num_clients is 9; change the counts, or set data.num_clients=7",
+        ),
         ({"data": {"name": "instructions", "path": "x", "partition": "natural"}}, "set data.client_column"),
         ({"data": {"name": "instructions", "path": "x", "unseen_labels": ["a"]}}, "set data.label_column"),
         ({"data": {"name": "instructions", "path": "x", "unseen_fraction": 0}}, "holds out nothing to score"),
@@ -93,6 +106,21 @@ def test_missing_paths_are_reported_when_asked(tmp_path: Path) -> None:
 )
 def test_settings_that_disagree_are_named_with_the_fix(tree: dict[str, object], expected: str) -> None:
     assert expected in problems(tree)
+
+
+def test_counts_replace_a_distribution_that_would_not_fit() -> None:
+    types = {name: {"attention": 1, "ffn": 1} for name in ("phone", "server")}
+    config = parse_config({"clients": {"types": types, "counts": {"phone": 3}, "assigned": {7: "server"}}}, "test")
+    assert config.clients.counts == {"phone": 3}
+    assert config.clients.assigned == {"7": "server"}
+    assert parse_config(yaml.safe_load(dump_config(config)), "dump") == config
+
+
+def test_all_languages_are_kept_unless_some_are_named() -> None:
+    data = {"name": "natural_instructions", "path": "x", "num_unseen_tasks": 3}
+    assert parse_config({"data": data}, "test").data.languages == ()  # type: ignore[union-attr]
+    chosen = parse_config({"data": {**data, "languages": ["English"]}}, "test")
+    assert chosen.data.languages == ("English",)  # type: ignore[union-attr]
 
 
 def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:

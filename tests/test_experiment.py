@@ -1,10 +1,11 @@
 """What a run folder may be, who takes part, and what references do when a client fails."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from flexlora.clients import ClientSpec, RankPlan
+from flexlora.clients import ClientError, ClientSpec, RankPlan, count_plans
 from flexlora.config import Config, ConfigError, parse_config
 from flexlora.experiment import ExperimentError, _check_folder, run_experiment
 from flexlora.participants import gather_participants
@@ -74,6 +75,51 @@ def test_fedit_with_several_ranks_is_refused_before_any_model_is_loaded() -> Non
         gather_participants(config_of(method={"name": "fedit"}, data=data, clients={"distribution": "uniform"}))
     one = gather_participants(config_of(method={"name": "fedit"}, data=data, clients={"distribution": {"type2": 1}}))
     assert set(one.plans) == {"type2"}
+
+
+def test_counts_are_met_exactly_and_assigned_clients_keep_their_type() -> None:
+    data = {"name": "generated", "num_clients": 40, "examples_per_task": 10}
+    by_lot = gather_participants(config_of(data=data, clients={"distribution": "uniform"}))
+    first, second = (client.client_id for client in by_lot.clients[:2])
+    assigned = {first: "type4", second: "type1"}
+    exact = gather_participants(
+        config_of(data=data, clients={"counts": {"type1": 30, "type2": 8}, "assigned": assigned})
+    )
+    plan_of = {client.client_id: client.plan.name for client in exact.clients}
+    assert count_plans(client.plan for client in exact.clients) == {"type1": 31, "type2": 8, "type4": 1}
+    assert (plan_of[first], plan_of[second]) == ("type4", "type1")
+    assert exact.in_words().startswith("40 clients (31 type1, 8 type2, 1 type4)")
+    # Clients that are drawn from a distribution draw as they would if nobody were assigned.
+    mixed = gather_participants(config_of(data=data, clients={"distribution": "uniform", "assigned": assigned}))
+    assert [client.plan for client in mixed.clients[2:]] == [client.plan for client in by_lot.clients[2:]]
+    assert [client.plan.name for client in mixed.clients[:2]] == ["type4", "type1"]
+
+
+def test_counts_of_another_sum_and_unknown_clients_are_refused_before_any_model_is_loaded() -> None:
+    data = {"name": "generated", "num_unseen_tasks": 9, "examples_per_task": 10}
+    with pytest.raises(ClientError, match=r"clients.counts must add up to 2018, .*; got 30: add 1988"):
+        gather_participants(config_of(data=data, clients={"counts": {"type1": 30}}))
+    with pytest.raises(ClientError, match=r"1 of 1 are unknown: 'nobody'\. The data has 2018: '"):
+        gather_participants(config_of(data=data, clients={"assigned": {"nobody": "type1"}}))
+
+
+def test_only_tasks_in_the_languages_asked_for_take_part(tmp_path: Path) -> None:
+    for number in range(12):
+        language = ("English", "Hindi")[number % 2]
+        task = {
+            "Definition": [f"Say {number}."],
+            "Categories": ["Saying"],
+            "Input_language": [language],
+            "Instances": [{"input": f"{number}, {case}", "output": ["yes"]} for case in range(12)],
+        }
+        (tmp_path / f"task{number:02d}.json").write_text(json.dumps(task))
+    data = {"name": "natural_instructions", "path": str(tmp_path), "num_unseen_tasks": 2}
+    everything = gather_participants(config_of(data=data))
+    assert (len(everything.clients), everything.warnings) == (10, ())
+    english = gather_participants(config_of(data={**data, "languages": ["English"]}))
+    names = {client.client_id for client in english.clients} | english.corpus.unseen.keys()
+    assert names == {f"task{number:02d}" for number in range(0, 12, 2)}
+    assert english.warnings == ("Left out: 6 tasks in other languages.",)
 
 
 def test_unseen_tasks_are_no_clients_and_the_validation_set_comes_from_clients() -> None:

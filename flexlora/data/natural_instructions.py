@@ -256,16 +256,19 @@ def federate(
         languages: Leave out tasks that name a language outside this list; tasks without the fields stay.
 
     Raises:
-        NaturalInstructionsError: Two tasks of one name, an unknown name or category to hold out, or too few tasks.
+        NaturalInstructionsError: Two tasks of one name, a name, category or language that no task has, or too few
+            tasks.
     """
     _check_limits(fraction, max_examples, min_examples, num_clients)
     kept: dict[str, Task] = {}
     category_of: dict[str, str] = {}
+    known_languages: set[str] = set()
     left_out = {"pretraining": 0, "small": 0, "language": 0, "unanswered": 0, "repeated": 0}
     for task in tasks:
         if task.task_id in category_of:
             raise NaturalInstructionsError(f"task names must be unique; {task.task_id!r} occurs twice: rename one")
         category_of[task.task_id] = task.category
+        known_languages |= task.languages
         left_out["unanswered"] += task.num_unanswered
         left_out["repeated"] += task.num_repeated
         if languages and not task.languages <= set(languages):
@@ -278,6 +281,8 @@ def federate(
                 left_out["small"] += 1
             else:
                 kept[task.task_id] = sample
+    if known_languages:
+        _check_known("data.languages", set(languages), known_languages)
     asked = _asked_for(hold_out, category_of)
     unseen = _choose_unseen(hold_out.num_tasks, asked, kept, seed)
     trained = _draw_clients(sorted(set(kept) - unseen), num_clients, seed)

@@ -150,6 +150,7 @@ class ReferenceRunRecord(_Record):
 
     rank: str = Field(description="Its ranks in words, for example '2 in every module'")
     ranks: dict[str, int] = Field(default={}, description="Module path -> rank")
+    learning_rate: float | None = Field(default=None, description="Where its schedule starts, if not where the run's")
     evaluations: list[RoundScoreRecord] = []
     final: EvaluationRecord | None = None
     up_bytes: int = Field(default=0, ge=0)

@@ -127,9 +127,10 @@ def summary_table(
     fedit = references.fedit_smallest_rank
     if fedit and fedit.final:
         name = "FedIT at the smallest rank"
-        rows.append(
-            _summary_row(name, fedit.rank, fedit.final.unseen, fedit.final, base, fedit.up_bytes, fedit.down_bytes)
-        )
+        detail = fedit.rank
+        if fedit.learning_rate is not None:
+            detail += f", learning rate {fedit.learning_rate:g}"
+        rows.append(_summary_row(name, detail, fedit.final.unseen, fedit.final, base, fedit.up_bytes, fedit.down_bytes))
     last = last_evaluated(records)
     if last and last.evaluation and last.server_round > 0:
         up = sum(record.up_bytes for record in records if record.server_round <= last.server_round)

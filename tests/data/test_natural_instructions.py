@@ -237,6 +237,14 @@ def test_small_tasks_and_other_languages_are_left_out_and_counted():
     assert (summary.num_too_small, summary.num_other_language, summary.num_tasks) == (1, 1, 7)
 
 
+def test_a_language_that_no_task_names_is_refused_where_tasks_name_any():
+    named = [parse_task("a", fields(Input_language=["English"])), parse_task("b", fields(definition="B"))]
+    with pytest.raises(NaturalInstructionsError, match=r"data.languages .* 'english' is near 'English'"):
+        federate(named, 0, hold_out=HoldOut(), languages=["english"])
+    corpus, _ = federate(named[1:], 0, hold_out=HoldOut(), languages=["english"])
+    assert set(corpus.clients) == {"b"}
+
+
 def test_the_number_of_clients_can_be_limited():
     corpus, summary = federate(tasks(), 0, hold_out=HoldOut(num_tasks=2), num_clients=4)
     assert len(corpus.clients) == summary.num_clients == 4
