@@ -17,7 +17,7 @@ TASKS_FILE = "pretraining_tasks.json"
 
 
 def instance_hash(definition: str, input: str) -> int:
-    """Returns 64 bits that identify an instance; white space at either end of the two texts does not count."""
+    """Return 64 bits that identify an instance; white space at either end of the two texts does not count."""
     digest = blake2b(f"{definition.strip()}\0{input.strip()}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
@@ -28,7 +28,7 @@ def _seen_hashes() -> frozenset[int]:
 
 
 def seen_in_pretraining(definition: str, inputs: Iterable[str]) -> bool:
-    """Returns whether the embedded base has seen any of these inputs under this definition.
+    """Return whether the embedded base has seen any of these inputs under this definition.
 
     Stops at the first input that was seen; a task that was not costs one hash per input.
     """

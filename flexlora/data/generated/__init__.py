@@ -61,7 +61,7 @@ class GeneratedTask:
     recipe: Recipe
 
     def instances(self, num: int, seed: int) -> list[Instance]:
-        """Returns up to `num` instances with different inputs, a function of the seed and the task alone.
+        """Return up to `num` instances with different inputs, a function of the seed and the task alone.
 
         A task over a small table of words has fewer different inputs than `num` may ask for; it then returns them all.
         """
@@ -108,7 +108,7 @@ def _recipes() -> Iterator[Recipe]:
 
 @lru_cache(maxsize=4)
 def all_tasks(seed: int = 0) -> tuple[GeneratedTask, ...]:
-    """Returns every task, always in the same order; the seed only chooses between the phrasings of a definition."""
+    """Return every task, always in the same order; the seed only chooses between the phrasings of a definition."""
     numbers: dict[str, int] = {}
     tasks: list[GeneratedTask] = []
     for recipe in _recipes():
@@ -120,7 +120,7 @@ def all_tasks(seed: int = 0) -> tuple[GeneratedTask, ...]:
 
 
 def split_of(task: GeneratedTask) -> Split:
-    """Returns whether a task may be pretrained on ("pretrain") or is for clients and their evaluation ("federated").
+    """Return whether a task may be pretrained on ("pretrain") or is for clients and their evaluation ("federated").
 
     The split follows from what the task computes, whatever the seed.
     """
@@ -132,7 +132,7 @@ def split_of(task: GeneratedTask) -> Split:
 
 
 def as_natural_instructions(task: GeneratedTask, num: int, seed: int) -> dict[str, list[str] | list[Instance]]:
-    """Returns the task as one file of Natural Instructions holds it."""
+    """Return the task as one file of Natural Instructions holds it."""
     return {
         "Definition": [task.definition],
         "Categories": [task.category],

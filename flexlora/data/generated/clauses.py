@@ -27,22 +27,22 @@ class Clause:
     noun: str
 
     def thing(self) -> str:
-        """Returns the object without its article."""
+        """Return the object without its article."""
         return f"{self.adjective} {self.noun}".strip()
 
 
 def draw_clause(rng: Random, adjective: bool = True) -> Clause:
-    """Draws a clause about a person and a thing."""
+    """Draw a clause about a person and a thing."""
     return Clause(rng.choice(NAMES), rng.choice(VERBS), rng.choice(ADJECTIVES) if adjective else "", rng.choice(THINGS))
 
 
 def pronoun(name: str) -> str:
-    """Returns she or he."""
+    """Return she or he."""
     return "she" if name in WOMEN else "he"
 
 
 def write_clause(clause: Clause, form: str) -> str:
-    """Writes the clause in one grammatical form, as a full sentence."""
+    """Write the clause in one grammatical form, as a full sentence."""
     name, (base, third, past, participle, gerund), thing = clause.subject, clause.verb, clause.thing()
     forms = {
         "present": f"{name} {third} the {thing}.",

@@ -20,7 +20,7 @@ from flexlora.data.generated.recipe import Recipe, capitalised, with_article
 
 
 def grammar_recipes() -> Iterator[Recipe]:
-    """Yields corrections and judgements of sentences with one planted mistake each."""
+    """Yield corrections and judgements of sentences with one planted mistake each."""
 
     def wrong_third(rng: Random) -> tuple[str, str]:
         clause = draw_clause(rng)
@@ -158,7 +158,7 @@ def grammar_recipes() -> Iterator[Recipe]:
 
 
 def complete_recipes() -> Iterator[Recipe]:
-    """Yields fill-in tasks: the blank is decided by grammar or by a table of words."""
+    """Yield fill-in tasks: the blank is decided by grammar or by a table of words."""
     places = CATEGORIES["place"]
 
     def article(rng: Random) -> tuple[str, str]:

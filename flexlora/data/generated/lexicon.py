@@ -273,7 +273,7 @@ _VOWELS = ("a e i o u".split(), "a ai e o oo".split(), "e i ia u ou".split(), "a
 
 
 def invented_words(language: str) -> dict[str, str]:
-    """Returns the dictionary of an invented language: English noun or adjective -> a made-up word, one to one."""
+    """Return the dictionary of an invented language: English noun or adjective -> a made-up word, one to one."""
     rng = Random(f"invented language {language}")
     style = LANGUAGES.index(language) % len(_ONSETS)
     ending = rng.choice("n l r s k m".split())

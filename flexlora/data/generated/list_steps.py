@@ -100,12 +100,12 @@ SEPARATORS: dict[str, str] = {
 
 
 def draw_words(rng: Random, low: int, high: int, category: str | None = None) -> list[str]:
-    """Draws different nouns, of one category or of all."""
+    """Draw different nouns, of one category or of all."""
     return rng.sample(CATEGORIES[category] if category else NOUNS, rng.randint(low, high))
 
 
 def mixed_words(rng: Random, category: str, low: int, high: int) -> list[str]:
-    """Draws a mixed list of 3 to 6 nouns with `low` to `high` of the category among them."""
+    """Draw a mixed list of 3 to 6 nouns with `low` to `high` of the category among them."""
     inside = rng.sample(CATEGORIES[category], rng.randint(low, high))
     outside = [noun for noun in rng.sample(NOUNS, 12) if CATEGORY_OF[noun] != category][: rng.randint(2, 3)]
     words = inside + outside

@@ -18,7 +18,7 @@ from flexlora.data.generated.scenes import DRAWS
 
 
 def review_recipes() -> Iterator[Recipe]:
-    """Yields sentiment and topic classification of short made-up reviews and notes."""
+    """Yield sentiment and topic classification of short made-up reviews and notes."""
     labels = (
         ("positive", "negative"),
         ("good", "bad"),
@@ -133,7 +133,7 @@ def review_recipes() -> Iterator[Recipe]:
 
 
 def dialogue_recipes() -> Iterator[Recipe]:
-    """Yields intents and replies for one turn of a small talk."""
+    """Yield intents and replies for one turn of a small talk."""
     intents: dict[str, tuple[str, str]] = {
         "order": ("I would like {dish} and {drink}, please.", "Here is your {dish} with {drink}."),
         "book": ("Can I book a table at the {place} for {day}?", "Your table at the {place} is booked for {day}."),

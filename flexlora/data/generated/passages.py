@@ -14,7 +14,7 @@ from flexlora.data.generated.scenes import DRAWS, SCENES, Scene, draw_scene, spo
 
 
 def comprehension_recipes() -> Iterator[Recipe]:
-    """Yields questions on one or two sentences, answered with a word of the text."""
+    """Yield questions on one or two sentences, answered with a word of the text."""
 
     def any_question(rng: Random, *, scene: Scene, fields: list[str]) -> tuple[str, str]:
         values = draw_scene(rng, scene)
@@ -89,7 +89,7 @@ def comprehension_recipes() -> Iterator[Recipe]:
 
 
 def extraction_recipes() -> Iterator[Recipe]:
-    """Yields extraction of one, two or all fields of a sentence into several layouts."""
+    """Yield extraction of one, two or all fields of a sentence into several layouts."""
     layouts: tuple[tuple[str, str, Callable[[list[str], list[str]], str]], ...] = (
         ("comma", "with a comma between", lambda keys, values: ", ".join(values)),
         (
@@ -142,7 +142,7 @@ def extraction_recipes() -> Iterator[Recipe]:
 
 
 def question_recipes() -> Iterator[Recipe]:
-    """Yields question generation: write the question whose answer is a given field."""
+    """Yield question generation: write the question whose answer is a given field."""
 
     def ask(rng: Random, *, scene: Scene, field: str) -> tuple[str, str]:
         values = draw_scene(rng, scene)
@@ -179,7 +179,7 @@ def question_recipes() -> Iterator[Recipe]:
 
 
 def title_recipes() -> Iterator[Recipe]:
-    """Yields titles, headlines and keywords for the sentences of the scenes and reports."""
+    """Yield titles, headlines and keywords for the sentences of the scenes and reports."""
 
     def keywords(rng: Random, *, scene: Scene, pair: tuple[str, str]) -> tuple[str, str]:
         values = draw_scene(rng, scene)
@@ -221,7 +221,7 @@ def title_recipes() -> Iterator[Recipe]:
 
 
 def verify_recipes() -> Iterator[Recipe]:
-    """Yields true-or-false tasks on a sentence and a claim, or on a list and a word."""
+    """Yield true-or-false tasks on a sentence and a claim, or on a list and a word."""
     answers = (("true", "false"), ("yes", "no"), ("right", "wrong"), ("entailed", "contradicted"))
 
     def claim(rng: Random, *, scene: Scene, field: str, good: str, bad: str) -> tuple[str, str]:

@@ -30,10 +30,10 @@ class Recipe:
 
 
 def capitalised(text: str) -> str:
-    """Returns the text with its first letter in upper case and the rest as it was."""
+    """Return the text with its first letter in upper case and the rest as it was."""
     return text[:1].upper() + text[1:]
 
 
 def with_article(noun: str) -> str:
-    """Returns the noun behind the right indefinite article."""
+    """Return the noun behind the right indefinite article."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun

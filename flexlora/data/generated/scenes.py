@@ -155,7 +155,7 @@ SCENES: tuple[Scene, ...] = (
 
 
 def draw_scene(rng: Random, scene: Scene) -> dict[str, str]:
-    """Draws a value for every field of the scene, with two different people."""
+    """Draw a value for every field of the scene, with two different people."""
     values = {name: rng.choice(DRAWS[name]) for name in scene.questions}
     if "friend" in values:
         values["name"], values["friend"] = rng.sample(NAMES, 2)
@@ -184,5 +184,5 @@ _FIELD_WORDS: dict[str, str] = {
 
 
 def spoken(field: str) -> str:
-    """Returns how a definition speaks of a field of a scene."""
+    """Return how a definition speaks of a field of a scene."""
     return "the person" if field == "name" else _FIELD_WORDS[field]

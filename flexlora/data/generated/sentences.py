@@ -46,7 +46,7 @@ _FORM_WORDINGS: dict[str, tuple[str, str]] = {
 
 
 def rewrite_recipes() -> Iterator[Recipe]:
-    """Yields rewritings of a simple sentence from one grammatical form into another."""
+    """Yield rewritings of a simple sentence from one grammatical form into another."""
     sources = ("present", "past", "future", "negative", "passive", "I", "question", "perfect")
     targets = list(_FORM_WORDINGS)
 
@@ -80,7 +80,7 @@ def rewrite_recipes() -> Iterator[Recipe]:
 
 
 def _sentence(rng: Random) -> list[str]:
-    """Draws a sentence of 4 to 7 words, without its full stop."""
+    """Draw a sentence of 4 to 7 words, without its full stop."""
     clause = draw_clause(rng, adjective=rng.random() < 0.6)
     words = write_clause(clause, rng.choice(("present", "past", "future"))).rstrip(".").split()
     if rng.random() < 0.4:
@@ -92,7 +92,7 @@ WordStep = tuple[str, tuple[str, str], Callable[[list[str]], list[str]]]
 
 
 def _word_steps() -> list[WordStep]:
-    """Returns the edits of a sentence seen as a list of words."""
+    """Return the edits of a sentence seen as a list of words."""
     steps: list[WordStep] = [
         ("repeat last", ("repeat the last word", "write the last word once more"), lambda w: [*w, w[-1]]),
         ("repeat first", ("repeat the first word", "write the first word twice"), lambda w: [w[0], *w]),
@@ -174,7 +174,7 @@ def _word_steps() -> list[WordStep]:
 
 
 def edit_recipes() -> Iterator[Recipe]:
-    """Yields word-level edits of a sentence: one alone, and pairs of them."""
+    """Yield word-level edits of a sentence: one alone, and pairs of them."""
     steps = _word_steps()
 
     def make(rng: Random, *, apply: Callable[[list[str]], list[str]]) -> tuple[str, str]:

@@ -20,7 +20,7 @@ _LETTERS: tuple[str, ...] = tuple("abcdefghijklmnopqrstuvwxyz")
 
 
 def pattern_recipes() -> Iterator[Recipe]:
-    """Yields continuations of patterns of words, numbers, days, months and letters."""
+    """Yield continuations of patterns of words, numbers, days, months and letters."""
     shapes: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
         "ABAB": (2, (0, 1, 0, 1), (0, 1)),
         "AAB": (2, (0, 0, 1, 0, 0), (1,)),
@@ -102,7 +102,7 @@ def pattern_recipes() -> Iterator[Recipe]:
 
 
 def number_recipes() -> Iterator[Recipe]:
-    """Yields small arithmetic on digits, number words and short stories."""
+    """Yield small arithmetic on digits, number words and short stories."""
     operations: dict[str, tuple[str, Callable[[int, int], int], str]] = {
         "sum": ("add the two numbers", lambda a, b: a + b, "plus"),
         "difference": ("subtract the second number from the first", lambda a, b: a - b, "minus"),
@@ -210,7 +210,7 @@ def number_recipes() -> Iterator[Recipe]:
 
 
 def spelling_recipes() -> Iterator[Recipe]:
-    """Yields tasks on the letters of words: initials, acronyms, alphabetical comparison."""
+    """Yield tasks on the letters of words: initials, acronyms, alphabetical comparison."""
 
     def initial(word: str) -> str:
         return word[0]

@@ -33,7 +33,7 @@ _REPORTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 
 def report_recipes() -> Iterator[Recipe]:
-    """Yields data-to-text tasks and their inverse, for several notations of the data."""
+    """Yield data-to-text tasks and their inverse, for several notations of the data."""
     notations: tuple[tuple[str, str, Callable[[tuple[str, ...], dict[str, str]], str]], ...] = (
         ("named", "fields with their names", lambda keys, v: ", ".join(f"{key}: {v[key]}" for key in keys)),
         ("bare", "values with commas", lambda keys, v: ", ".join(v[key] for key in keys)),
@@ -83,7 +83,7 @@ def report_recipes() -> Iterator[Recipe]:
 
 
 def lookup_recipes() -> Iterator[Recipe]:
-    """Yields look-ups in a short table given in the input, in both directions, and in two hops."""
+    """Yield look-ups in a short table given in the input, in both directions, and in two hops."""
     kinds = (
         ("name", "city"),
         ("name", "colour"),

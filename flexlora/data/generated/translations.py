@@ -16,7 +16,7 @@ from flexlora.data.generated.recipe import Recipe
 
 
 def translation_recipes() -> Iterator[Recipe]:
-    """Yields translations between English and invented languages, by topic, direction and form."""
+    """Yield translations between English and invented languages, by topic, direction and form."""
 
     def to_language(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
         noun = rng.choice(nouns)

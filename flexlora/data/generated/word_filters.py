@@ -18,7 +18,7 @@ from flexlora.data.generated.recipe import Recipe, capitalised
 
 
 def filter_recipes() -> Iterator[Recipe]:
-    """Yields tasks that keep or remove the words of a list by meaning or by spelling."""
+    """Yield tasks that keep or remove the words of a list by meaning or by spelling."""
     endings: tuple[tuple[str, Callable[[list[str]], list[str]], tuple[str, str]], ...] = (
         ("", lambda w: w, ("", "")),
         ("; reverse", lambda w: w[::-1], (" and reverse their order", ", last one first")),
@@ -99,7 +99,7 @@ def filter_recipes() -> Iterator[Recipe]:
 
 
 def format_recipes() -> Iterator[Recipe]:
-    """Yields tasks that write the same words in another layout."""
+    """Yield tasks that write the same words in another layout."""
     layouts: dict[str, tuple[str, Callable[[list[str]], str]]] = {
         "numbers": (
             "number the words as in 1. apple 2. pear",
@@ -175,7 +175,7 @@ def format_recipes() -> Iterator[Recipe]:
 
 
 def count_recipes() -> Iterator[Recipe]:
-    """Yields counting tasks: answers are number words or digits."""
+    """Yield counting tasks: answers are number words or digits."""
 
     def make_all(rng: Random, *, style: str) -> tuple[str, str]:
         words = draw_words(rng, 1, 7)

@@ -27,7 +27,7 @@ def _then(one: ListStep, other: ListStep) -> Callable[[list[str]], list[str]]:
 
 
 def order_recipes() -> Iterator[Recipe]:
-    """Yields reorderings of a word list: every step alone on several kinds of list, and pairs of steps."""
+    """Yield reorderings of a word list: every step alone on several kinds of list, and pairs of steps."""
     for number, step in enumerate(STEPS):
         kinds = list(CATEGORIES)
         for place, (name, separator) in enumerate(list(SEPARATORS.items())[:4]):
@@ -72,7 +72,7 @@ def order_recipes() -> Iterator[Recipe]:
 
 
 def select_recipes() -> Iterator[Recipe]:
-    """Yields tasks that pick one word out of a list, some after a step and some mapping the word to a fact."""
+    """Yield tasks that pick one word out of a list, some after a step and some mapping the word to a fact."""
     separators = list(SEPARATORS.items())
 
     def make(rng: Random, *, pick: Pick, separator: str) -> tuple[str, str]:

@@ -57,7 +57,7 @@ _FACTS: dict[str, tuple[str, str, str, str]] = {
 
 
 def fact_recipes() -> Iterator[Recipe]:
-    """Yields fact look-ups: on one word, as a question, as a sentence, on lists, and together with list steps."""
+    """Yield fact look-ups: on one word, as a question, as a sentence, on lists, and together with list steps."""
 
     def of_one(rng: Random, *, table: dict[str, str], keys: tuple[str, ...]) -> tuple[str, str]:
         key = rng.choice(keys)
@@ -191,7 +191,7 @@ def fact_recipes() -> Iterator[Recipe]:
 
 
 def classify_recipes() -> Iterator[Recipe]:
-    """Yields word classification into two to four kinds, with plain and with arbitrary labels."""
+    """Yield word classification into two to four kinds, with plain and with arbitrary labels."""
     kinds = list(CATEGORIES)
     groups: list[tuple[str, ...]] = [
         *list(combinations(kinds, 2))[::3],
