@@ -2,9 +2,9 @@
 
     python benchmarks/quality.py configs/demo.yaml --seeds 5 --jobs 2 --out runs/quality
 
-For every seed, every method runs once per learning rate and is judged on the validation data of that seed's clients. The
-learning rate with the lowest validation loss is the method's; only then is that model scored on the seed's unseen tasks,
-which therefore decide nothing. Same seed means same clients, ranks, cohorts, data order and unseen tasks for all
+For every seed, every method runs once per learning rate and is judged on the validation data of that seed's clients.
+The learning rate with the lowest validation loss is the method's; only then is that model scored on the seed's unseen
+tasks, which therefore decide nothing. Same seed means same clients, ranks, cohorts, data order and unseen tasks for all
 methods. Differences are paired by seed, with a 95 % interval of Student's t over seeds.
 
 Every finished run is one line of ``OUT/runs.jsonl``; the same command goes on where it was stopped.

@@ -242,6 +242,15 @@ class FlexLoraMethod(_Section):
     fold_tail: bool = Field(
         default=False, description="Send each client the directions above its rank too, as a branch it does not train."
     )
+    accuracy: Literal["exact", "fast"] = Field(
+        default="exact",
+        description="How near the decomposition is to the best one of its rank: within 1e-6 or 1e-3 of its error.",
+    )
+    most_directions: int | None = Field(
+        default=None,
+        ge=1,
+        description="Directions a round's sum holds per module while updates arrive, to bound memory; null is all.",
+    )
 
 
 MethodConfig = Annotated[FedItMethod | ZeroPadMethod | FlexLoraMethod, Field(discriminator="name")]

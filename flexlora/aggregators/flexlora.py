@@ -37,8 +37,17 @@ from torch import Tensor
 
 from flexlora.aggregators.base import weighed
 from flexlora.clients import Broadcast, Update
+from flexlora.lora.decomposition import Accuracy
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
-from flexlora.lora.product import ProductSum, Spectrum, Split, add_product, add_spectrum, decompose, spectrum_of
+from flexlora.lora.product import (
+    ProductSum,
+    Spectrum,
+    Split,
+    add_product,
+    add_spectrum,
+    certified_decomposition,
+    spectrum_of,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,10 @@ class FlexLora:
         split: All singular values in ``B`` (the paper's) or balanced over both factors.
         error_compensation: Add back what the ranks of this round's participants could not hold.
         fold_tail: Send what a client's rank cannot hold as a frozen branch.
+        accuracy: How near to the best approximation the decomposition is: 1e-6 (``exact``) or 1e-3 (``fast``) of the
+            error that no approximation of the same rank can avoid.
+        most_directions: Directions that the sum of a round holds while updates arrive; None holds all of them. What
+            it loses is added to ``tail`` of the spectra.
     """
 
     scaling: Scaling
@@ -74,6 +87,8 @@ class FlexLora:
     split: Split = "b"
     error_compensation: bool = False
     fold_tail: bool = False
+    accuracy: Accuracy = "exact"
+    most_directions: int | None = None
 
     def init(self, adapter: AdapterState) -> FlexLoraState:
         """Return the state whose aggregate is the change of ``adapter``, none for PEFT's initial one."""
@@ -88,7 +103,10 @@ class FlexLora:
     def aggregate(self, state: FlexLoraState, updates: Iterable[Update]) -> FlexLoraState:
         """Return the decomposed mean of products, with what the round could not hold added back if so configured."""
         total = 0.0
-        sums = {module: ProductSum(*spectrum.shape) for module, spectrum in state.spectra.items()}
+        sums = {
+            module: ProductSum(*spectrum.shape, most_directions=self.most_directions)
+            for module, spectrum in state.spectra.items()
+        }
         weight_by_rank: dict[str, dict[int, float]] = {module: {} for module in sums}
         for update in weighed(sums, updates):
             total += update.weight
@@ -103,7 +121,13 @@ class FlexLora:
             for module, spectrum in state.spectra.items():
                 uncovered = total - _covered_weight(weight_by_rank[module], spectrum)
                 sums[module] = add_spectrum(sums[module], spectrum, uncovered * spectrum.S)
-        spectra = {module: decompose(sums[module], max_ranks[module], total) for module in sums}
+        spectra = {
+            # The directions of the round before are where this round's are, more or less.
+            module: certified_decomposition(
+                sums[module], max_ranks[module], total, self.accuracy, start=state.spectra[module].Vh
+            )[0]
+            for module in sums
+        }
         return FlexLoraState(spectra, state.initial_rows, max_ranks)
 
     def broadcast(self, state: FlexLoraState, ranks: Mapping[str, int]) -> Broadcast:

@@ -2,8 +2,9 @@
 
 ``P = sum_i w_i s_i B_i A_i`` is folded one update at a time into a ``ProductSum`` and read out as a ``Spectrum``; which
 method finds it is the subject of ``decomposition``. Weights may be negative. A sum refers to the factors as they are
-stored and, once these would take more memory than the change itself, multiplies them out in float64, unless it is told
-to keep them (because they lie in a file that is mapped into memory).
+stored and, once these would take more memory than the change itself, multiplies them out in float64. It can be told to
+keep them (because they lie in a file that is mapped into memory), or to keep no more than a number of directions, for
+live rounds in which even one dense matrix per module is too much.
 """
 
 # torch.linalg and torch.special carry no type information.
@@ -102,17 +103,22 @@ class ProductSum:
 
     Attributes:
         keep_factors: Never multiply out, however many factors there are; for factors that cost no memory.
+        most_directions: Never hold more than about three times as many columns: compress to this many directions
+            whenever there are, and add up in ``discarded`` what that costs. None compresses nothing.
         terms: What has not been multiplied out.
         dense: What has, float64, or None.
         magnitude: Sum of the norms of the products of all columns ever added; rounding errors scale with it.
+        discarded: Upper bound of the Frobenius norm of all that compressing has left out.
     """
 
     out_features: int
     in_features: int
     keep_factors: bool = False
+    most_directions: int | None = None
     terms: tuple[Term, ...] = ()
     dense: Float[Tensor, "out_features in_features"] | None = None
     magnitude: float = 0.0
+    discarded: float = 0.0
 
     @property
     def total_rank(self) -> int:
@@ -179,7 +185,10 @@ def certified_decomposition(
     noise = 4 * torch.finfo(torch.float64).eps * max(total.out_features, total.in_features) ** 0.5 * total.magnitude
     kept = int((S > noise).sum())
     spectrum = Spectrum(U, S, Vh, certificate.tail).truncate(kept if max_rank is None else min(kept, max_rank))
-    certificate = replace(certificate, tail=spectrum.tail).scaled(1.0 / divisor)
+    # By the triangle inequality, what compressing has cost before counts against the answer twice: in its own error and
+    # in how far the best approximation of the compressed sum is from that of the whole.
+    rounding = certificate.rounding + 2 * total.discarded
+    certificate = replace(certificate, tail=spectrum.tail, rounding=rounding).scaled(1.0 / divisor)
     largest = spectrum.Vh.gather(1, spectrum.Vh.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(torch.float64)
     # Cloned, because a slice would keep every discarded direction alive for as long as the state lives.
@@ -187,7 +196,7 @@ def certified_decomposition(
         (spectrum.U * signs[:, 0]).clone(memory_format=torch.contiguous_format),
         spectrum.S / divisor,
         (spectrum.Vh * signs).clone(memory_format=torch.contiguous_format),
-        spectrum.tail / divisor,
+        (spectrum.tail + total.discarded) / divisor,
     )
     return spectrum, certificate
 
@@ -216,12 +225,25 @@ def _add_term(
     sizes = left_sizes * right_sizes * abs(coefficient)
     term = Term(left, right, coefficient, sizes, right_sizes)
     total = replace(total, terms=(*total.terms, term), magnitude=total.magnitude + float(sizes.sum()))
+    if total.most_directions is not None:
+        return _compressed(total) if total.total_rank > 2 * total.most_directions else total
     stored = sum(term.columns * term.left.element_size() for term in total.terms) * sum(shape)
     if total.keep_factors or stored <= 8 * shape[0] * shape[1]:
         return total
     device = _device(total, None)
     operator = Operator(*shape, total.terms, total.dense, device, total.magnitude)
     return replace(total, terms=(), dense=operator.formed(torch.float64).dense)
+
+
+def _compressed(total: ProductSum) -> ProductSum:
+    """Return the sum with its leading ``most_directions`` only, the norm of the others added to ``discarded``."""
+    if not isfinite(total.magnitude):
+        return replace(total, terms=total.terms[-1:])  # Nothing to save: it will be refused when it is read out.
+    empty = replace(total, terms=(), discarded=0.0)
+    spectrum, certificate = certified_decomposition(replace(total, discarded=0.0), total.most_directions)
+    compressed = add_spectrum(empty, spectrum, spectrum.S)
+    lost = total.discarded + certificate.error * (1.0 + certificate.excess)
+    return replace(compressed, magnitude=total.magnitude, discarded=lost)
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -164,3 +164,24 @@ def test_the_certificate_of_a_multiple_is_the_multiple():
     assert half.tail == pytest.approx(one.tail / 2) == pytest.approx(halved.tail)
     assert half.energy_kept == pytest.approx(one.energy_kept)
     torch.testing.assert_close(halved.S, spectrum.S / 2)
+
+
+@pytest.mark.parametrize("most_directions", [6, 15, 40])
+def test_a_sum_that_keeps_few_directions_says_how_much_it_lost(most_directions):
+    rng = np.random.default_rng(4)
+    shape, k = (90, 80), 5
+    left, right = matrix_of(np.exp(-np.arange(80) / 6), shape, rng)
+    clients = split_into_clients(left, right, 9, rng, torch.float32)
+    total, expected = ProductSum(*shape, most_directions=most_directions), np.zeros(shape)
+    for factors, weight in clients:
+        total = add_product(total, factors, weight)
+        expected += weight * factors.scaling * factors.B.double().numpy() @ factors.A.double().numpy()
+        assert total.total_rank <= 2 * most_directions
+        assert total.dense is None
+    spectrum, certificate = certified_decomposition(total, k)
+    S = np.linalg.svd(expected, compute_uv=False)
+    error = np.linalg.norm(expected - spectrum.delta().numpy())
+    assert error <= (1 + certificate.excess) * np.linalg.norm(S[k:]) + certificate.rounding
+    assert total.discarded >= 0.9 * np.linalg.norm(S[2 * most_directions :])
+    if most_directions == 40:
+        assert error == pytest.approx(np.linalg.norm(S[k:]), rel=1e-6)
