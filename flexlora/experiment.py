@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from flexlora import FlexLoraError, __version__
-from flexlora.adapters import merge_into_base, write_adapter
+from flexlora.adapters import write_adapter
 from flexlora.aggregators import AGGREGATORS, STATE_TYPES
 from flexlora.aggregators.base import Aggregator
 from flexlora.checkpoint import load_latest
@@ -55,6 +55,7 @@ from flexlora.rounds import (
     Outcome,
     run_rounds,
 )
+from flexlora.whole_model import merge_into_base
 from flexlora.workbench import (
     Notify,
     Scorer,

@@ -1,13 +1,13 @@
 import copy
 import json
+import stat
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexlora.adapters import AdapterError, merge_into_base, read_adapter, write_adapter
+from flexlora.adapters import AdapterError, read_adapter, write_adapter
 from flexlora.clients import Broadcast
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.model import AdaptedModel, target_modules
@@ -146,6 +146,13 @@ def test_an_interrupted_write_leaves_no_half_of_a_folder(adapter, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_everyone_whom_the_umask_allows_can_read_the_folder(adapter, tmp_path):
+    write_adapter(tmp_path / "adapter", adapter, "base")
+    (tmp_path / "probe").write_text("")
+    expected = stat.S_IMODE((tmp_path / "probe").stat().st_mode)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "adapter").iterdir()} == {expected}
+
+
 def test_a_small_dtype_on_disk_rounds_once(adapter, tmp_path):
     write_adapter(tmp_path / "adapter", adapter, "base", dtype="bfloat16")
     for path, factors in read_adapter(tmp_path / "adapter").items():
@@ -160,7 +167,7 @@ def test_folders_that_cannot_be_read_are_explained(adapter, tmp_path):
     config = json.loads((target / "adapter_config.json").read_text())
     for change, message in (
         ({"peft_type": "IA3"}, "peft_type must be LORA; got IA3"),
-        ({"use_dora": True}, "only plain LoRA can be read; it sets use_dora"),
+        ({"use_dora": True}, "it sets use_dora: DoRA rescales"),
     ):
         (target / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(AdapterError, match=message):
@@ -172,30 +179,14 @@ def test_folders_that_cannot_be_read_are_explained(adapter, tmp_path):
     save_file({"base_model.model.a.lora_A.weight": torch.ones(2, 3)}, target / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="a must have both lora_A and lora_B"):
         read_adapter(target)
-    save_file({"base_model.model.a.lora_embedding_A": torch.ones(2, 3)}, target / "adapter_model.safetensors")
+    embedding = {"lora_embedding_A": torch.ones(2, 3), "lora_embedding_B": torch.ones(4, 2)}
+    save_file(
+        {f"base_model.model.a.{name}": factor for name, factor in embedding.items()},
+        target / "adapter_model.safetensors",
+    )
+    (target / "adapter_config.json").write_text(json.dumps(config | {"r": 2, "rank_pattern": {}}))
     with pytest.raises(AdapterError, match="only LoRA factors of linear modules"):
         read_adapter(target)
     (target / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(AdapterError, match="not a whole safetensors file"):
         read_adapter(target)
-
-
-def test_a_merged_model_computes_what_the_adapted_one_does(make_network, tokenizer, adapter, tmp_path):
-    model = AdaptedModel(make_network(), tokenizer)
-    model.load(Broadcast(adapter))
-    merge_into_base(make_network(), tokenizer, adapter, tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(logits(merged), logits(model.network), rtol=1e-4, atol=1e-4)
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("né")["input_ids"] == tokenizer("né")["input_ids"]
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
-    with pytest.raises(AdapterError, match="must be new or empty"):
-        merge_into_base(make_network(), tokenizer, adapter, tmp_path / "merged")
-
-
-def test_merging_into_shared_or_unknown_weights_is_refused(make_network, tokenizer, tmp_path):
-    head = {"lm_head": LoraFactors(torch.ones(1, 32), torch.ones(259, 1), 1.0)}
-    with pytest.raises(AdapterError, match=r"lm_head: its weight is also model\.embed_tokens\.weight"):
-        merge_into_base(make_network(), tokenizer, head, tmp_path / "merged")
-    with pytest.raises(AdapterError, match="tail: the base model has no such module"):
-        merge_into_base(make_network(), tokenizer, {"tail": head["lm_head"]}, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
