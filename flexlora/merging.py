@@ -1,0 +1,337 @@
+"""How are adapters that people already have combined?
+
+For every module the change is ``P = sum_i c_i s_i B_i A_i`` over the adapters that have it, found as one decomposition
+of the sum and never by adding factors. The coefficients ``c_i`` are the method: ``mean`` divides the weights by their
+sum, ``sum`` takes them as they are. Modules are done one after another: the factors of one are mapped from the files,
+added up, decomposed and written before the next is looked at, so memory depends neither on the number of adapters nor
+on the number of modules.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flexlora.adapter_folder import WEIGHTS_FILE, AdapterFolder, factor_keys
+from flexlora.adapter_group import (
+    MergeError,
+    check_together,
+    common_copy,
+    common_targets,
+    named_base,
+    open_adapters,
+)
+from flexlora.adapters import AdapterDtype, appearing_whole, peft_config, write_config
+from flexlora.lora.decomposition import Accuracy, Certificate
+from flexlora.lora.factors import LoraFactors
+from flexlora.lora.product import ProductError, ProductSum, Spectrum, add_product, certified_decomposition
+from flexlora.report.tables import layer_order
+from flexlora.tensor_file import TensorSpool
+
+Missing = Literal["zero", "renormalise"]
+Coefficients = Callable[[Sequence[float], Sequence[bool], Missing], list[float]]
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """What became of one module.
+
+    Attributes:
+        path: In the base model.
+        shape: ``(out_features, in_features)`` of its change.
+        ranks: Of the adapters that have it, in the order given.
+        rank: Of the result.
+        energy_kept: Share in 0..1 of the squared Frobenius norm of the sum that the result holds.
+        certificate: How the sum was decomposed and how far the result can be from the best of its rank.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    ranks: tuple[int, ...]
+    rank: int
+    energy_kept: float
+    certificate: Certificate
+
+    @property
+    def energy(self) -> float:
+        """Squared Frobenius norm of the sum."""
+        return self.certificate.norm**2
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did and where it lies; modules layer by layer."""
+
+    folder: Path
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    method: str
+    base_model: str | None
+    modules: tuple[MergedModule, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def energy_kept(self) -> float:
+        """Share in 0..1 of the squared norm of the whole sum that the result holds."""
+        total = sum(module.energy for module in self.modules)
+        return sum(module.energy * module.energy_kept for module in self.modules) / total if total > 0 else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "folder": str(self.folder),
+            "adapters": list(self.adapters),
+            "method": self.method,
+            "weights": list(self.weights),
+            "base_model": self.base_model,
+            "energy_kept": self.energy_kept,
+            "notes": list(self.notes),
+            "modules": [_module_json(module) for module in self.modules],
+        }
+
+
+@dataclass(frozen=True)
+class _RankRule:
+    """How many directions a module keeps: a number, a share of the energy, all, or as many as the largest adapter."""
+
+    rank: int | None
+    energy: float | None
+    exact: bool
+
+    def limit(self, ranks: Sequence[int]) -> int | None:
+        """Return how many directions to ask for; None is all there are."""
+        if self.exact or self.energy is not None:
+            return None
+        return self.rank if self.rank is not None else max(ranks)
+
+    def chosen(self, spectrum: Spectrum) -> int:
+        """Return how many of the directions found to keep."""
+        found = len(spectrum.S)
+        if self.energy is None or found == 0:
+            return max(1, found)
+        shares = spectrum.S.square().cumsum(0) / spectrum.S.square().sum()
+        return min(found, 1 + int((shares < self.energy).sum()))
+
+
+def merge(
+    adapters: Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+    *,
+    out: str | Path,
+    method: str = "mean",
+    rank: int | None = None,
+    energy: float | None = None,
+    exact: bool = False,
+    missing: Missing = "zero",
+    accuracy: Accuracy = "exact",
+    device: str = "cpu",
+    dtype: AdapterDtype = "float32",
+    allow_different_bases: bool = False,
+    notify: Callable[[int, int], None] | None = None,
+) -> MergeResult:
+    """Combine LoRA adapters of any ranks into one PEFT folder, as the best approximation of the sum of their changes.
+
+    With neither ``rank`` nor ``energy`` nor ``exact``, a module gets the largest rank that an adapter has there. A
+    module never gets more directions than the sum has. The folder appears whole or not at all.
+
+    Args:
+        adapters: PEFT folders, or ids on the Hugging Face hub where there is no such folder.
+        weights: One per adapter; all 1 if None. Positive for ``mean``, which divides them by their sum; not 0 for
+            ``sum``, which takes them as they are.
+        out: Folder to write; must not exist.
+        method: One of ``METHODS``.
+        rank: Directions to keep in every module, at least 1.
+        energy: Share in 0..1 of the squared norm of a module's sum to keep, by as few directions as that takes.
+        exact: Keep every direction.
+        missing: A module that an adapter lacks counts as unchanged by it (``zero``), or the mean there is over those
+            that have it (``renormalise``).
+        accuracy: How near the best approximation of its rank the result must be: ``exact`` 1e-6, ``fast`` 1e-3.
+        device: Where to compute.
+        dtype: Of the factors written.
+        allow_different_bases: Take adapters that name different base models; the result names the first.
+        notify: Called after each module with the number of modules done and that of all.
+
+    Raises:
+        MergeError: If the arguments contradict each other or the adapters do not fit together.
+        AdapterError: If an adapter cannot be read or holds NaN or infinity.
+    """
+    names, folder = tuple(str(adapter) for adapter in adapters), Path(out)
+    weights = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * len(names)
+    rule = _RankRule(rank, energy, exact)
+    for option, value, allowed in (
+        ("method", method, tuple(METHODS)),
+        ("missing", missing, get_args(Missing)),
+        ("accuracy", accuracy, get_args(Accuracy)),
+        ("dtype", dtype, get_args(AdapterDtype)),
+    ):
+        if value not in allowed:
+            raise MergeError(f"{option} must be one of {', '.join(allowed)}; got {value}")
+    _check_request(names, weights, method, missing, rule)
+    _check_device(device)
+    if folder.exists():
+        raise MergeError(f"out must not exist yet; {folder} does")
+    with ExitStack() as stack:
+        opened = open_adapters(names, stack)
+        notes = check_together(opened, allow_different_bases)
+        paths = sorted({path for adapter in opened for path in adapter.modules})
+        spool = stack.enter_context(TensorSpool(_existing_parent(folder)))
+        for key in sorted({key for adapter in opened for key in adapter.copies}):
+            spool.add(key, common_copy(opened, key))
+        modules = []
+        for done, path in enumerate(paths, start=1):
+            coefficients = METHODS[method](weights, [path in adapter.modules for adapter in opened], missing)
+            total = _add_up(opened, coefficients, path)
+            stored = [adapter.modules[path] for adapter in opened if path in adapter.modules]
+            ranks = tuple(module.rank for module in stored)
+            merged, factors = _decompose(total, path, ranks, rule, accuracy, device)
+            keys = factor_keys(path, stored[0].is_embedding)
+            for key, factor in zip(keys, (factors.A, factors.B), strict=True):
+                spool.add(key, _rounded(factor, dtype, path))
+            modules.append(merged)
+            if notify is not None:
+                notify(done, len(paths))
+        config = _config_of(opened, modules)
+        with appearing_whole(folder, replace=False) as partial:
+            write_config(partial, config)
+            spool.write(partial / WEIGHTS_FILE)
+        base_model = named_base(opened).base_model
+    modules.sort(key=lambda module: layer_order(module.path))
+    notes += _missing_notes(modules, len(names), missing) + _fused_notes(modules)
+    return MergeResult(folder, names, weights, method, base_model, tuple(modules), tuple(notes))
+
+
+def _mean(weights: Sequence[float], has: Sequence[bool], missing: Missing) -> list[float]:
+    """Return ``w_i / sum w``; the sum is over all adapters, or over those that have the module."""
+    total = sum(weight for weight, here in zip(weights, has, strict=True) if here or missing == "zero")
+    return [weight / total for weight in weights]
+
+
+def _sum(weights: Sequence[float], has: Sequence[bool], missing: Missing) -> list[float]:
+    return list(weights)
+
+
+METHODS: Mapping[str, Coefficients] = {"mean": _mean, "sum": _sum}
+"""Method -> the coefficients of the adapters in a module, from their weights and from who has the module."""
+
+
+def _check_request(
+    names: Sequence[str], weights: Sequence[float], method: str, missing: Missing, rule: _RankRule
+) -> None:
+    if not names:
+        raise MergeError("merging needs at least one adapter; got none")
+    if missing == "renormalise" and method == "sum":
+        raise MergeError("missing=renormalise divides by the weights of those that have a module; use method=mean")
+    if len(weights) != len(names):
+        raise MergeError(f"weights must be one per adapter, {len(names)} here; got {len(weights)}")
+    if not all(isfinite(weight) and (weight > 0 if method == "mean" else weight != 0) for weight in weights):
+        rule_text = "positive for method=mean (use sum for signed ones)" if method == "mean" else "other than 0"
+        raise MergeError(f"weights must be finite and {rule_text}; got {', '.join(f'{w:g}' for w in weights)}")
+    if (rule.rank is not None) + (rule.energy is not None) + rule.exact > 1:
+        raise MergeError("only one of rank, energy and exact can decide how many directions to keep; got several")
+    if rule.rank is not None and rule.rank < 1:
+        raise MergeError(f"rank must be at least 1; got {rule.rank}")
+    if rule.energy is not None and not 0 < rule.energy <= 1:
+        raise MergeError(f"energy must be a share above 0 and up to 1; got {rule.energy:g}")
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise MergeError(f"device must be cpu, cuda or cuda:N; got {device}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MergeError(f"device {device} is not there; use cpu")
+
+
+def _existing_parent(folder: Path) -> Path:
+    return next(parent for parent in folder.absolute().parents if parent.is_dir())
+
+
+def _add_up(opened: Sequence[AdapterFolder], coefficients: Sequence[float], path: str) -> ProductSum:
+    """Return the sum of the changes of one module, whose factors stay where they are in the files."""
+    total: ProductSum | None = None
+    for adapter, coefficient in zip(opened, coefficients, strict=True):
+        if path in adapter.modules:
+            factors = adapter.factors(path)
+            total = total or ProductSum(*factors.shape, keep_factors=True)
+            total = add_product(total, factors, coefficient)
+    assert total is not None
+    return total
+
+
+def _decompose(
+    total: ProductSum, path: str, ranks: tuple[int, ...], rule: _RankRule, accuracy: Accuracy, device: str
+) -> tuple[MergedModule, LoraFactors]:
+    try:
+        spectrum, certificate = certified_decomposition(total, rule.limit(ranks), accuracy=accuracy, device=device)
+    except ProductError as error:
+        raise MergeError(f"{path}: {error}") from error
+    rank = rule.chosen(spectrum)
+    if rank < len(spectrum.S):
+        spectrum = spectrum.truncate(rank)
+        certificate = replace(certificate, tail=spectrum.tail)
+    # Scaling 1 and the singular values shared evenly: both factors are of one size, which low precision asks for.
+    factors = spectrum.factors(rank, 1.0, "balanced")
+    shape = (total.out_features, total.in_features)
+    # Where changes cancel there is nothing but rounding errors to keep.
+    energy_kept = certificate.energy_kept if len(spectrum.S) else 1.0
+    return MergedModule(path, shape, ranks, rank, energy_kept, certificate), factors
+
+
+def _rounded(factor: Tensor, dtype: AdapterDtype, path: str) -> Tensor:
+    rounded = factor.to("cpu", getattr(torch, dtype))
+    if not all(isfinite(float(extreme)) for extreme in torch.aminmax(rounded)):
+        raise MergeError(f"{path} does not fit into {dtype}; use --dtype float32 or bfloat16")
+    return rounded
+
+
+def _config_of(opened: Sequence[AdapterFolder], modules: Sequence[MergedModule]) -> dict[str, object]:
+    """Return the ``adapter_config.json``: ``lora_alpha`` is the rank everywhere, so that every scaling is 1."""
+    ranks = {module.path: module.rank for module in modules}
+    config = peft_config(ranks, ranks, named_base(opened).base_model)
+    config["fan_in_fan_out"] = any(adapter.settings["fan_in_fan_out"] for adapter in opened)
+    config["target_modules"] = common_targets(opened, tuple(ranks)) or sorted(ranks)
+    task_types = {adapter.settings["task_type"] for adapter in opened}
+    config["task_type"] = task_types.pop() if len(task_types) == 1 else None
+    config["layer_replication"] = opened[0].settings["layer_replication"]
+    config["revision"] = named_base(opened).settings["revision"]
+    return config
+
+
+def _missing_notes(modules: Sequence[MergedModule], num_adapters: int, missing: Missing) -> list[str]:
+    lacking = sum(len(module.ranks) < num_adapters for module in modules)
+    if not lacking:
+        return []
+    counted = "count as unchanged there" if missing == "zero" else "are left out of the mean there"
+    return [f"{lacking} of {len(modules)} modules are missing in some adapters, which {counted}"]
+
+
+def _fused_notes(modules: Sequence[MergedModule]) -> list[str]:
+    ranks = Counter(module.rank for module in modules if ".experts." in module.path)
+    if len(ranks) < 2:
+        return []
+    return ["experts have different ranks: transformers versions that fuse experts need one, use --rank"]
+
+
+def _module_json(module: MergedModule) -> dict[str, Any]:
+    return {
+        "path": module.path,
+        "shape": list(module.shape),
+        "num_adapters": len(module.ranks),
+        "smallest_rank": min(module.ranks),
+        "largest_rank": max(module.ranks),
+        "total_rank": sum(module.ranks),
+        "rank": module.rank,
+        "energy_kept": module.energy_kept,
+        "certificate": {
+            **asdict(module.certificate),
+            "error": module.certificate.error,
+            "optimal": module.certificate.optimal,
+        },
+    }
