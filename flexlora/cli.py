@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -124,6 +124,115 @@ def export(
         out.print(f"Wrote {folder} ({', '.join(f'{key} {value}' for key, value in written.items())})")
 
 
+@app.command(epilog="Example: flexlora merge clinic-a clinic-b me/on-the-hub --weights 3,1,1 --rank 16 --out merged")
+def merge(
+    adapters: Annotated[
+        list[str] | None, typer.Argument(metavar="ADAPTER", help="PEFT folders, or ids on the Hugging Face hub.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="One per adapter, as 3,1,1; default all 1.")] = None,
+    method: Annotated[
+        Literal["mean", "sum"],
+        typer.Option("--method", help="mean divides the weights by their sum; sum takes them as they are, signs too."),
+    ] = "mean",
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, help="Rank of every module; default the largest that an adapter has there."),
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Least rank that keeps this share of the energy, as 0.99.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Keep every direction that the sum has.")] = False,
+    missing: Annotated[
+        Literal["zero", "renormalise"],
+        typer.Option(
+            "--missing", help="A module that an adapter lacks counts as unchanged, or is left out of the mean."
+        ),
+    ] = "zero",
+    accuracy: Annotated[
+        Literal["exact", "fast"],
+        typer.Option("--accuracy", help="Within 1e-6 or within 1e-3 of the best approximation of its rank."),
+    ] = "exact",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the factors written.")
+    ] = "float32",
+    device: Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    allow_different_bases: Annotated[
+        bool, typer.Option("--allow-different-bases", help="Take adapters that name different base models.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show how each module was decomposed and why; every one with --inspect.")
+    ] = False,
+    inspect: Annotated[
+        str | None, typer.Option("--inspect", metavar="ADAPTER", help="Show the spectrum of one adapter instead.")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; with --inspect an .svg file. Must not exist.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Combine LoRA adapters of any ranks, exactly, or look into one."""
+    if inspect is not None:
+        if adapters:
+            raise FlexLoraError(f"--inspect looks into one adapter and merges nothing; got {len(adapters)} more")
+        _inspect(inspect, target, every_module=explain, as_json=as_json)
+        return
+    if not adapters or target is None:
+        raise FlexLoraError("merging needs adapters and the folder to write: flexlora merge A B --out DIR")
+    from flexlora.display_merge import ModuleProgress, print_merge
+    from flexlora.merging import merge as merge_adapters
+
+    try:
+        with ModuleProgress(err, "merging", hidden=as_json) as progress:
+            result = merge_adapters(
+                adapters,
+                _numbers(weights) if weights is not None else None,
+                out=target,
+                method=method,
+                rank=rank,
+                energy=energy,
+                exact=exact,
+                missing=missing,
+                accuracy=accuracy,
+                device=device,
+                dtype=dtype,
+                allow_different_bases=allow_different_bases,
+                notify=progress,
+            )
+    except KeyboardInterrupt:
+        err.print("Interrupted; nothing was written.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        print_merge(out, result, explain=explain)
+
+
+def _inspect(adapter: str, picture: Path | None, *, every_module: bool, as_json: bool) -> None:
+    from flexlora.display_merge import ModuleProgress, print_inspection
+    from flexlora.inspection import inspect_adapter, picture_of
+
+    if picture is not None and (picture.suffix != ".svg" or picture.exists()):
+        raise FlexLoraError(f"--out must be a new file that ends in .svg with --inspect; got {picture}")
+    with ModuleProgress(err, "inspecting", hidden=as_json) as progress:
+        found = inspect_adapter(adapter, progress)
+    if picture is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_text(picture_of(found), encoding="utf-8")
+    if as_json:
+        _print_json({**found.to_json(), "picture": None if picture is None else str(picture)})
+        return
+    print_inspection(out, found, every_module=every_module)
+    if picture is not None:
+        out.print(f"Wrote {picture}", highlight=False, soft_wrap=True)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise FlexLoraError(f"--weights must be numbers with commas between, as 3,1,1; got {text}") from None
+
+
 @app.command(name="eval", epilog="Example: flexlora eval runs/demo --rank 4 data.test_examples_per_task=50")
 def evaluate(
     run_folder: RunArgument,
@@ -191,7 +300,7 @@ def _guarded(command: Callable[[], None]) -> int:
         command()
     except FlexLoraError as error:
         err.print("[bold red]Error:[/]", end=" ")
-        err.print(str(error), markup=False, highlight=False)
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return EXIT_WRONG_INPUT
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else EXIT_ERROR

@@ -1,0 +1,97 @@
+"""Tables of a merge and of an adapter, as they appear in a narrow terminal and in a pipe."""
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flexlora.display_merge import ModuleProgress, bar, print_inspection, print_merge, spark
+from flexlora.inspection import Inspection, ModuleSpectrum
+from flexlora.lora.decomposition import Certificate
+from flexlora.merging import MergedModule, MergeResult
+
+
+def result_of(num_layers: int) -> MergeResult:
+    modules = tuple(
+        MergedModule(
+            f"model.layers.{layer}.self_attn.{name}",
+            (8, 4),
+            (2, 4) if layer else (2,),
+            4,
+            0.99 - 0.001 * layer,
+            Certificate("qr", "total rank 6 is small", 2.0, 0.1, excess=1e-7),
+        )
+        for layer in range(num_layers)
+        for name in ("q_proj", "v_proj")
+    )
+    return MergeResult(Path("out"), ("a", "b"), (1.0, 3.0), "mean", "us/llama", modules, ("[mind] this",))
+
+
+def printed(result: MergeResult, *, explain: bool = False, width: int = 120) -> str:
+    console = Console(file=StringIO(), width=width)
+    print_merge(console, result, explain=explain)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_few_modules_are_shown_one_by_one() -> None:
+    text = printed(result_of(2))
+    assert "model.layers.1.self_attn.v_proj" in text
+    assert "2 + 4" in text and "98.90 %" in text and "≤ 1e-07" in text
+    assert "Note: [mind] this" in text
+    assert "Wrote out: mean of 2 adapters (weights 1, 3) for us/llama" in text
+    assert "qr" not in text
+
+
+def test_many_modules_are_shown_by_kind_with_the_worst_below() -> None:
+    text = printed(result_of(30))
+    assert "self_attn.q_proj  (30)" in text and "all  (60)" in text
+    assert "1–2" in text and "2–4" in text
+    assert "model.layers.29.self_attn.q_proj at rank 4: 96.10 %" in text
+    assert "model.layers.3.self_attn.q_proj" not in text
+
+
+def test_explaining_names_the_method_and_the_reason_of_every_module() -> None:
+    text = printed(result_of(30), explain=True)
+    assert text.count("total rank 6 is small") == 60
+    assert "best possible" in text
+
+
+@pytest.mark.parametrize("excess", [0.0, 1e-12, 3e-7, 0.02])
+def test_the_distance_from_the_best_is_always_readable(excess: float) -> None:
+    module = MergedModule("layer", (8, 4), (2,), 2, 1.0, Certificate("qr", "why", 2.0, 0.1, excess=excess))
+    text = printed(MergeResult(Path("out"), ("a",), (1.0,), "mean", None, (module,), ()))
+    assert "an unnamed base model" in text
+    assert ("best" if excess == 0 else "≤ ") in text
+
+
+def test_an_adapter_is_shown_by_kind_and_by_layer() -> None:
+    modules = tuple(ModuleSpectrum(f"h.{layer}.attn", (9, 9), 3, 2.5, (2.0 + layer, 1.0, 0.001)) for layer in range(3))
+    console = Console(file=StringIO(), width=100)
+    print_inspection(console, Inspection("folder", "us/gpt", modules), every_module=True)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "folder: 3 modules for us/gpt, norm of the change 5.657" in text
+    assert "attn  (3)" in text and "h.2.attn" in text
+    assert text.count("█" * 10) >= 2
+
+
+def test_bars_and_sparks_have_their_proportions() -> None:
+    assert len(bar(1.0, {"a": 1.0, "b": 0.5})) == 10
+    assert len(bar(0.5, {"a": 1.0, "b": 0.5})) == 5
+    assert bar(0.0, {"a": 0.0}) == ""
+    module = ModuleSpectrum("layer", (9, 9), 3, 1.0, (1.0, 0.01, 1e-9))
+    assert spark([module]) == "█▄ "
+    assert len(spark([ModuleSpectrum("layer", (99, 99), 64, 1.0, (1.0,) * 64)])) == 12
+    assert spark([ModuleSpectrum("layer", (9, 9), 2, 0.0, ())]) == ""
+
+
+def test_progress_is_silent_where_there_is_no_terminal() -> None:
+    console = Console(file=StringIO())
+    with ModuleProgress(console, "merging", hidden=False) as progress:
+        progress(1, 2)
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+    console = Console(file=StringIO(), force_terminal=True, width=100)
+    with ModuleProgress(console, "merging", hidden=False) as progress:
+        progress(1, 2)
+        progress(2, 2)
+    assert "merging" in console.file.getvalue()  # type: ignore[attr-defined]
