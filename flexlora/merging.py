@@ -38,6 +38,10 @@ Missing = Literal["zero", "renormalise"]
 Coefficients = Callable[[Sequence[float], Sequence[bool], Missing], list[float]]
 
 
+FIRST_DIRECTIONS = 64
+"""Directions looked for first where a share of the energy decides; then four times as many, as long as need be."""
+
+
 @dataclass(frozen=True)
 class MergedModule:
     """What became of one module.
@@ -105,17 +109,25 @@ class _RankRule:
     exact: bool
 
     def limit(self, ranks: Sequence[int]) -> int | None:
-        """Return how many directions to ask for; None is all there are."""
-        if self.exact or self.energy is not None:
+        """Return how many directions to ask for first; None is all there are."""
+        if self.exact or self.energy == 1:
             return None
+        if self.energy is not None:
+            return FIRST_DIRECTIONS
         return self.rank if self.rank is not None else max(ranks)
 
-    def chosen(self, spectrum: Spectrum) -> int:
+    def is_short(self, spectrum: Spectrum, certificate: Certificate, limit: int | None) -> bool:
+        """Return whether more directions have to be asked for."""
+        if self.energy is None or limit is None or len(spectrum.S) < limit:
+            return False
+        return certificate.energy_kept < self.energy and limit < min(spectrum.shape)
+
+    def chosen(self, spectrum: Spectrum, certificate: Certificate) -> int:
         """Return how many of the directions found to keep."""
         found = len(spectrum.S)
         if self.energy is None or found == 0:
             return max(1, found)
-        shares = spectrum.S.square().cumsum(0) / spectrum.S.square().sum()
+        shares = spectrum.S.square().cumsum(0) / certificate.norm**2
         return min(found, 1 + int((shares < self.energy).sum()))
 
 
@@ -268,11 +280,17 @@ def _add_up(opened: Sequence[AdapterFolder], coefficients: Sequence[float], path
 def _decompose(
     total: ProductSum, path: str, ranks: tuple[int, ...], rule: _RankRule, accuracy: Accuracy, device: str
 ) -> tuple[MergedModule, LoraFactors]:
+    limit = rule.limit(ranks)
     try:
-        spectrum, certificate = certified_decomposition(total, rule.limit(ranks), accuracy=accuracy, device=device)
+        spectrum, certificate = certified_decomposition(total, limit, accuracy=accuracy, device=device)
+        while limit is not None and rule.is_short(spectrum, certificate, limit):
+            limit *= 4
+            spectrum, certificate = certified_decomposition(
+                total, limit, accuracy=accuracy, start=spectrum.Vh, device=device
+            )
     except ProductError as error:
         raise MergeError(f"{path}: {error}") from error
-    rank = rule.chosen(spectrum)
+    rank = rule.chosen(spectrum, certificate)
     if rank < len(spectrum.S):
         spectrum = spectrum.truncate(rank)
         certificate = replace(certificate, tail=spectrum.tail)

@@ -27,7 +27,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from flexlora import cli
+from flexlora import cli, merging
 from flexlora.adapter_folder import REFUSED, UNDERSTOOD, AdapterError, open_adapter
 from flexlora.adapters import read_adapter, write_adapter
 from flexlora.lora.factors import AdapterState, LoraFactors
@@ -204,9 +204,11 @@ def test_a_smaller_rank_is_the_best_approximation(network: PreTrainedModel, mixe
     assert config_of(tmp_path / "out")["rank_pattern"] == config_of(tmp_path / "out")["alpha_pattern"] == {}
 
 
+@pytest.mark.parametrize("first_directions", [1, 2, 64])
 def test_energy_takes_the_fewest_directions_that_hold_it(
-    network: PreTrainedModel, mixed: list[Path], tmp_path: Path
+    network: PreTrainedModel, mixed: list[Path], tmp_path: Path, first_directions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(merging, "FIRST_DIRECTIONS", first_directions)
     result = merge(mixed, energy=0.9, out=tmp_path / "out")
     total = dense_sum([deltas(network, folder) for folder in mixed], [1 / 3] * 3)
     for module in result.modules:
