@@ -83,6 +83,8 @@ RUN_ENTRIES = {
 EVALUATION_KEYS = (
     r"data\.(path|test_examples_per_task|max_length)|evaluation\..*|model\.(device|dtype|num_threads|attn_.*)"
 )
+# What a run may need to get past the point where memory ended; scores move by rounding at most.
+RESUMABLE_CHANGES = ("evaluation.batch_size",)
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "rouge-score")
 
 
@@ -135,7 +137,8 @@ def run_experiment(
     Args:
         config: The run.
         folder: Where to write; must not hold another run.
-        resume: Go on with the run in ``folder``; it must have the same configuration (``rounds.num_rounds`` may grow).
+        resume: Go on with the run in ``folder``; it must have the same configuration, except that
+            ``rounds.num_rounds`` may grow and ``evaluation.batch_size`` may change.
         overwrite: Delete the run in ``folder`` first.
         notify: Told about every stage and round.
 
@@ -196,10 +199,12 @@ def _check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) -
     changed = list(_differences(before.model_dump(mode="json"), config.model_dump(mode="json")))
     if config.rounds.num_rounds > before.rounds.num_rounds:
         changed.remove("rounds.num_rounds")
+    changed = [key for key in changed if key not in RESUMABLE_CHANGES]
     if changed:
         raise ExperimentError(
-            f"a resumed run must keep its configuration (rounds.num_rounds may grow); {folder} differs in "
-            f"{', '.join(changed)}. Use the settings of its config.yaml, or another --out"
+            f"a resumed run must keep its configuration (rounds.num_rounds may grow, {', '.join(RESUMABLE_CHANGES)} "
+            f"may change); {folder} differs in {', '.join(changed)}. Use the settings of its config.yaml, or another "
+            "--out"
         )
 
 

@@ -50,9 +50,11 @@ def test_what_a_kill_at_the_first_write_leaves_does_not_stand_in_the_way(tmp_pat
     _check_folder(Config(), tmp_path, resume=False, overwrite=False)
 
 
-def test_a_resumed_run_may_only_get_longer(tmp_path: Path) -> None:
+def test_a_resumed_run_may_only_get_longer_or_score_fewer_prompts_at_once(tmp_path: Path) -> None:
     folder = folder_with_run(tmp_path, config_of(rounds={"num_rounds": 5}))
     _check_folder(config_of(rounds={"num_rounds": 6}), folder, resume=True, overwrite=False)
+    smaller = config_of(rounds={"num_rounds": 5}, evaluation={"batch_size": 2})
+    _check_folder(smaller, folder, resume=True, overwrite=False)
     with pytest.raises(ExperimentError, match=r"differs in rounds\.num_rounds"):
         _check_folder(config_of(rounds={"num_rounds": 4}), folder, resume=True, overwrite=False)
     with pytest.raises(ExperimentError, match=r"differs in method\.error_compensation, seed"):
