@@ -5,7 +5,8 @@
 For every seed, every method runs once per learning rate and is judged on the validation data of that seed's clients.
 The learning rate with the lowest validation loss is the method's; only then is that model scored on the seed's unseen
 tasks, which therefore decide nothing. Same seed means same clients, ranks, cohorts, data order and unseen tasks for all
-methods. Differences are paired by seed, with a 95 % interval of Student's t over seeds.
+methods. Differences are paired by seed, with a 95 % interval of Student's t over seeds. ``--methods fedit@0.048,
+flexlora@0.024`` fixes learning rates that were chosen before, on other seeds.
 
 Every finished run is one line of ``OUT/runs.jsonl``; the same command goes on where it was stopped.
 """
@@ -152,13 +153,23 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def parse_methods(text: str, rates: Sequence[float]) -> Iterable[tuple[str, float]]:
+    """Yield every method with every learning rate it is to be tried with."""
+    for entry in text.split(","):
+        method, _, rate = entry.partition("@")
+        if method not in METHODS:
+            raise SystemExit(f"--methods must be among {', '.join(METHODS)}; got {method}")
+        yield from ((method, own) for own in ([float(rate)] if rate else rates))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", help="key=value, as for flexlora run")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--learning-rates", default="0.006,0.012,0.024,0.048")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1")
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with one thread")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -166,10 +177,10 @@ def main() -> None:
     done_file = options.out / "runs.jsonl"
     lines = [json.loads(line) for line in done_file.read_text().splitlines()] if done_file.exists() else []
     done = {line["seed"] for line in lines}
-    rates = [float(rate) for rate in options.learning_rates.split(",")]
+    pairs = list(parse_methods(options.methods, [float(rate) for rate in options.learning_rates.split(",")]))
     todo = {
-        seed: [Run(method, rate, seed) for method in options.methods.split(",") for rate in rates]
-        for seed in range(options.seeds)
+        seed: [Run(method, rate, seed) for method, rate in pairs]
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
         if seed not in done
     }
     context = multiprocessing.get_context("spawn")
