@@ -28,7 +28,9 @@ that exceeds ``x_b`` except with a chance of our choice. So
 
     sin^2(u, block) <= mu_(b+1) / (x_b f(sigma)^2),    sum_(i<=k) (sigma_i^2 - theta_i) <= sum_i sigma_i^2 sin^2(u_i)
 
-for the Ritz values ``theta_i`` of the block; the second holds because ``P P^T`` is at least its leading part.
+for the Ritz values ``theta_i`` of the block; the second holds because ``P P^T`` is at least its leading part. The
+chance is shared out over the directions, the choices of ``b``, the times that the bound is looked at, and the values
+that ``edge`` may take: it is read off the block, so ``f`` would depend on ``g`` if it did not come from a grid.
 """
 
 # torch.linalg carries no type information, and LinAlgError comes from torch's private part.
@@ -38,8 +40,9 @@ for the Ritz values ``theta_i`` of the block; the second holds because ``P P^T``
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import exp, inf, lgamma, log, sqrt
+from math import exp, floor, frexp, inf, ldexp, lgamma, log, log2, sqrt
 from typing import Literal
+from zlib import crc32
 
 import torch
 from scipy.linalg import eigh  # pyright: ignore[reportMissingTypeStubs]
@@ -64,8 +67,13 @@ BLOCK_BYTES = 64 * 2**20
 NUM_PROBES = 16
 LEAST_OVERSAMPLING = 32
 MOST_PRODUCTS = 16
+EDGES_PER_OCTAVE = 32
+NUM_EDGES = 4096
+"""Values on the grid of edges, which the guards against rounding confine to less than 128 octaves."""
 STEEP = 1e-6
 """Singular value over the largest below which its vectors are not taken from a Gram matrix."""
+MODERATE = 1e10
+"""Largest size, and inverse of the smallest, of what float32 is trusted with."""
 DOUBLE_COST = 2.5
 """Time of a float64 matrix product over that of a float32 one, on the CPUs measured."""
 
@@ -280,6 +288,15 @@ def truncated_svd(
     Raises:
         DecompositionError: If LAPACK finds no decomposition.
     """
+    operator, unit = _tamed(operator)
+    (U, S, Vh), certificate = _by_cheapest(operator, k, accuracy, start)
+    return (U, S * unit, Vh), certificate.scaled(unit)
+
+
+def _by_cheapest(
+    operator: Operator, k: int | None, accuracy: Accuracy, start: Tensor | None
+) -> tuple[Triple, Certificate]:
+    """Decompose by the first method in the module's table that is worth trying and keeps the tolerance."""
     m, n = operator.out_features, operator.in_features
     side, columns = min(m, n), operator.columns
     top = columns if operator.dense is None else side
@@ -369,9 +386,10 @@ def _by_subspace(
     # Multiplied out, the sum has errors of float32, which only the sum itself can mend.
     exact, operator = operator, formed or operator
     reason = f"{k} of {min(m, n)} directions, {'multiplied out once' if formed else 'never multiplied out'}"
-    generator = torch.Generator().manual_seed(0)
+    known = _known_directions(operator, k, start)
+    generator = _stream(known)
     scale2, dtype, products = exact.scale**2, torch.float32, 2
-    Q, upper = _orthonormal(operator.apply(_first_block(operator, k, start, generator)))
+    Q, upper = _orthonormal(operator.apply(_first_block(operator, k, known, generator)))
     inverse = torch.linalg.inv(upper[k:, k:])
     probes = torch.randn(m, NUM_PROBES, generator=generator, dtype=torch.float64).to(operator.device)
     filtered, before, right = _Filter(0, 0.0), inf, Q
@@ -379,8 +397,7 @@ def _by_subspace(
         images = operator.apply_transposed(torch.cat([Q, probes], 1).to(dtype)).to(torch.float64)
         Z, images = images[:, : Q.shape[1]], images[:, Q.shape[1] :]
         inner = _gram(Z)
-        theta, rotation = torch.linalg.eigh(inner)
-        theta, rotation = theta.flip(0).clamp_min(0), rotation.flip(1)
+        theta, rotation, right_vectors = _ritz(Z, inner)
         outside, least = _energy(images - Z @ (Q.T @ probes))
         total, between = float(theta.sum()) + outside, float(theta[k:].sum())
         rounding2 = (8 * torch.finfo(dtype).eps) ** 2 * (scale2 + total)
@@ -393,26 +410,26 @@ def _by_subspace(
         verdict = _verdict(missed + lost, tail2, total, accuracy)
         if verdict is not None:
             break
-        if filtered.degree == 0 and dtype == torch.float32 and float(theta[-1]) <= rounding2:
-            # All that the block does not hold is rounding: only more digits can tell what there is.
-            generator, dtype, operator = torch.Generator().manual_seed(1), torch.float64, exact
-            reason += ", in float64 because nothing else is left"
-            start = Z @ rotation[:, :k]
-            Q, upper = _orthonormal(operator.apply(_first_block(operator, k, start, generator).to(dtype)))
-            inverse = torch.linalg.inv(upper[k:, k:])
+        is_too_coarse = filtered.degree == 0 and float(theta[-1]) <= rounding2
+        is_too_coarse |= _verdict(rounding2, tail2, total, accuracy) is None
+        is_too_coarse |= _verdict(missed, tail2, total, accuracy) is not None
+        if dtype == torch.float32 and is_too_coarse:
+            # Not just one more step in float64: the block holds directions of the rounded sum, the bound speaks of P.
+            dtype, operator = torch.float64, exact
+            reason += f", in float64 after {products} products that left too few digits"
+            known = _known_directions(operator, k, Z @ rotation[:, :k])
+            Q, upper = _orthonormal(operator.apply(_first_block(operator, k, known, _stream(known)).to(dtype)))
+            inverse, filtered, before = torch.linalg.inv(upper[k:, k:]), _Filter(0, 0.0), inf
             products += 2
             continue
-        is_imprecise = dtype == torch.float32 and _verdict(missed, tail2, total, accuracy) is not None
-        if not is_imprecise and (products >= MOST_PRODUCTS or (products > 6 and missed > 0.5 * before)):
+        if products >= MOST_PRODUCTS or (products > 6 and missed > 0.5 * before):
             notes.append(f"no gap after direction {k} that {products} products with the sum could use")
             return None
-        if is_imprecise:
-            dtype, operator = torch.float64, exact
-            reason += ", in float64 at the end"
         before = missed
         if filtered.degree == 0:
             # The power step so far says where the unwanted part of the spectrum ends; from here on it is filtered.
-            filtered = _Filter(1, sqrt(max(float(theta[-1]), 1e-30 * float(theta[0]))))
+            edge = sqrt(max(float(theta[-1]), 1e-30 * float(theta[0])))
+            filtered = _Filter(1, 2 ** (floor(EDGES_PER_OCTAVE * log2(edge)) / EDGES_PER_OCTAVE))
             right, upper = _orthonormal(Z, inner)
             inverse = inverse @ torch.linalg.inv(upper[k:, k:])
             left = operator.apply(right.to(dtype)).to(torch.float64) / filtered.edge
@@ -427,15 +444,9 @@ def _by_subspace(
         inverse = inverse @ torch.linalg.inv(upper[k:, k:])
         products += 2
     excess, rounding = verdict
-    S, right = theta.sqrt(), rotation
-    if float(S[k - 1]) < STEEP * float(S[0]):
-        # Eigenvalues of a Gram matrix have lost the digits of values this small.
-        V, S, right = thin_svd(Z)
-        right = right.T
-    else:
-        V = Z @ (rotation / S)
+    S, (basis, mixture) = theta.sqrt(), right_vectors
     kept = min(k, int((S > S[0] * torch.finfo(dtype).eps).sum()))
-    triple = (Q @ right[:, :kept], S[:kept], V[:, :kept].T)
+    triple = (Q @ rotation[:, :kept], S[:kept], (basis @ mixture[:, :kept]).T)
     tail = sqrt(between + outside)
     reason = f"{reason}; {products} products with it"
     return triple, Certificate("subspace", reason, sqrt(total), tail, excess, rounding, FAILURE_PROBABILITY)
@@ -508,6 +519,33 @@ def thin_svd(matrix: Tensor) -> Triple:
     return Q @ Vh.T, S * norm, U.T
 
 
+def _tamed(operator: Operator) -> tuple[Operator, float]:
+    """Return the operator over a power of two, and that power: neither float32 nor a square overflows or vanishes.
+
+    It is the operator itself, over 1, unless weights or factors are of sizes that no training arrives at.
+    """
+    unit = 1.0 if _is_moderate(operator.magnitude) else ldexp(1.0, frexp(operator.magnitude)[1] - 1)
+    if unit == 1.0 and all(_is_tame(term) for term in operator.terms):
+        return operator, 1.0
+    terms: list[Term] = []
+    for term in operator.terms:
+        lengths = torch.where(term.right_sizes > 0, term.right_sizes, 1.0)
+        left = term.left.double() * (lengths * (term.coefficient / unit)).to(term.left.device)
+        right = term.right.double() / lengths[:, None].to(term.right.device)
+        terms.append(Term(left, right, 1.0, term.sizes / unit, term.right_sizes / lengths))
+    dense = None if operator.dense is None else operator.dense / unit
+    return replace(operator, terms=terms, dense=dense, magnitude=operator.magnitude / unit), unit
+
+
+def _is_tame(term: Term) -> bool:
+    sizes = term.right_sizes[term.right_sizes > 0].tolist()
+    return all(_is_moderate(size) for size in (abs(term.coefficient), *sizes))
+
+
+def _is_moderate(size: float) -> bool:
+    return size == 0 or 1 / MODERATE <= size <= MODERATE
+
+
 def _double_rounding(operator: Operator) -> float:
     longer = max(operator.out_features, operator.in_features)
     return 4 * torch.finfo(torch.float64).eps * sqrt(longer) * operator.magnitude
@@ -571,6 +609,21 @@ def _lost_to_rounding(theta: Tensor, k: int, rounding2: float) -> float:
     return min(linear, rounding2 * (1 + 8 * here / (here - following)))
 
 
+def _ritz(Z: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return the squared singular values of ``Z``, descending, its right singular vectors, and the left ones.
+
+    The latter as two matrices whose product they are. ``inner`` is ``Z^T Z``, in whose eigenvalues small values have
+    lost their digits, so where there are any, ``Z`` itself is decomposed.
+    """
+    theta, rotation = torch.linalg.eigh(inner)
+    theta, rotation = theta.flip(0).clamp_min(0), rotation.flip(1)
+    if float(theta[-1]) > STEEP * float(theta[0]):
+        return theta, rotation, (Z, rotation / theta.sqrt())
+    basis, upper = _orthonormal(Z, inner)
+    mixture, S, rotation = thin_svd(upper)
+    return S.square(), rotation.T, (basis, mixture)
+
+
 def _missed(inverse: Tensor, theta: Tensor, filtered: _Filter) -> float:
     """Return the upper bound of ``sum sigma_i^2 - sum theta_i`` of the module's docstring.
 
@@ -580,10 +633,11 @@ def _missed(inverse: Tensor, theta: Tensor, filtered: _Filter) -> float:
         filtered: ``f``.
     """
     k, columns = theta.shape[0], inverse.shape[0]
+    num_edges = NUM_EDGES if filtered.degree else 1
     # The eigenvalues of T^T T from the inverse: those are its largest singular values, which are computed accurately.
     mu = torch.linalg.svdvals(inverse).square().reciprocal()
     choices = sorted({max(1, columns // 4), max(1, columns // 2), max(1, 3 * columns // 4)})
-    chance = FAILURE_PROBABILITY / (2 * k * len(choices))
+    chance = FAILURE_PROBABILITY / (2 * k * len(choices) * MOST_PRODUCTS * num_edges)
     beta = min((float(mu[b]) / _least_chi2(b, chance) for b in choices if b < columns), default=inf)
     if not 0 < beta < inf:
         return inf
@@ -619,16 +673,31 @@ def _energy(misses: Tensor) -> tuple[float, float]:
     """
     number = misses.shape[1]
     estimate = float(misses.square().sum()) / number
-    x = -log(FAILURE_PROBABILITY / 2)
+    x = -log(FAILURE_PROBABILITY / (2 * MOST_PRODUCTS))
     return estimate, estimate * number / (number + 2 * sqrt(number * x) + 2 * x)
 
 
-def _first_block(operator: Operator, k: int, start: Tensor | None, generator: torch.Generator) -> Tensor:
+def _known_directions(operator: Operator, k: int, start: Tensor | None) -> Tensor:
+    """Return at most ``k`` of the columns to begin from, float32, largest entry 1; what is not finite counts as 0."""
+    if start is None:
+        return torch.zeros(operator.in_features, 0, device=operator.device)
+    known = torch.nan_to_num(start[:, :k].to(operator.device, torch.float64), 0.0, 0.0, 0.0)
+    return (known / known.abs().amax(0).clamp_min(1e-300)).to(torch.float32)
+
+
+def _stream(known: Tensor) -> torch.Generator:
+    """Return random numbers that do not depend on ``known``, the same for the same ``known``.
+
+    From a fixed seed they would: last round's directions were found with the very block that is to judge them now.
+    """
+    return torch.Generator().manual_seed(crc32(known.cpu().contiguous().numpy().tobytes()))
+
+
+def _first_block(operator: Operator, k: int, known: Tensor, generator: torch.Generator) -> Tensor:
     """Return the block to begin with: ``k`` columns from what is known, then independent normal ones."""
     n = operator.in_features
-    known = torch.zeros(n, 0) if start is None else start[:, :k]
     missing = k - known.shape[1]
-    parts = [known.to(operator.device, torch.float32)]
+    parts = [known]
     if missing and operator.terms:
         sketch = operator.sketch(missing, generator, torch.float32)
         parts.append(sketch / sketch.norm().clamp_min(1e-30))
@@ -701,7 +770,8 @@ def _top_eigenvectors(gram: Tensor, k: int) -> tuple[Tensor, Tensor]:
     size = gram.shape[0]
     if gram.device.type == "cpu" and 4 * k < size:
         values, vectors = eigh(gram.numpy(), subset_by_index=[size - k, size - 1], driver="evr", check_finite=False)
-        theta, V = torch.from_numpy(values), torch.from_numpy(vectors)
-    else:
-        theta, V = torch.linalg.eigh(gram)
+        # Of many equal eigenvalues LAPACK's selection has been seen to find fewer than it was asked for.
+        if len(values) == k:
+            return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1).contiguous()
+    theta, V = torch.linalg.eigh(gram)
     return theta.flip(0)[:k], V.flip(1)[:, :k].contiguous()

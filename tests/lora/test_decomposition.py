@@ -126,8 +126,91 @@ def test_directions_to_begin_from_change_nothing_but_the_way(small_sides_are_lar
     shape, k = (300, 260), 12
     left, right = matrix_of(np.where(np.arange(260) < k, np.geomspace(1, 0.1, 260), 1e-3), shape, rng)
     clients = split_into_clients(left, right, 4, rng, torch.float32)
-    for start in (torch.tensor(right[:k]), torch.tensor(right[-k:]), torch.zeros(k, 260), torch.tensor(right[:3])):
+    some = torch.tensor(right[:k])
+    useless = (
+        torch.tensor(right[-k:]),
+        torch.zeros(k, 260),
+        torch.full((k, 260), torch.nan),
+        some * 1e300,
+        some * 1e-300,
+    )
+    for start in (some, some[:3], *useless):
         check_certificate(shape, clients, k, accuracy, start=start)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_directions_to_begin_from_may_come_from_the_same_random_numbers(small_sides_are_large, seed):
+    """Last round's directions were found with random blocks too: they must not pass for what was found by chance."""
+    rng = np.random.default_rng(seed)
+    shape, k = (300, 260), 40
+    left, right = matrix_of(np.where(np.arange(260) < k, 1.0, 0.5), shape, rng)
+    factors = LoraFactors(torch.tensor(right), torch.tensor(left), 1.0)
+    drawn = torch.randn(260, 25, generator=torch.Generator().manual_seed(0))
+    start = torch.cat([drawn.T, torch.randn(15, 260, generator=torch.Generator().manual_seed(seed))])
+    assert check_certificate(shape, [(factors, 1.0)], k, "exact", start=start).method == "subspace"
+
+
+@pytest.mark.parametrize("small", [1e-4, 1e-6, 1e-8, 3e-9, 1e-10])
+@pytest.mark.parametrize("k", [10, 20])
+def test_small_values_next_to_large_ones_keep_their_digits(small_sides_are_large, small, k):
+    rng = np.random.default_rng(6)
+    shape, index = (300, 260), np.arange(260)
+    left, right = matrix_of(np.where(index < 3, 1.0, np.where(index < 20, small, small / 3)), shape, rng)
+    factors = LoraFactors(torch.tensor(right), torch.tensor(left), 1.0)
+    total = add_product(ProductSum(*shape, keep_factors=True), factors, 1.0)
+    spectrum, certificate = certified_decomposition(total, k)
+    best = np.linalg.norm(np.linalg.svd(left @ right, compute_uv=False)[k:])
+    error = np.linalg.norm(left @ right - spectrum.delta().numpy())
+    assert certificate.method == "subspace"
+    assert error <= (1 + certificate.excess) * best + certificate.rounding + 1e-14
+    assert certificate.tail == pytest.approx(error, rel=0.2)
+    np.testing.assert_allclose(spectrum.U.T @ spectrum.U, np.eye(k), atol=1e-9)
+    np.testing.assert_allclose(spectrum.Vh @ spectrum.Vh.T, np.eye(k), atol=1e-9)
+
+
+@pytest.mark.parametrize("draw", [331, 845, 881])
+def test_what_float32_cannot_tell_is_not_certified_from_it(small_sides_are_large, draw):
+    """A gap that a sum multiplied out in float32 blurs, and that one more product in float64 does not bring back."""
+    rng = np.random.default_rng(draw)
+    shape, k, index = (300, 260), 48, np.arange(260)
+    left, right = matrix_of(np.where(index < 20, 1.0, np.where(index < k + 1, 2e-5, 1e-5)), shape, rng)
+    check_certificate(shape, [(LoraFactors(torch.tensor(right), torch.tensor(left), 1.0), 1.0)], k, "exact")
+
+
+@pytest.mark.parametrize(
+    ("left_size", "right_size", "weight"),
+    [
+        (1e25, 1e25, 1.0),
+        (1e25, 1e25, 1e-50),
+        (1e-30, 1e-30, 1e60),
+        (1e40, 1e-40, 1.0),
+        (1e-90, 1e-90, 1.0),
+        (1, 1e99, 1),
+    ],
+)
+@pytest.mark.parametrize("accuracy", ["exact", "fast"])
+def test_sizes_that_float32_does_not_hold_change_nothing_but_the_size(
+    small_sides_are_large, left_size, right_size, weight, accuracy
+):
+    rng = np.random.default_rng(7)
+    left, right = matrix_of(np.where(np.arange(260) < 10, 1.0, 1e-2), (300, 260), rng)
+    factors = LoraFactors(torch.tensor(right * right_size), torch.tensor(left * left_size), 1.0)
+    total = add_product(ProductSum(300, 260, keep_factors=True), factors, weight)
+    unit = left_size * right_size * weight
+    spectrum, certificate = certified_decomposition(total, 10, accuracy=accuracy)
+    assert certificate.method == "subspace"
+    np.testing.assert_allclose(spectrum.S / unit, 1.0, rtol=1e-6)
+    assert certificate.norm / unit == pytest.approx(np.linalg.norm(left), rel=0.01)
+    error = np.linalg.norm(left @ right - (spectrum.U * (spectrum.S / unit) @ spectrum.Vh).numpy())
+    assert error <= (1 + certificate.excess) * np.linalg.norm(left[:, 10:])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_equal_values_are_no_obstacle(small_sides_are_large, seed):
+    rng = np.random.default_rng(seed)
+    left, right = matrix_of(np.ones(142), (142, 213), rng)
+    factors = LoraFactors(torch.tensor(right), torch.tensor(left), 1.0)
+    check_certificate((142, 213), [(factors, 1.0)], 8, "fast", keep_factors=False)
 
 
 def test_a_direction_that_random_vectors_can_hardly_see_is_not_certified_away(small_sides_are_large):
