@@ -660,10 +660,13 @@ def test_a_value_that_is_not_finite_is_named(mixed: list[Path], value: float) ->
     assert_refused(mixed, rf"adapter-1: {key} must be finite; it holds NaN or infinity")
 
 
-def test_finite_values_that_are_out_of_all_scale_are_named(tmp_path: Path) -> None:
+def test_finite_values_that_are_out_of_all_scale_are_merged_or_named(tmp_path: Path) -> None:
     huge = LoraFactors(torch.full((1, 3), 3e38), torch.full((2, 1), 3e38), 1.0)
     write_adapter(tmp_path / "huge", {"layer": huge}, "base")
-    assert_refused([tmp_path / "huge"], "layer: factors, scalings and weights must be finite")
+    merge([tmp_path / "huge"], out=tmp_path / "same")
+    merged = read_adapter(tmp_path / "same")["layer"]
+    np.testing.assert_allclose(merged.delta().numpy(), huge.delta().numpy(), rtol=1e-6)
+    assert_refused([tmp_path / "huge"], "layer", method="sum", weights=[100.0])
 
 
 def test_files_that_are_broken_are_refused(plain: Path) -> None:

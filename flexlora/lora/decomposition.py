@@ -64,6 +64,10 @@ QR_COLUMNS = 96
 GRAM_SHARE = 0.75
 SMALL_SIDE = 768
 BLOCK_BYTES = 64 * 2**20
+STACK_BYTES = 256 * 2**20
+"""Size of both stacks up to which they are copied together once instead of once per product."""
+DIRECT_COLUMNS = 128
+"""Columns from which on a term is multiplied as it lies."""
 NUM_PROBES = 16
 LEAST_OVERSAMPLING = 32
 MOST_PRODUCTS = 16
@@ -74,8 +78,6 @@ STEEP = 1e-6
 """Singular value over the largest below which its vectors are not taken from a Gram matrix."""
 MODERATE = 1e10
 """Largest size, and inverse of the smallest, of what float32 is trusted with."""
-DOUBLE_COST = 2.5
-"""Time of a float64 matrix product over that of a float32 one, on the CPUs measured."""
 
 
 class DecompositionError(ArithmeticError):
@@ -187,15 +189,50 @@ class Operator:
         return sqrt(float(self.sizes.square().sum()) + dense**2)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield ``left``, ``right`` and the coefficients, some columns at a time, in buffers that are used again."""
-        m, n = self.out_features, self.in_features
-        most = max(1, BLOCK_BYTES // (dtype.itemsize * (m + n)) // 64) * 64
-        size = min(most, self.columns)
-        lefts = torch.empty(m, size, dtype=dtype, device=self.device)
-        rights = torch.empty(size, n, dtype=dtype, device=self.device)
-        factors = torch.empty(size, dtype=torch.float64)
-        filled = 0
+        """Yield ``left``, ``right`` and the coefficients, some columns at a time, terms in their order.
+
+        What is yielded must not be changed, and is good until the next block. While the stacks are small they are kept
+        in one piece; otherwise large terms are taken as they lie and small ones gathered in buffers that are used
+        again.
+        """
+        if not self.columns:
+            return
+        row_bytes = dtype.itemsize * (self.out_features + self.in_features)
+        if row_bytes * self.columns <= STACK_BYTES:
+            if dtype not in self._kept:
+                self._kept[dtype] = next(self._gathered(self.terms, self._buffers(dtype, self.columns)))
+            yield self._kept[dtype]
+            return
+        size = max(1, BLOCK_BYTES // row_bytes // 64) * 64
+        if dtype not in self._kept:
+            self._kept[dtype] = self._buffers(dtype, size)
+        small: list[Term] = []
         for term in self.terms:
+            if term.columns < DIRECT_COLUMNS or term.left.dtype != dtype or term.left.device != self.device:
+                small.append(term)
+                continue
+            yield from self._gathered(small, self._kept[dtype])
+            small.clear()
+            factors = torch.full((term.columns,), term.coefficient, dtype=dtype, device=self.device)
+            yield term.left, term.right, factors
+        yield from self._gathered(small, self._kept[dtype])
+
+    @cached_property
+    def _kept(self) -> dict[torch.dtype, tuple[Tensor, Tensor, Tensor]]:
+        return {}
+
+    def _buffers(self, dtype: torch.dtype, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        lefts = torch.empty(self.out_features, columns, dtype=dtype, device=self.device)
+        rights = torch.empty(columns, self.in_features, dtype=dtype, device=self.device)
+        return lefts, rights, torch.empty(columns, dtype=dtype, device=self.device)
+
+    def _gathered(
+        self, terms: Sequence[Term], buffers: tuple[Tensor, Tensor, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the terms' columns side by side, as many at a time as the buffers hold."""
+        lefts, rights, factors = buffers
+        size, filled = factors.shape[0], 0
+        for term in terms:
             done = 0
             while done < term.columns:
                 take = min(size - filled, term.columns - done)
@@ -204,10 +241,10 @@ class Operator:
                 factors[filled : filled + take] = term.coefficient
                 done, filled = done + take, filled + take
                 if filled == size:
-                    yield lefts, rights, factors.to(lefts)
+                    yield lefts, rights, factors
                     filled = 0
         if filled:
-            yield lefts[:, :filled], rights[:filled], factors[:filled].to(lefts)
+            yield lefts[:, :filled], rights[:filled], factors[:filled]
 
     def apply(self, X: Tensor) -> Tensor:
         """Return ``P @ X`` in the type of ``X``."""
@@ -714,24 +751,28 @@ def _oversampling(k: int) -> int:
 
 def _is_cheaper_formed(operator: Operator, size: int) -> bool:
     """Return whether multiplying the sum out pays for block products with it."""
-    m, n, columns, passes = operator.out_features, operator.in_features, operator.columns, 4
+    m, n, columns, products = operator.out_features, operator.in_features, operator.columns, 6
     if not columns:
         return True
-    return columns * m * n + passes * m * n * size < 1.2 * passes * columns * (m + n) * size
+    return columns * m * n + products * m * n * size < products * columns * (m + n) * size
 
 
 def _orthonormal(Y: Tensor, inner: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return ``Q`` (float64) with orthonormal columns and an upper triangular ``R`` with ``Y = Q R``.
 
-    By Cholesky of the float64 Gram matrix, twice where the columns are nearly dependent, by Householder where they are.
+    By Cholesky of the float64 Gram matrix, twice where the columns are far from orthogonal, by Householder where they
+    are nearly dependent.
     """
     Y = Y.to(torch.float64)
     inner = _gram(Y) if inner is None else inner
     lengths = inner.diagonal().sqrt().clamp_min(1e-300)
     upper, info = torch.linalg.cholesky_ex(inner / (lengths[:, None] * lengths), upper=True)
-    if int(info) == 0 and float(upper.diagonal().min()) > 1e-7:
+    least = float(upper.diagonal().min()) if int(info) == 0 else 0.0
+    if least > 1e-7:
         upper = upper * lengths
         Q = torch.linalg.solve_triangular(upper, Y, upper=True, left=False)
+        if least > 1e-2:
+            return Q, upper
         again, info = torch.linalg.cholesky_ex(_gram(Q), upper=True)
         if int(info) == 0:
             return torch.linalg.solve_triangular(again, Q, upper=True, left=False), again @ upper

@@ -7,8 +7,9 @@ keep them (because they lie in a file that is mapped into memory), or to keep no
 live rounds in which even one dense matrix per module is too much.
 """
 
-# torch.linalg and torch.special carry no type information.
+# torch.linalg and torch.special carry no type information, and LinAlgError comes from torch's private part.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false
 
 from dataclasses import dataclass, replace
 from math import hypot, isfinite
@@ -108,7 +109,7 @@ class ProductSum:
         terms: What has not been multiplied out.
         dense: What has, float64, or None.
         magnitude: Sum of the norms of the products of all columns ever added; rounding errors scale with it.
-        discarded: Upper bound of the Frobenius norm of all that compressing has left out.
+        discarded: Frobenius norms of all that compressing has left out, added up: an upper bound of what the sum lacks.
     """
 
     out_features: int
@@ -180,14 +181,15 @@ def certified_decomposition(
     )
     try:
         (U, S, Vh), certificate = truncated_svd(operator, max_rank, accuracy, None if start is None else start.T)
-    except DecompositionError as error:
+    except (DecompositionError, torch.linalg.LinAlgError) as error:
         raise ProductError(str(error)) from error
     noise = 4 * torch.finfo(torch.float64).eps * max(total.out_features, total.in_features) ** 0.5 * total.magnitude
     kept = int((S > noise).sum())
+    left_out = float(S[kept:max_rank].norm())
     spectrum = Spectrum(U, S, Vh, certificate.tail).truncate(kept if max_rank is None else min(kept, max_rank))
     # By the triangle inequality, what compressing has cost before counts against the answer twice: in its own error and
     # in how far the best approximation of the compressed sum is from that of the whole.
-    rounding = certificate.rounding + 2 * total.discarded
+    rounding = certificate.rounding + left_out + 2 * total.discarded
     certificate = replace(certificate, tail=spectrum.tail, rounding=rounding).scaled(1.0 / divisor)
     largest = spectrum.Vh.gather(1, spectrum.Vh.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(torch.float64)
@@ -220,8 +222,8 @@ def _add_term(
         )
     if left.shape[1] == 0:
         return total
-    right_sizes = torch.linalg.vector_norm(right, dim=1, dtype=_at_least_float32(right)).double().cpu()
-    left_sizes = torch.linalg.vector_norm(left, dim=0, dtype=_at_least_float32(left)).double().cpu()
+    right_sizes = torch.linalg.vector_norm(right, dim=1, dtype=torch.float64).cpu()
+    left_sizes = torch.linalg.vector_norm(left, dim=0, dtype=torch.float64).cpu()
     sizes = left_sizes * right_sizes * abs(coefficient)
     term = Term(left, right, coefficient, sizes, right_sizes)
     total = replace(total, terms=(*total.terms, term), magnitude=total.magnitude + float(sizes.sum()))
@@ -244,10 +246,6 @@ def _compressed(total: ProductSum) -> ProductSum:
     compressed = add_spectrum(empty, spectrum, spectrum.S)
     lost = total.discarded + certificate.error * (1.0 + certificate.excess)
     return replace(compressed, magnitude=total.magnitude, discarded=lost)
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _device(total: ProductSum, device: torch.device | str | None) -> torch.device:

@@ -79,7 +79,7 @@ def check_certificate(shape, clients, k, accuracy, **options):
         assert certificate.failure_probability == decomposition.FAILURE_PROBABILITY
     else:
         assert certificate.failure_probability == 0
-        assert certificate.tail == pytest.approx(error, rel=1e-5, abs=noise + certificate.rounding)
+        assert certificate.tail == pytest.approx(error, rel=1e-3, abs=noise + certificate.rounding)
         assert certificate.norm == pytest.approx(np.linalg.norm(S), rel=1e-6, abs=noise)
     return certificate
 
