@@ -133,7 +133,14 @@ main()
     before = sorted(adapters.rglob("*"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=adapters, env=environment, timeout=120
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=adapters,
+        env=environment,
+        timeout=120,
+        # Shells start background jobs, such as a test run may be, with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert done.returncode == code, done.stderr
     if code == 130:
