@@ -222,15 +222,16 @@ def _add_term(
         )
     if left.shape[1] == 0:
         return total
-    right_sizes = torch.linalg.vector_norm(right, dim=1, dtype=torch.float64).cpu()
-    left_sizes = torch.linalg.vector_norm(left, dim=0, dtype=torch.float64).cpu()
+    right_sizes, left_sizes = _norms(right, 1), _norms(left, 0)
     sizes = left_sizes * right_sizes * abs(coefficient)
     term = Term(left, right, coefficient, sizes, right_sizes)
     total = replace(total, terms=(*total.terms, term), magnitude=total.magnitude + float(sizes.sum()))
     if total.most_directions is not None:
         return _compressed(total) if total.total_rank > 2 * total.most_directions else total
+    if total.keep_factors:
+        return total
     stored = sum(term.columns * term.left.element_size() for term in total.terms) * sum(shape)
-    if total.keep_factors or stored <= 8 * shape[0] * shape[1]:
+    if stored <= 8 * shape[0] * shape[1]:
         return total
     device = _device(total, None)
     operator = Operator(*shape, total.terms, total.dense, device, total.magnitude)
@@ -246,6 +247,14 @@ def _compressed(total: ProductSum) -> ProductSum:
     compressed = add_spectrum(empty, spectrum, spectrum.S)
     lost = total.discarded + certificate.error * (1.0 + certificate.excess)
     return replace(compressed, magnitude=total.magnitude, discarded=lost)
+
+
+def _norms(matrix: Tensor, dim: int) -> Tensor:
+    """Return the Euclidean norms along ``dim`` in float64, from float32 sums where these cannot leave its range."""
+    quick = matrix.float().square().sum(dim).double().sqrt()
+    if bool(((quick > 1e-15) & (quick < 1e15)).all()):
+        return quick.cpu()
+    return torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64).cpu()
 
 
 def _device(total: ProductSum, device: torch.device | str | None) -> torch.device:
