@@ -129,7 +129,7 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
         rates = ", ".join(f"{chosen[name, seed]['learning_rate']:g}" for seed in seeds)
         text.append(f"{name:20s}{spread[0]:>16s}{spread[1]:>16s}{spread[2]:>16s}  {rates}")
     text += ["", "paired differences by seed, 95 % interval"]
-    for other in ("fedit", "flexlora"):
+    for other in ("base", "fedit", "flexlora"):
         for name in names:
             if name in ("base", other) or other not in names or (other == "flexlora" and "+" not in name):
                 continue
