@@ -16,21 +16,27 @@ Every answer carries a ``Certificate``. With ``E_k`` the error of the best appro
 Young) it says ``||P - U S Vh|| <= (1 + excess) E_k + rounding``. A method that cannot keep ``excess`` within the
 tolerance hands over to the next one down the table.
 
-``subspace`` begins with a block ``[X, G]``: ``X`` from what is known, ``G`` standard normal and drawn after ``X`` was
-fixed. It is multiplied with ``f(P)``, an odd polynomial of the singular values: ``sigma`` at first, then ``sigma^2
-T(sigma / edge)`` with Chebyshev polynomials ``T``, which hold down all below ``edge``. Its certificate costs no further
-product. Let ``T^T T`` be the Gram matrix of what of ``f(P) G`` is orthogonal to ``f(P) X``, with eigenvalues ``mu_1 <=
-mu_2 <= ...``. For a singular triple ``(sigma, u, v)`` of ``P`` write ``G = v g^T + G'``; ``g`` is standard normal and
-independent of ``G'``. The combination of columns in which ``g`` adds up to 1 is ``f(sigma) u`` plus a combination of
-``f(P) G'``, which can be made as short as ``1 / (g^T S^-1 g)`` (squared), where ``S`` is the Gram matrix without ``v``.
-In the space of the ``b`` smallest eigenvalues of ``S``, which interlace with the ``mu``, ``g`` has a chi-squared length
-that exceeds ``x_b`` except with a chance of our choice. So
+``subspace`` multiplies a block of orthonormal columns with ``P P^T``, filtered by Chebyshev polynomials that hold down
+what the block does not catch. ``P^T`` times the block gives Ritz triples ``(s_j, u_j, v_j)`` with ``P^T U = V
+diag(s)``, and ``P V`` the answer. Take the leading ``kept >= k`` of the triples, and let ``P_d = P - U U^T P`` be what
+they leave, ``E = P_d V``, and ``eta`` at least the squared spectral norm of ``P_d``. If ``(sigma, u, v)`` is a
+singular triple of ``P``, ``w`` the part of ``u`` outside ``U`` and ``z`` the part of ``v`` outside ``V``, then ``sigma
+w = P_d v`` and ``sigma z = (1 - V V^T) P_d^T w``, so ``sigma^2 |z|^2 <= eta |w|^2`` and, for ``sigma^2 > eta``,
 
-    sin^2(u, block) <= mu_(b+1) / (x_b f(sigma)^2),    sum_(i<=k) (sigma_i^2 - theta_i) <= sum_i sigma_i^2 sin^2(u_i)
+    sigma |w| <= |E V^T v| + eta |w| / sigma,    hence    |w| <= |E V^T v| sigma / (sigma^2 - eta).
 
-for the Ritz values ``theta_i`` of the block; the second holds because ``P P^T`` is at least its leading part. The
-chance is shared out over the directions, the choices of ``b``, the times that the bound is looked at, and the values
-that ``edge`` may take: it is read off the block, so ``f`` would depend on ``g`` if it did not come from a grid.
+``P V`` captures at least ``sum_(i<=k) sigma_i^2 (1 - |z_i|^2)``, because ``P^T P`` is at least its leading part. So
+its singular values ``theta_i^(1/2)`` miss, for any ``j <= k`` with ``s_j^2 > eta``, no more than
+
+    sum_(i<=k) (sigma_i^2 - theta_i) <= eta s_j^2 / (s_j^2 - eta)^2 ||E||^2 + (k - j) eta    (Frobenius norm).
+
+``eta`` comes from a few random vectors ``G`` that have nothing to do with ``U``. With ``N`` the product of ``P_d^T``
+and ``P_d`` in turn, ``d`` factors, and ``g`` the coefficients of ``G`` at the leading left vector of ``P_d``, ``||N
+G||^2 >= ||P_d||^(2 d) |g|^2`` in spectral norms, where ``|g|^2`` is chi-squared and exceeds a value that is not small
+except with a chance of our choice. The first two factors ride along with products that are needed anyway; more of
+them, which cost little for so few columns, make the bound tighter. The first one also gives the energy of ``P_d``
+(Laurent and Massart 2000, lemma 1). The chance is shared out over all blocks and all times that the bound is looked
+at.
 """
 
 # torch.linalg carries no type information, and LinAlgError comes from torch's private part.
@@ -40,7 +46,7 @@ that ``edge`` may take: it is read off the block, so ``f`` would depend on ``g``
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import exp, floor, frexp, inf, ldexp, lgamma, log, log2, sqrt
+from math import exp, frexp, inf, ldexp, lgamma, log, sqrt
 from typing import Literal
 from zlib import crc32
 
@@ -62,18 +68,25 @@ FAILURE_PROBABILITY = 1e-9
 
 QR_COLUMNS = 96
 GRAM_SHARE = 0.75
+GRAM_COLUMNS = 4
+"""Columns per direction asked for above which iterating costs less than Gram matrices of all of them."""
 SMALL_SIDE = 768
 BLOCK_BYTES = 64 * 2**20
 STACK_BYTES = 256 * 2**20
 """Size of both stacks up to which they are copied together once instead of once per product."""
 DIRECT_COLUMNS = 128
 """Columns from which on a term is multiplied as it lies."""
-NUM_PROBES = 16
-LEAST_OVERSAMPLING = 32
-MOST_PRODUCTS = 16
-EDGES_PER_OCTAVE = 32
-NUM_EDGES = 4096
-"""Values on the grid of edges, which the guards against rounding confine to less than 128 octaves."""
+NUM_PROBES = 32
+LEAST_OVERSAMPLING = 16
+OVERSAMPLED = 6
+"""Directions asked for per column beyond them."""
+FILTERED_FROM = 5
+"""Products after which the edge of the filter stays where it is."""
+MOST_PRODUCTS = 25
+MOST_FACTORS = 32
+"""Factors of the product that bounds a spectral norm."""
+NUM_LOOKS = 4 * MOST_FACTORS * MOST_PRODUCTS**2
+"""Bounds that may be looked at: of the norm and of the energy on both sides, for each block in either precision."""
 STEEP = 1e-6
 """Singular value over the largest below which its vectors are not taken from a Gram matrix."""
 MODERATE = 1e10
@@ -246,11 +259,21 @@ class Operator:
         if filled:
             yield lefts[:, :filled], rights[:filled], factors[:filled]
 
+    def _dense_as(self, dtype: torch.dtype) -> Tensor:
+        assert self.dense is not None
+        if dtype not in self._dense_in:
+            self._dense_in[dtype] = self.dense.to(self.device, dtype)
+        return self._dense_in[dtype]
+
+    @cached_property
+    def _dense_in(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
     def apply(self, X: Tensor) -> Tensor:
         """Return ``P @ X`` in the type of ``X``."""
         Y = X.new_zeros(self.out_features, X.shape[1])
         if self.dense is not None:
-            Y.addmm_(self.dense.to(X), X)
+            Y.addmm_(self._dense_as(X.dtype), X)
         for left, right, factors in self.blocks(X.dtype):
             Y.addmm_(left, (right @ X).mul_(factors[:, None]))
         return Y
@@ -259,7 +282,7 @@ class Operator:
         """Return ``P.T @ Y`` in the type of ``Y``."""
         X = Y.new_zeros(self.in_features, Y.shape[1])
         if self.dense is not None:
-            X.addmm_(self.dense.to(Y).T, Y)
+            X.addmm_(self._dense_as(Y.dtype).T, Y)
         for left, right, factors in self.blocks(Y.dtype):
             X.addmm_(right.T, (left.T @ Y).mul_(factors[:, None]))
         return X
@@ -289,20 +312,21 @@ class Operator:
             total.addmm_(left * factors, right)
         return replace(self, terms=(), dense=total)
 
-    def sketch(self, size: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """Return ``size`` random combinations of the rows of all terms, weighted by what their columns carry.
+    def mean_rows(self, k: int) -> Tensor:
+        """Return at most ``k`` columns: the terms' rows, of equal place added up, weighted by what their columns carry.
 
-        It costs half a product with ``P``, and for clients that learned much the same it points where ``P`` does.
+        For clients that started from common factors and learned much the same they point where ``P`` does, with the
+        differences averaged out, for the price of reading ``right`` once.
         """
-        X = torch.zeros(self.in_features, size, dtype=dtype, device=self.device)
-        weights = torch.cat([term.sizes / term.right_sizes.clamp_min(1e-300) for term in self.terms])
-        start = 0
-        for _, right, _ in self.blocks(dtype):
-            stop = start + right.shape[0]
-            mixture = torch.randn(right.shape[0], size, generator=generator, dtype=torch.float32)
-            X.addmm_(right.T, (mixture * weights[start:stop, None]).to(X))
-            start = stop
-        return X
+        most = min(k, max(term.columns for term in self.terms))
+        total = torch.zeros(k // most, most, self.in_features, dtype=torch.float32, device=self.device)
+        for index, term in enumerate(self.terms):
+            place = total[index % (k // most)]
+            weights = (term.sizes / term.right_sizes.clamp_min(1e-300)).to(place)
+            for first in range(0, term.columns, most):
+                rows = term.right[first : first + most].to(place)
+                place[: rows.shape[0]].addcmul_(rows, weights[first : first + most, None])
+        return total.flatten(0, 1).T
 
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -346,7 +370,7 @@ def _by_cheapest(
     if operator.dense is None:
         if columns <= QR_COLUMNS or (wanted >= min(columns, side) and columns <= GRAM_SHARE * side):
             return _by_qr(operator, f"total rank {columns} is small")
-        if columns <= GRAM_SHARE * side:
+        if columns <= GRAM_SHARE * side and (columns <= GRAM_COLUMNS * wanted or side <= SMALL_SIDE):
             reason = f"total rank {columns} is below the shorter side {side}"
             if (found := _by_gram(operator, wanted, accuracy, reason)) is not None:
                 return found
@@ -359,6 +383,10 @@ def _by_cheapest(
         found = _by_subspace(operator, wanted, accuracy, start, formed, notes)
         if found is not None:
             return found
+    if operator.dense is None and columns <= GRAM_SHARE * side:
+        if (found := _by_gram(operator, wanted, accuracy, "; ".join(notes))) is not None:
+            return found
+        return _by_qr(operator, "; ".join(notes))
     if 4 * wanted <= 3 * side:
         reason = "; ".join(notes) or f"the shorter side {side} is small"
         if (found := _by_dense_gram(operator, wanted, accuracy, reason, formed)) is not None:
@@ -418,75 +446,203 @@ def _by_gram(operator: Operator, k: int, accuracy: Accuracy, reason: str) -> tup
 def _by_subspace(
     operator: Operator, k: int, accuracy: Accuracy, start: Tensor | None, formed: Operator | None, notes: list[str]
 ) -> tuple[Triple, Certificate] | None:
-    """Decompose by block power iteration with the certificate of the module's docstring; None where it is not met."""
+    """Decompose by block iteration with the certificate of the module's docstring; None where it is not met."""
     m, n = operator.out_features, operator.in_features
     # Multiplied out, the sum has errors of float32, which only the sum itself can mend.
     exact, operator = operator, formed or operator
     reason = f"{k} of {min(m, n)} directions, {'multiplied out once' if formed else 'never multiplied out'}"
     known = _known_directions(operator, k, start)
-    generator = _stream(known)
-    scale2, dtype, products = exact.scale**2, torch.float32, 2
-    Q, upper = _orthonormal(operator.apply(_first_block(operator, k, known, generator)))
-    inverse = torch.linalg.inv(upper[k:, k:])
+    generator = _stream(operator, known)
+    first = _first_block(operator, k, known, generator)
     probes = torch.randn(m, NUM_PROBES, generator=generator, dtype=torch.float64).to(operator.device)
-    filtered, before, right = _Filter(0, 0.0), inf, Q
+    scale2, dtype, products, before, edge2 = exact.scale**2, torch.float32, 1, inf, 0.0
+    left, _ = _orthonormal(operator.apply(first.to(dtype)))
+    previous: Tensor | None = None
+    probed: Tensor | None = None
     while True:
-        images = operator.apply_transposed(torch.cat([Q, probes], 1).to(dtype)).to(torch.float64)
-        Z, images = images[:, : Q.shape[1]], images[:, Q.shape[1] :]
-        inner = _gram(Z)
-        theta, rotation, right_vectors = _ritz(Z, inner)
-        outside, least = _energy(images - Z @ (Q.T @ probes))
-        total, between = float(theta.sum()) + outside, float(theta[k:].sum())
-        rounding2 = (8 * torch.finfo(dtype).eps) ** 2 * (scale2 + total)
+        columns = left if probed is not None else torch.cat([left, probes], 1)
+        images = operator.apply_transposed(columns.to(dtype)).to(torch.float64)
+        Z, probed = images[:, : left.shape[1]], images[:, left.shape[1] :] if probed is None else probed
+        theta, rotation, (basis, mixture) = _ritz(Z, _gram(Z))
+        rounding2 = (8 * torch.finfo(dtype).eps) ** 2 * (scale2 + float(theta.sum()))
         if float(theta[0]) <= rounding2:
             notes.append("the sum cancels to nothing but rounding")
             return None
-        missed = _missed(inverse, theta[:k], filtered)
+        left, right = left @ rotation, basis @ mixture
+        rest = _Remainder(operator, dtype, k, theta, left, right, rounding2)
+        image = rest.examine(probes, probed)
+        products += 2
         lost = _lost_to_rounding(theta, k, rounding2)
-        tail2 = max(0.0, between + least - 2 * rounding2)
-        verdict = _verdict(missed + lost, tail2, total, accuracy)
+        verdict = rest.verdict(lost, accuracy)
         if verdict is not None:
             break
-        is_too_coarse = filtered.degree == 0 and float(theta[-1]) <= rounding2
-        is_too_coarse |= _verdict(rounding2, tail2, total, accuracy) is None
-        is_too_coarse |= _verdict(missed, tail2, total, accuracy) is not None
+        hoped, allowed = rest.hoped(), rest.allowed(accuracy)
+        is_stuck = hoped > 0.5 * before
+        is_too_coarse = max(lost, rounding2) > allowed and (is_stuck or hoped <= max(10 * rounding2, allowed))
         if dtype == torch.float32 and is_too_coarse:
-            # Not just one more step in float64: the block holds directions of the rounded sum, the bound speaks of P.
-            dtype, operator = torch.float64, exact
+            dtype, operator, probed, hoped = torch.float64, exact, None, inf
             reason += f", in float64 after {products} products that left too few digits"
-            known = _known_directions(operator, k, Z @ rotation[:, :k])
-            Q, upper = _orthonormal(operator.apply(_first_block(operator, k, known, _stream(known)).to(dtype)))
-            inverse, filtered, before = torch.linalg.inv(upper[k:, k:]), _Filter(0, 0.0), inf
-            products += 2
-            continue
-        if products >= MOST_PRODUCTS or (products > 6 and missed > 0.5 * before):
+        elif is_stuck or products >= MOST_PRODUCTS:
             notes.append(f"no gap after direction {k} that {products} products with the sum could use")
             return None
-        before = missed
-        if filtered.degree == 0:
-            # The power step so far says where the unwanted part of the spectrum ends; from here on it is filtered.
-            edge = sqrt(max(float(theta[-1]), 1e-30 * float(theta[0])))
-            filtered = _Filter(1, 2 ** (floor(EDGES_PER_OCTAVE * log2(edge)) / EDGES_PER_OCTAVE))
-            right, upper = _orthonormal(Z, inner)
-            inverse = inverse @ torch.linalg.inv(upper[k:, k:])
-            left = operator.apply(right.to(dtype)).to(torch.float64) / filtered.edge
-        else:
-            filtered = _Filter(filtered.degree + 2, filtered.edge)
-            right, upper = _orthonormal(2 / filtered.edge * Z - right)
-            inverse = inverse @ torch.linalg.inv(upper[k:, k:])
-            left = torch.linalg.solve_triangular(upper, Q, upper=True, left=False)
-            left = 2 / filtered.edge * operator.apply(right.to(dtype)).to(torch.float64) - left
-        Q, upper = _orthonormal(left)
-        right = torch.linalg.solve_triangular(upper, right, upper=True, left=False)
-        inverse = inverse @ torch.linalg.inv(upper[k:, k:])
-        products += 2
+        before = hoped
+        if products <= FILTERED_FROM:
+            # The edge of what is unwanted is known better than before, so the polynomial begins anew.
+            edge2, previous = max(float(theta[-1]), 1e-30 * float(theta[0])), None
+        following = image * (2 * theta.sqrt() / edge2) - left
+        following = following if previous is None else 2 * following - previous @ rotation
+        following, upper = _orthonormal(following)
+        previous = torch.linalg.solve_triangular(upper, left, upper=True, left=False)
+        left = following
     excess, rounding = verdict
-    S, (basis, mixture) = theta.sqrt(), right_vectors
+    theta, rotation, (basis, mixture) = _ritz(image, _gram(image))
+    S = theta.sqrt()
     kept = min(k, int((S > S[0] * torch.finfo(dtype).eps).sum()))
-    triple = (Q @ rotation[:, :kept], S[:kept], (basis @ mixture[:, :kept]).T)
-    tail = sqrt(between + outside)
+    triple = (basis @ mixture[:, :kept], S[:kept], (right @ rotation[:, :kept]).T)
     reason = f"{reason}; {products} products with it"
-    return triple, Certificate("subspace", reason, sqrt(total), tail, excess, rounding, FAILURE_PROBABILITY)
+    return triple, Certificate("subspace", reason, sqrt(rest.total), rest.tail, excess, rounding, FAILURE_PROBABILITY)
+
+
+class _Remainder:
+    """``P_d``: what the leading Ritz vectors of a block leave of ``P``, and what that says of the answer.
+
+    Attributes:
+        kept: Number of vectors taken away, at least ``k``.
+        eta: Upper bound of the squared spectral norm of ``P_d``.
+        energy: Estimate of its squared Frobenius norm.
+        coupling: Squared Frobenius norm of ``E = P_d V``.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        dtype: torch.dtype,
+        k: int,
+        theta: Tensor,
+        left: Tensor,
+        right: Tensor,
+        rounding2: float,
+    ) -> None:
+        """Take ``theta`` squared Ritz values, descending, with all left and right vectors; ``P^T left = right s``."""
+        self._operator, self._dtype, self._k, self._rounding2 = operator, dtype, k, rounding2
+        self._theta, self._right = theta, right
+        self.kept = _cut(theta, k)
+        self._left = left[:, : self.kept]
+        # P^T U, from which what U takes of any image is known without a product.
+        self._taken = right[:, : self.kept] * theta[: self.kept].sqrt()
+        self._num_factors, self._log_scale = 0, 0.0
+        self._block = left[:, :0]
+        self._least, self._gain, self.eta, self.energy, self.coupling = 0.0, 0.0, inf, 0.0, 0.0
+
+    def examine(self, probes: Tensor, probed: Tensor) -> Tensor:
+        """Return ``P`` times all right vectors, having bounded norm, energy and coupling on the way.
+
+        Args:
+            probes: ``G``.
+            probed: ``P^T G``.
+        """
+        self._multiplied(probed - self._taken @ (self._left.T @ probes))
+        self.energy = float(self._block.square().sum()) * exp(self._log_scale) / probes.shape[1]
+        columns = torch.cat([self._right, self._block], 1).to(self._dtype)
+        images = self._operator.apply(columns).to(torch.float64)
+        image, narrow = images[:, : self._right.shape[1]], images[:, self._right.shape[1] :]
+        E = image[:, : self.kept]
+        E = E - self._left @ (self._left.T @ E)
+        inner = _gram(E)
+        self.coupling, self._gain = float(inner.trace()), float(inner.diagonal()[: self._k].sum())
+        self._least = float(torch.linalg.eigvalsh(inner)[-1])
+        self._multiplied(narrow - self._left @ (self._left.T @ narrow))
+        return image
+
+    @property
+    def total(self) -> float:
+        """Estimate of the energy of ``P``."""
+        return float(self._theta[: self.kept].sum()) + self.energy
+
+    @property
+    def tail(self) -> float:
+        """Estimate of the norm of what the answer leaves out, which has what is in ``E`` on top of the Ritz values."""
+        return sqrt(max(0.0, float(self._theta[self._k : self.kept].sum()) + self.energy - self._gain))
+
+    def verdict(self, lost: float, accuracy: Accuracy) -> tuple[float, float] | None:
+        """Return excess and rounding as ``_verdict`` does, after as many products with ``G`` as are worth it."""
+        while True:
+            missed, beyond = self._missed(self.eta)
+            low, high = self._energy_bounds()
+            best2 = float(self._theta[self._k : self.kept].sum()) + low - 2 * self._rounding2 - beyond
+            missed = min(missed, high) + lost
+            found = _verdict(missed, max(0.0, best2) + missed, self.total, accuracy)
+            allowed = self.allowed(accuracy)
+            is_hopeless = lost > allowed or self.hoped() > 0.5 * allowed
+            if found is not None or is_hopeless or self._num_factors >= MOST_FACTORS:
+                return found
+            self._multiply()
+
+    def hoped(self) -> float:
+        """Return what would be missed if ``eta`` were as small as it may be, judging by Ritz values and ``E``."""
+        following = float(self._theta[self.kept]) if self.kept < self._theta.shape[0] else 0.0
+        return self._missed(min(self.eta, max(1.1 * following, self._least)))[0]
+
+    def allowed(self, accuracy: Accuracy) -> float:
+        """Return about how much may be missed for a verdict."""
+        share = (1 + TOLERANCE[accuracy]) ** 2 - 1
+        best2 = float(self._theta[self._k : self.kept].sum()) + self._energy_bounds()[0] - 2 * self._rounding2
+        return max(share * best2, FLOOR[accuracy] ** 2 * self.total)
+
+    def _missed(self, eta: float) -> tuple[float, float]:
+        """Return the bound of what the answer misses, and that of what the leading Ritz values miss."""
+        values = self._theta[: self._k]
+        values = values[values > eta]
+        numbers = torch.arange(values.shape[0] + 1, dtype=torch.float64, device=values.device)
+        others = (self._k - numbers) * eta
+        shares = torch.nn.functional.pad(values / (values - eta).square() * self.coupling, (1, 0))
+        factors = torch.nn.functional.pad(values, (1, 0))
+        bounds = eta * shares + others
+        best = int(bounds.argmin())
+        return float(bounds[best]), float((factors * shares + others)[best])
+
+    def _energy_bounds(self) -> tuple[float, float]:
+        """Return what the energy of ``P_d`` lies between: no direction of it carries more than ``eta``."""
+        x = -log(FAILURE_PROBABILITY / NUM_LOOKS)
+        spread = sqrt(self.eta * x / NUM_PROBES)
+        low = max(0.0, sqrt(max(0.0, self.energy - spread**2)) - spread) ** 2
+        worst = self.energy * NUM_PROBES / (NUM_PROBES + 2 * sqrt(NUM_PROBES * x) + 2 * x)
+        return max(low, worst), (spread + sqrt(spread**2 + self.energy)) ** 2
+
+    def _multiply(self) -> None:
+        """Multiply ``G`` with one more factor."""
+        block = self._block.to(self._dtype)
+        if self._num_factors % 2:
+            image = self._operator.apply(block).to(torch.float64)
+            self._multiplied(image - self._left @ (self._left.T @ image))
+        else:
+            image = self._operator.apply_transposed(block).to(torch.float64)
+            self._multiplied(image - self._taken @ (self._left.T @ self._block))
+
+    def _multiplied(self, block: Tensor) -> None:
+        """Take the next product and bound the norm with it."""
+        self._num_factors += 1
+        size = float(torch.linalg.eigvalsh(_gram(block))[-1])
+        self._log_scale += log(max(size, 1e-300))
+        self._block = block / sqrt(max(size, 1e-300))
+        chi2 = _least_chi2(block.shape[1], FAILURE_PROBABILITY / NUM_LOOKS)
+        bound = exp((self._log_scale - log(chi2)) / self._num_factors)
+        self.eta = min(self.eta, (sqrt(bound) + sqrt(self._rounding2)) ** 2)
+
+
+def _cut(theta: Tensor, k: int) -> int:
+    """Return after which Ritz value, the ``k``-th or a later one, to cut.
+
+    What follows should be far below the ``k``-th, and what comes before well known: far above the end of the block.
+    """
+    here = float(theta[k - 1])
+    best, least = k, inf
+    unknown = (theta[-1] / theta.clamp_min(1e-300)).square().cumsum(0).tolist()
+    for kept, following in enumerate(theta[k:].tolist(), start=k):
+        if here > 1.1 * following:
+            cost = (here / (here - 1.1 * following)) ** 2 * unknown[kept - 1]
+            best, least = (kept, cost) if cost < least else (best, least)
+    return best
 
 
 def _by_dense_gram(
@@ -607,24 +763,6 @@ def _verdict(missed: float, tail2: float, total: float, accuracy: Accuracy) -> t
     return None
 
 
-@dataclass(frozen=True)
-class _Filter:
-    """What the block has been multiplied with, as a function of a singular value.
-
-    ``sigma`` at degree 0, afterwards ``sigma^2 T(sigma / edge)`` with the Chebyshev polynomial of this odd degree.
-    """
-
-    degree: int
-    edge: float
-
-    def squared(self, theta: Tensor) -> Tensor:
-        """Return the square of the function at the singular values ``sqrt(theta)``, none of them below ``edge``."""
-        if self.degree == 0:
-            return theta
-        growth = torch.cosh(self.degree * torch.acosh((theta.sqrt() / self.edge).clamp_min(1)))
-        return theta.square() * growth.square()
-
-
 def _lost_to_rounding(theta: Tensor, k: int, rounding2: float) -> float:
     """Return what picking ``k`` of the singular vectors of ``P + E`` instead of ``P`` can cost in captured energy.
 
@@ -661,40 +799,6 @@ def _ritz(Z: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tenso
     return S.square(), rotation.T, (basis, mixture)
 
 
-def _missed(inverse: Tensor, theta: Tensor, filtered: _Filter) -> float:
-    """Return the upper bound of ``sum sigma_i^2 - sum theta_i`` of the module's docstring.
-
-    Args:
-        inverse: Inverse of the triangular factor of ``T``.
-        theta: The ``k`` leading Ritz values, descending.
-        filtered: ``f``.
-    """
-    k, columns = theta.shape[0], inverse.shape[0]
-    num_edges = NUM_EDGES if filtered.degree else 1
-    # The eigenvalues of T^T T from the inverse: those are its largest singular values, which are computed accurately.
-    mu = torch.linalg.svdvals(inverse).square().reciprocal()
-    choices = sorted({max(1, columns // 4), max(1, columns // 2), max(1, 3 * columns // 4)})
-    chance = FAILURE_PROBABILITY / (2 * k * len(choices) * MOST_PRODUCTS * num_edges)
-    beta = min((float(mu[b]) / _least_chi2(b, chance) for b in choices if b < columns), default=inf)
-    if not 0 < beta < inf:
-        return inf
-    # sigma^2 sin^2 <= min(sigma^2, beta sigma^2 / f^2), where the second falls with sigma; all sigma^2 >= theta.
-    inside = theta.clamp_min(filtered.edge**2)
-    bound = beta * inside / filtered.squared(inside)
-    reached = bound <= inside
-    if bool(reached.all()):
-        return float(bound.sum())
-    # Below the value where both meet, either may be what counts, and that value is the largest of it.
-    low, high = float(inside[-1]), float(inside[-1]) + beta
-    while beta / float(filtered.squared(torch.tensor(high, dtype=torch.float64))) > 1:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        is_below = beta / float(filtered.squared(torch.tensor(middle, dtype=torch.float64))) > 1
-        low, high = (middle, high) if is_below else (low, middle)
-    return float(torch.where(reached, bound, torch.full_like(bound, high)).sum())
-
-
 def _least_chi2(b: int, chance: float) -> float:
     """Return a value that a chi-squared variable with ``b`` degrees of freedom falls below with at most ``chance``.
 
@@ -703,31 +807,24 @@ def _least_chi2(b: int, chance: float) -> float:
     return 2 * exp(2 / b * (log(chance) + lgamma(b / 2 + 1)))
 
 
-def _energy(misses: Tensor) -> tuple[float, float]:
-    """Return estimate and lower bound of a squared Frobenius norm from products with standard normal vectors.
-
-    The lower bound is that of the least favourable case, one single direction (Laurent and Massart 2000, lemma 1).
-    """
-    number = misses.shape[1]
-    estimate = float(misses.square().sum()) / number
-    x = -log(FAILURE_PROBABILITY / (2 * MOST_PRODUCTS))
-    return estimate, estimate * number / (number + 2 * sqrt(number * x) + 2 * x)
-
-
 def _known_directions(operator: Operator, k: int, start: Tensor | None) -> Tensor:
     """Return at most ``k`` of the columns to begin from, float32, largest entry 1; what is not finite counts as 0."""
     if start is None:
-        return torch.zeros(operator.in_features, 0, device=operator.device)
+        if not operator.terms:
+            return torch.zeros(operator.in_features, 0, device=operator.device)
+        start = operator.mean_rows(k)
     known = torch.nan_to_num(start[:, :k].to(operator.device, torch.float64), 0.0, 0.0, 0.0)
     return (known / known.abs().amax(0).clamp_min(1e-300)).to(torch.float32)
 
 
-def _stream(known: Tensor) -> torch.Generator:
+def _stream(operator: Operator, known: Tensor) -> torch.Generator:
     """Return random numbers that do not depend on ``known``, the same for the same ``known``.
 
-    From a fixed seed they would: last round's directions were found with the very block that is to judge them now.
+    From a fixed seed they would: last round's directions were found with the very block that is to judge them now. And
+    nobody who knows only a part of the sum can tell what they will be.
     """
-    return torch.Generator().manual_seed(crc32(known.cpu().contiguous().numpy().tobytes()))
+    of_sum = crc32(operator.sizes.cpu().numpy().tobytes())
+    return torch.Generator().manual_seed(crc32(known.cpu().contiguous().numpy().tobytes(), of_sum))
 
 
 def _first_block(operator: Operator, k: int, known: Tensor, generator: torch.Generator) -> Tensor:
@@ -735,23 +832,20 @@ def _first_block(operator: Operator, k: int, known: Tensor, generator: torch.Gen
     n = operator.in_features
     missing = k - known.shape[1]
     parts = [known]
-    if missing and operator.terms:
-        sketch = operator.sketch(missing, generator, torch.float32)
-        parts.append(sketch / sketch.norm().clamp_min(1e-30))
-    elif missing:
+    if missing:
         parts.append(torch.randn(n, missing, generator=generator).to(operator.device))
     parts.append(torch.randn(n, _oversampling(k), generator=generator).to(operator.device))
     return torch.cat(parts, 1)
 
 
 def _oversampling(k: int) -> int:
-    """Return the number of normal columns: with more of them the certificate needs fewer products with the sum."""
-    return max(LEAST_OVERSAMPLING, k * 5 // 8)
+    """Return the number of columns beyond ``k``: with more of them fewer products with the sum are needed."""
+    return max(LEAST_OVERSAMPLING, k // OVERSAMPLED)
 
 
 def _is_cheaper_formed(operator: Operator, size: int) -> bool:
     """Return whether multiplying the sum out pays for block products with it."""
-    m, n, columns, products = operator.out_features, operator.in_features, operator.columns, 6
+    m, n, columns, products = operator.out_features, operator.in_features, operator.columns, 4
     if not columns:
         return True
     return columns * m * n + products * m * n * size < products * columns * (m + n) * size
