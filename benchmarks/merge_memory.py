@@ -1,28 +1,34 @@
 """How much memory does merging take, and does it grow with the number of adapters or of modules?
 
-    python benchmarks/merge_memory.py --adapters 1000 --modules 2 --out runs/merge-memory-many
-    python benchmarks/merge_memory.py --adapters 8 --modules 224 --out runs/merge-memory-deep
+    python benchmarks/merge_memory.py                                 # 100 and 1,000 adapters, and a whole model
+    python benchmarks/merge_memory.py --cases 1000x2 --spectrum flat  # the hard case
 
-Makes adapter folders in bfloat16 of a Llama's shapes (7B by default), at ranks 4, 8, 16, 32 and 64 in turn, merges them
-in a process of its own at rank 64 and watches that process: ``anonymous`` is resident memory that belongs to no file,
-which is what counts against a machine; pages of the adapters' files are the page cache's and go when others need them.
-``grown`` is the peak without what the imports alone take. OUT is made anew and can be deleted.
+Each case ``ADAPTERSxMODULES`` makes adapter folders in bfloat16 of a Llama's shapes (7B by default), at ranks 4, 8, 16,
+32 and 64 in turn, merges them in a process of its own at rank 64, watches that process, and deletes the folders.
+``anonymous`` is the peak of resident memory that belongs to no file, which is what counts against a machine; pages of
+the adapters' files are the page cache's and go when others need them. ``grown`` is that peak without what the imports
+alone take. Adapters of the spectrum ``common`` perturb one update whose singular values fall from 1 to 1e-3; those of
+``flat`` are random and have nothing in common, so that no method can do with less than the whole sum.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 RANKS = (4, 8, 16, 32, 64)
 KINDS = ("self_attn.q_proj", "mlp.down_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 KINDS = (*KINDS, "mlp.gate_proj", "mlp.up_proj")
+COLUMNS = ("adapters", "modules", "factors", "anonymous", "grown", "file pages", "seconds", "methods")
 
 
 def module_shapes(num_modules: int, hidden: int) -> dict[str, tuple[int, int]]:
@@ -38,13 +44,26 @@ def module_shapes(num_modules: int, hidden: int) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], rank: int, seed: int) -> None:
+def common_factors(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return factors of one update of the largest rank, whose singular values fall from 1 to 1e-3."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    rank = max(RANKS)
+    B, A = (torch.randn(side, rank, generator=generator) / side**0.5 for side in shape)
+    return B * torch.logspace(0, -3, rank), A.T
+
+
+def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], rank: int, seed: int, spectrum: str) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for path, (out_features, in_features) in shapes.items():
-        prefix = f"base_model.model.{path}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, in_features, generator=generator).bfloat16()
-        tensors[f"{prefix}.lora_B.weight"] = torch.randn(out_features, rank, generator=generator).bfloat16()
+        A = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+        B = torch.randn(out_features, rank, generator=generator) / out_features**0.5
+        if spectrum == "common":
+            common_B, common_A = common_factors((out_features, in_features))
+            A = common_A[:rank] + 0.3 * A
+            B = common_B[:, :rank] + 0.3 * B * torch.logspace(0, -3, max(RANKS))[:rank]
+        tensors[f"base_model.model.{path}.lora_A.weight"] = A.bfloat16().contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = B.bfloat16().contiguous()
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "base_model_name_or_path": "llama"}
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -58,8 +77,8 @@ def memory() -> dict[str, int]:
     return {"anonymous": 1024 * int(fields["RssAnon"][1]), "files": 1024 * int(fields["RssFile"][1])}
 
 
-def merge_and_watch(out: Path, accuracy: str) -> dict[str, float]:
-    """Merge the adapters under ``out`` and return the peaks of this process."""
+def merge_and_watch(folder: Path, accuracy: str) -> dict[str, object]:
+    """Merge the adapters in ``folder`` and return the peaks of this process."""
     from flexlora.merging import merge
 
     peaks, finished = memory(), threading.Event()
@@ -73,8 +92,8 @@ def merge_and_watch(out: Path, accuracy: str) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    folders = sorted(path for path in out.iterdir() if path.name.startswith("adapter-"))
-    result = merge(folders, rank=max(RANKS), accuracy=accuracy, out=out / "merged")  # type: ignore[arg-type]
+    adapters = sorted(folder.glob("adapter-*"))
+    result = merge(adapters, rank=max(RANKS), accuracy=accuracy, out=folder / "merged")  # type: ignore[arg-type]
     seconds = time.perf_counter() - began
     finished.set()
     watcher.join()
@@ -84,40 +103,53 @@ def merge_and_watch(out: Path, accuracy: str) -> dict[str, float]:
         "grown_bytes": peaks["anonymous"] - start,
         "file_bytes": peaks["files"],
         "energy_kept": result.energy_kept,
+        "methods": dict(Counter(module.certificate.method for module in result.modules)),
     }
+
+
+def measure(num_adapters: int, num_modules: int, arguments: argparse.Namespace) -> dict[str, object]:
+    shapes = module_shapes(num_modules, arguments.hidden)
+    with tempfile.TemporaryDirectory(prefix="merge-memory-", dir=arguments.folder) as folder:
+        for number in range(num_adapters):
+            rank = RANKS[number % len(RANKS)]
+            make_adapter(Path(folder, f"adapter-{number:04d}"), shapes, rank, number, arguments.spectrum)
+        stored = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+        # A process of its own: what making the adapters took must not count.
+        command = [sys.executable, __file__, "--accuracy", arguments.accuracy, "--watch", folder]
+        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return {"num_adapters": num_adapters, "num_modules": num_modules, "adapter_bytes": stored, **found}
+
+
+def cells(row: dict) -> list[str]:
+    sizes = [f"{row[name] / 1e6:.0f} MB" for name in ("adapter_bytes", "anonymous_bytes", "grown_bytes", "file_bytes")]
+    methods = ", ".join(f"{name} {count}" for name, count in row["methods"].items())
+    return [f"{row['num_adapters']}", f"{row['num_modules']}", *sizes, f"{row['seconds']:.1f}", methods]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=1000)
-    parser.add_argument("--modules", type=int, default=2)
+    parser.add_argument("--cases", default="100x2,1000x2,3x224", help="ADAPTERSxMODULES, with commas between.")
     parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--spectrum", choices=["common", "flat"], default="common")
     parser.add_argument("--accuracy", choices=["exact", "fast"], default="exact")
-    parser.add_argument("--out", type=Path, required=True, help="Folder to make.")
+    parser.add_argument("--folder", help="Where there is room for the adapters; default the system's temporary folder.")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--watch", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--watch", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.watch:
-        print(json.dumps(merge_and_watch(arguments.out, arguments.accuracy)))
+        print(json.dumps(merge_and_watch(arguments.watch, arguments.accuracy)))
         return
-    shapes = module_shapes(arguments.modules, arguments.hidden)
-    for number in range(arguments.adapters):
-        make_adapter(arguments.out / f"adapter-{number:04d}", shapes, RANKS[number % len(RANKS)], number)
-    stored = sum(path.stat().st_size for path in arguments.out.rglob("*.safetensors"))
-    # A process of its own: what making the adapters took must not count.
-    command = [sys.executable, __file__, "--watch", "--accuracy", arguments.accuracy, "--out", str(arguments.out)]
-    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-    found |= {"num_adapters": arguments.adapters, "num_modules": arguments.modules, "adapter_bytes": stored}
+    rows = []
+    if not arguments.json:
+        print(("{:>10}" * 7).format(*COLUMNS), "", COLUMNS[7])
+    for case in arguments.cases.split(","):
+        num_adapters, num_modules = (int(number) for number in case.split("x"))
+        rows.append(measure(num_adapters, num_modules, arguments))
+        if not arguments.json:
+            *numbers, methods = cells(rows[-1])
+            print(("{:>10}" * 7).format(*numbers), "", methods, flush=True)
     if arguments.json:
-        print(json.dumps(found))
-        return
-    print(f"{arguments.adapters} adapters, {arguments.modules} modules, {stored / 1e9:.2f} GB of factors")
-    print(
-        f"peak anonymous  {found['anonymous_bytes'] / 1e6:8.0f} MB, "
-        f"{found['grown_bytes'] / 1e6:.0f} MB of it on top of the imports"
-    )
-    print(f"peak file pages {found['file_bytes'] / 1e6:8.0f} MB")
-    print(f"merged in       {found['seconds']:8.1f} s")
+        print(json.dumps(rows))
 
 
 if __name__ == "__main__":

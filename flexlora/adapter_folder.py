@@ -201,7 +201,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         raise AdapterError(f"{name} must be a PEFT adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{name}: {CONFIG_FILE} must be JSON ({error})") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{name}: {CONFIG_FILE} must hold one JSON object; got {type(config).__name__}")
@@ -213,6 +213,9 @@ def _refuse_settings(config: Mapping[str, Any], name: str) -> None:
     """Raise unless every setting leaves the factors a plain product on an unchanged base."""
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{name}: peft_type must be LORA; got {config.get('peft_type')}")
+    for key in ("base_model_name_or_path", "revision", "task_type"):
+        if not isinstance(config.get(key), str | None):
+            raise AdapterError(f"{name}: {key} must be text in {CONFIG_FILE}; got {config[key]!r}")
     for key, value in sorted(config.items()):
         if value and key in REFUSED:
             raise AdapterError(f"{name}: it sets {key}: {REFUSED[key]}")
@@ -281,7 +284,10 @@ def _check_copy(key: str, is_other: bool, name: str) -> None:
             f"which is not handled; {_INTO_THE_BASE}"
         )
     if not _COPY.fullmatch(key):
-        raise AdapterError(f"{name}: only LoRA factors of linear modules and embeddings can be read; found {key}")
+        raise AdapterError(
+            f"{name}: only LoRA factors of linear modules and embeddings can be read, under the names that PEFT's "
+            f"save_pretrained gives them; found {key}"
+        )
 
 
 def _check_pair(path: str, pair: Mapping[str, tuple[int, ...]], name: str) -> None:
@@ -299,9 +305,10 @@ def _per_module(config: Mapping[str, Any], default: str, pattern: str, paths: tu
     patterns = config.get(pattern) or {}
     if not isinstance(patterns, dict):
         raise AdapterError(f"{name}: {pattern} must map patterns to numbers; got {patterns!r}")
-    for key, value in ((default, config.get(default)), *patterns.items()):
+    named = {f"{pattern} of {key}": value for key, value in patterns.items()}
+    for what, value in {default: config.get(default), **named}.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise AdapterError(f"{name}: {key} must be a number in {CONFIG_FILE}; got {value!r}")
+            raise AdapterError(f"{name}: {what} must be a number in {CONFIG_FILE}; got {value!r}")
     try:
         return _matched(tuple(patterns.items()), config[default], paths)
     except re.error as error:

@@ -1,5 +1,7 @@
 """Do these adapters change one model in one way, and what do they have in common?"""
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
@@ -39,6 +41,10 @@ def check_together(opened: Sequence[AdapterFolder], allow_different_bases: bool)
         one, other = list(replications.values())[:2]
         raise MergeError(f"layer_replication must be the same in all adapters; {one.name} and {other.name} differ")
     _check_shapes(opened)
+    folders = Counter(os.path.realpath(adapter.name) for adapter in opened)
+    notes += [
+        f"{folder} was given {count} times, and every time counts" for folder, count in folders.items() if count > 1
+    ]
     copies = sorted({key for adapter in opened for key in adapter.copies})
     if copies:
         notes.append(f"whole weights saved beside the factors were taken over as they are: {', '.join(copies)}")

@@ -132,7 +132,7 @@ def appearing_whole(folder: Path, *, replace: bool = True) -> Iterator[Path]:
     With ``replace`` off, a folder of that name that holds something stays, and an OSError says so.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}-", dir=folder.parent))
     try:
         partial = workspace / "new"
         partial.mkdir()

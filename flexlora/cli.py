@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,12 +74,11 @@ def run(
 
     settings = load_config(config, overrides or (), check_paths=True)
     _hide_other_progress_bars()
-    try:
-        with LiveProgress(err, hidden=quiet or as_json) as progress:
-            result = run_experiment(settings, folder, resume=resume, overwrite=overwrite, notify=progress)
-    except KeyboardInterrupt:
-        err.print("Interrupted; the same command with --resume goes on from the last checkpoint.")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    with (
+        _interruptible("the same command with --resume goes on from the last checkpoint"),
+        LiveProgress(err, hidden=quiet or as_json) as progress,
+    ):
+        result = run_experiment(settings, folder, resume=resume, overwrite=overwrite, notify=progress)
     if as_json:
         _print_json(result.summary())
     else:
@@ -166,41 +166,39 @@ def merge(
         str | None, typer.Option("--inspect", metavar="ADAPTER", help="Show the spectrum of one adapter instead.")
     ] = None,
     target: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write; with --inspect an .svg file. Must not exist.")
+        Path | None,
+        typer.Option("--out", help="Folder to write; with --inspect a picture (.svg, .png or .pdf). Must not exist."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Combine LoRA adapters of any ranks, exactly, or look into one."""
     if inspect is not None:
-        if adapters:
-            raise FlexLoraError(f"--inspect looks into one adapter and merges nothing; got {len(adapters)} more")
+        if adapters or (weights, rank, energy, exact) != (None, None, None, False):
+            more = f"{len(adapters)} more" if adapters else "--weights, --rank, --energy or --exact too"
+            raise FlexLoraError(f"--inspect looks into one adapter and merges nothing; got {more}")
         _inspect(inspect, target, every_module=explain, as_json=as_json)
         return
     if not adapters or target is None:
         raise FlexLoraError("merging needs adapters and the folder to write: flexlora merge A B --out DIR")
-    from flexlora.display_merge import ModuleProgress, print_merge
+    from flexlora.display_merge import module_progress, print_merge
     from flexlora.merging import merge as merge_adapters
 
-    try:
-        with ModuleProgress(err, "merging", hidden=as_json) as progress:
-            result = merge_adapters(
-                adapters,
-                _numbers(weights) if weights is not None else None,
-                out=target,
-                method=method,
-                rank=rank,
-                energy=energy,
-                exact=exact,
-                missing=missing,
-                accuracy=accuracy,
-                device=device,
-                dtype=dtype,
-                allow_different_bases=allow_different_bases,
-                notify=progress,
-            )
-    except KeyboardInterrupt:
-        err.print("Interrupted; nothing was written.")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    with _interruptible("nothing was written"), module_progress(err, "merging", hidden=as_json) as progress:
+        result = merge_adapters(
+            adapters,
+            _numbers(weights) if weights is not None else None,
+            out=target,
+            method=method,
+            rank=rank,
+            energy=energy,
+            exact=exact,
+            missing=missing,
+            accuracy=accuracy,
+            device=device,
+            dtype=dtype,
+            allow_different_bases=allow_different_bases,
+            notify=progress,
+        )
     if as_json:
         _print_json(result.to_json())
     else:
@@ -208,22 +206,27 @@ def merge(
 
 
 def _inspect(adapter: str, picture: Path | None, *, every_module: bool, as_json: bool) -> None:
-    from flexlora.display_merge import ModuleProgress, print_inspection
-    from flexlora.inspection import inspect_adapter, picture_of
+    from flexlora.display_merge import module_progress, print_inspection
+    from flexlora.inspection import PICTURE_ENDINGS, inspect_adapter
 
-    if picture is not None and (picture.suffix != ".svg" or picture.exists()):
-        raise FlexLoraError(f"--out must be a new file that ends in .svg with --inspect; got {picture}")
-    with ModuleProgress(err, "inspecting", hidden=as_json) as progress:
-        found = inspect_adapter(adapter, progress)
-    if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        picture.write_text(picture_of(found), encoding="utf-8")
+    if picture is not None and (picture.suffix not in PICTURE_ENDINGS or picture.exists()):
+        raise FlexLoraError(
+            f"--out must be a new file that ends in {', '.join(PICTURE_ENDINGS)} with --inspect; got {picture}"
+        )
+    with _interruptible("nothing was written"):
+        with module_progress(err, "inspecting", hidden=as_json) as progress:
+            found = inspect_adapter(adapter, progress)
+        if picture is not None:
+            # Only here: it takes a second, and only pictures need it.
+            from flexlora.picture import write_picture
+
+            write_picture(found, picture)
     if as_json:
         _print_json({**found.to_json(), "picture": None if picture is None else str(picture)})
         return
     print_inspection(out, found, every_module=every_module)
     if picture is not None:
-        out.print(f"Wrote {picture}", highlight=False, soft_wrap=True)
+        out.print(f"Wrote {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _numbers(text: str) -> list[float]:
@@ -252,18 +255,39 @@ def evaluate(
         print_evaluation(out, scores)
 
 
-@app.command(epilog="Example: flexlora report runs/demo")
-def report(run_folder: RunArgument, as_json: JsonOption = False) -> None:
-    """Write report.html again from what a run has recorded so far."""
-    from flexlora.report.page import write_report
+@app.command(epilog="Example: flexlora report runs/wait runs/deadline runs/async --target 30")
+def report(
+    run_folder: RunArgument,
+    others: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="OTHER", help="Folders of runs to show beside it on the virtual clock."),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            "--target", help="Unseen ROUGE-L whose virtual time to give; default the run's, or one all reach."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write report.html again from what a run has recorded so far, beside others if they are named."""
+    from flexlora.report.page import read_run, timed_runs, write_report
 
-    if not run_folder.is_dir():
-        raise FlexLoraError(f"RUN must be the folder of a run; there is no folder {run_folder}")
-    path = write_report(run_folder)
+    for folder in (run_folder, *(others or ())):
+        if not folder.is_dir():
+            raise FlexLoraError(f"RUN and OTHER must be folders of runs; there is no folder {folder}")
+    path = write_report(run_folder, others or (), target)
+    timed, target = timed_runs(read_run(run_folder), [read_run(other) for other in others or ()], target)
     if as_json:
-        _print_json({"report": str(path)})
-    else:
-        out.print(f"Wrote {path}")
+        reached = {run.name: run.seconds_to(target) for run in timed}
+        _print_json({"report": str(path), "target_rouge_l": target, "virtual_seconds_to_target": reached})
+        return
+    if timed:
+        # Only here: the tables of a run need torch, and writing a report does not.
+        from flexlora.display import print_virtual_time
+
+        print_virtual_time(out, timed, target)
+    out.print(f"Wrote {path}")
 
 
 @app.command(epilog="Example: flexlora doctor")
@@ -282,6 +306,16 @@ def doctor(as_json: JsonOption = False) -> None:
         out.print(table)
     if any(finding.is_fatal for finding in findings):
         raise typer.Exit(EXIT_MACHINE)
+
+
+@contextmanager
+def _interruptible(consequence: str) -> Iterator[None]:
+    """Turn an interruption of a ``with`` block into a line that says what it means, and the exit code for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(f"Interrupted; {consequence}.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def _hide_other_progress_bars() -> None:

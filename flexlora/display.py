@@ -6,11 +6,13 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.table import Table
 
 from flexlora.experiment import RunResult
 from flexlora.planning import Plan
+from flexlora.progress import moving_bar
+from flexlora.report.page import read_run, timed_runs
 from flexlora.report.records import EvaluationRecord, RoundRecord
 from flexlora.report.tables import (
     SUMMARY_COLUMNS,
@@ -21,6 +23,7 @@ from flexlora.report.tables import (
     summary_cells,
     summary_table,
 )
+from flexlora.report.virtual_time import VIRTUAL_COLUMNS, TimedRun, virtual_cells
 from flexlora.rounds import RoundEvent
 from flexlora.workbench import Stage
 
@@ -38,16 +41,7 @@ class LiveProgress:
         self._console = console
         self._hidden = hidden
         self._plain = not console.is_terminal
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=hidden or self._plain,
-        )
+        self._progress = moving_bar(console, TextColumn("{task.fields[detail]}"), hidden=hidden)
         self._task = self._progress.add_task("starting", total=None, detail="")
         self._title = "training"
         self._bytes = 0
@@ -136,6 +130,7 @@ def print_summary(console: Console, result: RunResult) -> None:
         cells = summary_cells(row)
         table.add_row(*(cells[index] for index in shown), style="bold green" if row is rows[-1] else None)
     console.print(table)
+    print_virtual_time(console, *timed_runs(read_run(result.folder)))
     if result.stopped:
         console.print(f"Stopped early: {result.stopped}", highlight=False)
     console.print(f"Report   {result.report}", highlight=False, soft_wrap=True)
@@ -165,8 +160,51 @@ def print_plan(console: Console, plan: Plan) -> None:
             seconds_text(row.cost.train_seconds),
         )
     console.print(table)
+    if plan.devices:
+        _print_devices(console, plan)
     for line in plan.notes:
         console.print(line, highlight=False)
+
+
+def _print_devices(console: Console, plan: Plan) -> None:
+    table = Table(title="One client, one round, on its device", title_justify="left", header_style="bold")
+    parts = ("down", "compute", "up") if console.width >= WIDE_COLUMNS else ()
+    for name in ("device", "clients", "memory", "it has", *parts, "time", "traffic", "limited by"):
+        is_text = name in ("device", "limited by")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)
+    for row in plan.devices:
+        cost = row.cost
+        times = (cost.download_seconds, cost.compute_seconds, cost.upload_seconds) if parts else ()
+        table.add_row(
+            row.device if row.plan in ("", row.device) else f"{row.device}, {row.plan}",
+            f"{row.num_clients}",
+            bytes_text(cost.memory_bytes),
+            bytes_text(row.memory_bytes),
+            *(seconds_text(seconds) for seconds in times),
+            seconds_text(cost.seconds),
+            bytes_text(cost.down_bytes + cost.up_bytes),
+            row.limited_by or "nothing",
+        )
+    console.print(table)
+    for device, types in {row.device: row.fixed_types for row in plan.devices if row.fixed_types}.items():
+        verdicts = [f"{name} {'does not fit: ' + why if why else 'fits'}" for name, why in types.items()]
+        console.print(f"Of clients.types on {device}: {'; '.join(verdicts)}.", highlight=False)
+
+
+def print_virtual_time(console: Console, runs: Sequence[TimedRun], target: float | None) -> None:
+    """Print how runs went on the virtual clock; nothing if none had one."""
+    if not runs:
+        return
+    table = Table(title="On the virtual clock (ROUGE-L on unseen tasks)", title_justify="left", header_style="bold")
+    names = (*VIRTUAL_COLUMNS, f"to {number_text(target)}")
+    wide = console.width >= WIDE_COLUMNS
+    shown = [index for index, name in enumerate(names) if wide or name not in ("rounds", "sent")]
+    for index in shown:
+        table.add_column(names[index], justify="left" if index < 2 else "right", no_wrap=index > 0)
+    for run in runs:
+        cells = virtual_cells(run, target)
+        table.add_row(*(cells[index] for index in shown))
+    console.print(table)
 
 
 def print_evaluation(console: Console, scores: Mapping[str, EvaluationRecord]) -> None:

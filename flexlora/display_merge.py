@@ -1,16 +1,17 @@
 """What the terminal shows of a merge and of an adapter: progress, tables and small bars."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import log10
-from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
 from flexlora.inspection import Inspection, ModuleSpectrum, kind_of, mean_spectrum
 from flexlora.merging import MergedModule, MergeResult
+from flexlora.progress import moving_bar
 from flexlora.report.tables import count_text, number_text, percent_text
 
 MOST_ROWS = 40
@@ -27,35 +28,13 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
 
 
-class ModuleProgress:
-    """Shows how many modules are done; nothing where the console is no terminal."""
-
-    def __init__(self, console: Console, title: str, *, hidden: bool) -> None:
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=hidden or not console.is_terminal,
-            transient=True,
-        )
-        self._task = self._progress.add_task(title, total=None)
-
-    def __enter__(self) -> "ModuleProgress":
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Take the number of modules done and that of all."""
-        self._progress.update(self._task, completed=done, total=total)
+@contextmanager
+def module_progress(console: Console, title: str, *, hidden: bool) -> Iterator[Callable[[int, int], None]]:
+    """Give a ``with`` block a function that shows how many modules are done, and of how many."""
+    progress = moving_bar(console, MofNCompleteColumn(), hidden=hidden, transient=True)
+    task = progress.add_task(title, total=None)
+    with progress:
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def print_merge(console: Console, result: MergeResult, *, explain: bool) -> None:
@@ -70,9 +49,8 @@ def print_merge(console: Console, result: MergeResult, *, explain: bool) -> None
     if many:
         console.print(f"[bold]Least energy kept[/] in {count_text(len(result.modules), 'module')}:")
         for module in sorted(result.modules, key=lambda module: module.energy_kept)[:NUM_WORST]:
-            console.print(
-                f"  {module.path} at rank {module.rank}: {percent_text(module.energy_kept, 2)}", highlight=False
-            )
+            line = f"  {module.path} at rank {module.rank}: {percent_text(module.energy_kept, 2)}"
+            console.print(line, highlight=False, markup=False)
     if explain:
         _print_methods(console, result.modules)
     for note in result.notes:

@@ -7,11 +7,16 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from flexlora.adapter_folder import locate_adapter, open_adapter
-from flexlora.lora.product import ProductSum, add_product, decompose
+from flexlora.adapter_folder import AdapterError, locate_adapter, open_adapter
+from flexlora.lora.product import ProductError, ProductSum, add_product, decompose
 from flexlora.lora.spectrum import effective_rank
-from flexlora.report.spectra import KindOfModule, draw_adapter
-from flexlora.report.tables import count_text, layer_order
+from flexlora.report.tables import layer_order
+
+PICTURE_ENDINGS = (".svg", ".png", ".pdf")
+"""Of the files that a picture of an inspection can be."""
+
+LARGEST = 1e150
+"""Singular value whose square is still a number."""
 
 _BLOCK = re.compile(r"(?:^|\.)(?P<layer>\d+)\.(?P<kind>.+)$")
 
@@ -148,8 +153,15 @@ def inspect_adapter(adapter: str | Path, notify: Callable[[int, int], None] | No
     with open_adapter(locate_adapter(str(adapter)), str(adapter)) as opened:
         for done, path in enumerate(opened.modules, start=1):
             total = ProductSum(*opened.modules[path].shape, keep_factors=True)
-            spectrum = decompose(add_product(total, opened.factors(path), 1.0))
+            try:
+                spectrum = decompose(add_product(total, opened.factors(path), 1.0))
+            except ProductError as error:
+                raise AdapterError(f"{adapter}: {path}: {error}") from error
             values = tuple(float(value) for value in spectrum.S)
+            if values and values[0] > LARGEST:
+                raise AdapterError(
+                    f"{adapter}: changes must be below {LARGEST:g}; {path} has a norm of {values[0]:.1g}"
+                )
             stored = opened.modules[path]
             modules.append(ModuleSpectrum(path, stored.shape, stored.rank, effective_rank(spectrum), values))
             if notify is not None:
@@ -157,14 +169,3 @@ def inspect_adapter(adapter: str | Path, notify: Callable[[int, int], None] | No
         base_model = opened.base
     modules.sort(key=lambda module: layer_order(module.path))
     return Inspection(str(adapter), base_model, tuple(modules))
-
-
-def picture_of(found: Inspection) -> str:
-    """Return the text of an SVG file: the mean spectrum of every kind of module, and the energy by layer."""
-    kinds = []
-    for kind, modules in found.kinds.items():
-        by_layer = [[module for module in layer if module.kind == kind] for layer in found.layers.values()]
-        shares = [found.share(layer) if layer else None for layer in by_layer]
-        kinds.append(KindOfModule(kind, found.share(modules), mean_spectrum(modules), shares))
-    subtitle = f"{count_text(len(found.modules), 'module')}, norm of the change {sqrt(found.energy):.4g}"
-    return draw_adapter(Path(found.folder).name, subtitle, kinds, list(found.layers))

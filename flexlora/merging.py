@@ -7,9 +7,10 @@ added up, decomposed and written before the next is looked at, so memory depends
 on the number of modules.
 """
 
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -127,7 +128,7 @@ class _RankRule:
         found = len(spectrum.S)
         if self.energy is None or found == 0:
             return max(1, found)
-        shares = spectrum.S.square().cumsum(0) / certificate.norm**2
+        shares = (spectrum.S / certificate.norm).square().cumsum(0)
         return min(found, 1 + int((shares < self.energy).sum()))
 
 
@@ -173,6 +174,8 @@ def merge(
         MergeError: If the arguments contradict each other or the adapters do not fit together.
         AdapterError: If an adapter cannot be read or holds NaN or infinity.
     """
+    if isinstance(adapters, str | Path):
+        raise MergeError(f"adapters must be a list of folders or hub ids; got only {adapters}, put it in brackets")
     names, folder = tuple(str(adapter) for adapter in adapters), Path(out)
     weights = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * len(names)
     rule = _RankRule(rank, energy, exact)
@@ -186,13 +189,13 @@ def merge(
             raise MergeError(f"{option} must be one of {', '.join(allowed)}; got {value}")
     _check_request(names, weights, method, missing, rule)
     _check_device(device)
-    if folder.exists():
-        raise MergeError(f"out must not exist yet; {folder} does")
+    parent = _existing_parent(folder)
     with ExitStack() as stack:
         opened = open_adapters(names, stack)
         notes = check_together(opened, allow_different_bases)
         paths = sorted({path for adapter in opened for path in adapter.modules})
-        spool = stack.enter_context(TensorSpool(_existing_parent(folder)))
+        stack.enter_context(_naming(folder))
+        spool = stack.enter_context(TensorSpool(parent))
         for key in sorted({key for adapter in opened for key in adapter.copies}):
             spool.add(key, common_copy(opened, key))
         modules = []
@@ -220,8 +223,11 @@ def merge(
 
 def _mean(weights: Sequence[float], has: Sequence[bool], missing: Missing) -> list[float]:
     """Return ``w_i / sum w``; the sum is over all adapters, or over those that have the module."""
-    total = sum(weight for weight, here in zip(weights, has, strict=True) if here or missing == "zero")
-    return [weight / total for weight in weights]
+    counted = [weight for weight, here in zip(weights, has, strict=True) if here or missing == "zero"]
+    # Over the largest first, because a sum of huge weights is infinite.
+    largest = max(counted)
+    total = sum(weight / largest for weight in counted)
+    return [weight / largest / total for weight in weights]
 
 
 def _sum(weights: Sequence[float], has: Sequence[bool], missing: Missing) -> list[float]:
@@ -257,12 +263,29 @@ def _check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise MergeError(f"device must be cpu, cuda or cuda:N; got {device}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind not in ("cpu", "cuda"):
+        raise MergeError(f"device must be cpu, cuda or cuda:N; got {device}")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise MergeError(f"device {device} is not there; use cpu")
 
 
 def _existing_parent(folder: Path) -> Path:
-    return next(parent for parent in folder.absolute().parents if parent.is_dir())
+    """Return the folder that ``folder`` will appear in, as far as there is one now."""
+    if os.path.lexists(folder):
+        raise MergeError(f"out must not exist yet; {folder} does")
+    parent = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+    if not parent.is_dir():
+        raise MergeError(f"out must lie in a folder; got {folder}, and {parent} is none")
+    return parent
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Let errors of the file system in a ``with`` block say what they mean for ``folder``."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written, and nothing of it was: {error.strerror or error}") from error
 
 
 def _add_up(opened: Sequence[AdapterFolder], coefficients: Sequence[float], path: str) -> ProductSum:
@@ -303,10 +326,13 @@ def _decompose(
 
 
 def _rounded(factor: Tensor, dtype: AdapterDtype, path: str) -> Tensor:
-    rounded = factor.to("cpu", getattr(torch, dtype))
-    if not all(isfinite(float(extreme)) for extreme in torch.aminmax(rounded)):
-        raise MergeError(f"{path} does not fit into {dtype}; use --dtype float32 or bfloat16")
-    return rounded
+    largest, limits = float(factor.abs().max()), torch.finfo(getattr(torch, dtype))
+    if largest != 0 and not limits.tiny <= largest <= limits.max:
+        raise MergeError(
+            f"factors must be within {limits.tiny:.1g} and {limits.max:.1g} for {dtype}; the largest number of {path} "
+            f"is {largest:.1g}: use {'float32 or bfloat16' if dtype == 'float16' else 'weights nearer to 1'}"
+        )
+    return factor.to("cpu", getattr(torch, dtype))
 
 
 def _config_of(opened: Sequence[AdapterFolder], modules: Sequence[MergedModule]) -> dict[str, object]:

@@ -1,12 +1,13 @@
 """Tables of a merge and of an adapter, as they appear in a narrow terminal and in a pipe."""
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from flexlora.display_merge import ModuleProgress, bar, print_inspection, print_merge, spark
+from flexlora.display_merge import bar, module_progress, print_inspection, print_merge, spark
 from flexlora.inspection import Inspection, ModuleSpectrum
 from flexlora.lora.decomposition import Certificate
 from flexlora.merging import MergedModule, MergeResult
@@ -51,6 +52,11 @@ def test_many_modules_are_shown_by_kind_with_the_worst_below() -> None:
     assert "model.layers.3.self_attn.q_proj" not in text
 
 
+def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
+    modules = tuple(replace(module, path=f"{module.path}[/x]") for module in result_of(30).modules)
+    assert "q_proj[/x] at rank 4" in printed(replace(result_of(30), modules=modules), explain=True)
+
+
 def test_explaining_names_the_method_and_the_reason_of_every_module() -> None:
     text = printed(result_of(30), explain=True)
     assert text.count("total rank 6 is small") == 60
@@ -87,11 +93,11 @@ def test_bars_and_sparks_have_their_proportions() -> None:
 
 def test_progress_is_silent_where_there_is_no_terminal() -> None:
     console = Console(file=StringIO())
-    with ModuleProgress(console, "merging", hidden=False) as progress:
+    with module_progress(console, "merging", hidden=False) as progress:
         progress(1, 2)
     assert console.file.getvalue() == ""  # type: ignore[attr-defined]
     console = Console(file=StringIO(), force_terminal=True, width=100)
-    with ModuleProgress(console, "merging", hidden=False) as progress:
+    with module_progress(console, "merging", hidden=False) as progress:
         progress(1, 2)
         progress(2, 2)
     assert "merging" in console.file.getvalue()  # type: ignore[attr-defined]

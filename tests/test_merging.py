@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from flexlora.adapter_folder import REFUSED, UNDERSTOOD, AdapterError, open_adap
 from flexlora.adapters import read_adapter, write_adapter
 from flexlora.lora.factors import AdapterState, LoraFactors
 from flexlora.merging import METHODS, MergeError, merge
+from flexlora.tensor_file import TensorSpool
 
 TOKENS = torch.tensor([[1, 40, 50, 60, 17, 23], [1, 33, 20, 10, 44, 5]])
 ATTENTION = ["q_proj", "v_proj"]
@@ -309,6 +311,21 @@ def test_a_missing_module_counts_as_unchanged_or_is_left_out_of_the_mean(
     assert any("modules are missing in some adapters, which count as unchanged" in note for note in zero.notes)
 
 
+@pytest.mark.parametrize("weights", [(1e308, 1e308), (5e-324, 5e-324)])
+def test_weights_whose_sum_leaves_the_range_of_numbers_are_still_shares(
+    plain: Path, tmp_path: Path, network: PreTrainedModel, weights: Sequence[float]
+) -> None:
+    for missing in ("zero", "renormalise"):
+        merge([plain, plain], weights, missing=missing, out=tmp_path / missing)
+        assert_same_changes(deltas(network, tmp_path / missing), deltas(network, plain))
+
+
+def test_an_adapter_given_twice_counts_twice_and_is_named(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(plain)
+    result = merge([plain, tmp_path / "link"], out=tmp_path / "out")
+    assert f"{plain} was given 2 times, and every time counts" in result.notes
+
+
 def test_changes_that_cancel_leave_a_module_without_effect(
     network: PreTrainedModel, save: Save, tmp_path: Path
 ) -> None:
@@ -478,9 +495,15 @@ def test_values_beyond_the_type_asked_for_are_refused(tmp_path: Path) -> None:
     write_adapter(
         tmp_path / "large", {"layer": LoraFactors(torch.full((1, 3), 1e6), torch.full((2, 1), 1e6), 1.0)}, "b"
     )
-    with pytest.raises(MergeError, match="layer does not fit into float16; use --dtype float32 or bfloat16"):
+    with pytest.raises(MergeError, match=r"for float16; the largest number of layer is .*: use float32 or bf"):
         merge([tmp_path / "large"], dtype="float16", out=tmp_path / "out")
     merge([tmp_path / "large"], dtype="bfloat16", out=tmp_path / "out")
+    # Too small is as bad: factors that vanish, or nearly, are another function.
+    write_adapter(tmp_path / "small", {"layer": LoraFactors(torch.ones(1, 3), torch.ones(2, 1), 1e-9)}, "b")
+    assert_refused([tmp_path / "small"], "must be within 6e-05 and 7e.04 for float16.*use float32", dtype="float16")
+    for weight in (1e-200, 1e200):
+        for choice in ({}, {"energy": 0.9}):
+            assert_refused([tmp_path / "small"], "nearer to 1", method="sum", weights=[weight], **choice)
 
 
 def test_more_directions_than_there_are_and_a_looser_accuracy_may_be_asked_for(
@@ -684,6 +707,9 @@ def test_files_that_are_broken_are_refused(plain: Path) -> None:
         (settings_text.replace('"lora_alpha": 8', '"lora_alpha": NaN'), "lora_alpha must be a number"),
         (settings_text.replace('"rank_pattern": {}', '"rank_pattern": [1]'), "rank_pattern must map patterns"),
         (settings_text.replace('"alpha_pattern": {}', '"alpha_pattern": {"(": 1}'), "no regular expression"),
+        (settings_text.replace('"rank_pattern": {}', '"rank_pattern": {"q": "2"}'), "rank_pattern of q must be a numb"),
+        (settings_text.replace('"task_type": null', '"task_type": [1]'), r"task_type must be text in .*; got \[1\]"),
+        ("[" * 100_000, "must be JSON"),
     ):
         assert text != settings_text
         config.write_text(text)
@@ -702,6 +728,8 @@ def test_tensors_that_are_no_pair_of_matrices_are_refused(plain: Path) -> None:
         ({key: torch.zeros(2, 32, dtype=torch.int8)}, "must be stored in BF16, F16, F32, F64; got I8"),
         ({"base_model.model.x.lora_magnitude_vector": torch.ones(2)}, "only LoRA factors of linear modules and embedd"),
         ({"q_proj.weight": torch.ones(2)}, "found q_proj.weight"),
+        ({key.replace("weight", "default.weight"): torch.ones(2, 32)}, "under the names that PEFT's save_pretrained"),
+        ({key.removeprefix("base_model.model."): torch.ones(2, 32)}, "under the names that PEFT's save_pretrained"),
         ({key.replace("lora_A.weight", "lora_embedding_A"): torch.ones(2, 32)}, "linear module and of an embedding"),
     ):
         changed = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
@@ -765,6 +793,8 @@ def test_all_adapters_that_cannot_be_read_are_reported_at_once(plain: Path, tmp_
         ({"rank": 0}, "rank must be at least 1; got 0"),
         ({"energy": 1.5}, "energy must be a share above 0 and up to 1; got 1.5"),
         ({"device": "abacus"}, "device must be cpu, cuda or cuda:N; got abacus"),
+        ({"device": "meta"}, "device must be cpu, cuda or cuda:N; got meta"),
+        ({"device": "cuda:99"}, "device cuda:99 is not there; use cpu"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -775,6 +805,8 @@ def test_requests_that_make_no_sense_are_refused(plain: Path, options: dict[str,
 def test_nothing_to_merge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="at least one adapter"):
         merge([], out=tmp_path / "out")
+    with pytest.raises(MergeError, match="adapters must be a list of folders or hub ids; got only one"):
+        merge("one", out=tmp_path / "out")
 
 
 # What is left behind
@@ -786,15 +818,37 @@ def test_a_folder_that_exists_is_never_touched(plain: Path, tmp_path: Path) -> N
     with pytest.raises(MergeError, match="out must not exist yet"):
         merge([plain], out=target)
     target.rmdir()
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(MergeError, match=r"out must not exist yet; .*link does"):
+        merge([plain], out=tmp_path / "link")
+    (tmp_path / "link").unlink()
+    weights = plain / "adapter_model.safetensors"
+    with pytest.raises(MergeError, match=r"out must lie in a folder; got .*, and .*safetensors is none"):
+        merge([plain], out=weights / "parent" / "out")
 
     def appear(done: int, total: int) -> None:
         target.mkdir(exist_ok=True)
         (target / "thesis.txt").write_text("years of work")
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="out cannot be written, and nothing of it was: Directory not empty"):
         merge([plain], out=target, notify=appear)
     assert [path.name for path in target.iterdir()] == ["thesis.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-0", "out"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(spool: TensorSpool, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TensorSpool, "write", full)
+    with pytest.raises(OSError, match="out cannot be written, and nothing of it was: No space left on device"):
+        merge([plain], out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [plain]
+
+
+def test_a_name_as_long_as_names_may_be_can_be_written(plain: Path, tmp_path: Path) -> None:
+    merge([plain], out=tmp_path / ("n" * 255))
 
 
 def test_an_interruption_leaves_nothing(plain: Path, tmp_path: Path) -> None:

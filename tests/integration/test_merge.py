@@ -82,7 +82,8 @@ def test_explain_says_how_each_module_was_decomposed(adapters: Path) -> None:
         (("a", "--rank", "2", "--exact", "--out", "out"), "Error: only one of rank, energy and exact"),
         (("a",), "Error: merging needs adapters and the folder to write"),
         (("--inspect", "a", "b"), "Error: --inspect looks into one adapter"),
-        (("--inspect", "a", "--out", "a.png"), "Error: --out must be a new file that ends in .svg"),
+        (("--inspect", "a", "--rank", "2"), "Error: --inspect looks into one adapter and merges nothing; got --"),
+        (("--inspect", "a", "--out", "a.jpg"), "Error: --out must be a new file that ends in .svg, .png, .pdf with"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value).replace("/", "-"),
 )
@@ -107,7 +108,10 @@ def test_an_adapter_is_inspected_with_a_picture(adapters: Path) -> None:
     assert "self_attn.q_proj  (3)" in done.stdout and "Wrote pictures/c.svg" in done.stdout
     assert "█" in done.stdout
     assert ElementTree.parse(adapters / "pictures" / "c.svg").getroot().tag.endswith("svg")
-    found = json.loads(flexlora("merge", "--inspect", "c", "--json", folder=adapters).stdout)
+    done = flexlora("merge", "--inspect", "c", "--json", "--out", "c.png", folder=adapters)
+    assert (adapters / "c.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(done.stdout)
+    assert found["picture"] == "c.png"
     factors = read_adapter(adapters / "c")[PATHS[0]]
     expected = np.linalg.svd(factors.delta().numpy(), compute_uv=False)[:8]
     np.testing.assert_allclose(found["modules"][0]["singular_values"], expected, rtol=1e-6)
@@ -150,13 +154,11 @@ main()
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory where the system tells it")
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> None:
-    benchmark = ROOT / "benchmarks" / "merge_memory.py"
-    peaks = []
-    for num_adapters in (8, 64):
-        command = [sys.executable, str(benchmark), "--adapters", str(num_adapters), "--modules", "2", "--hidden", "512"]
-        command += ["--out", str(tmp_path / str(num_adapters)), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-        assert done.returncode == 0, done.stderr
-        peaks.append(json.loads(done.stdout)["grown_bytes"])
+    command = [sys.executable, ROOT / "benchmarks" / "merge_memory.py", "--cases", "8x2,64x2", "--hidden", "512"]
+    command += ["--spectrum", "flat", "--folder", tmp_path, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    peaks = [row["grown_bytes"] for row in json.loads(done.stdout)]
+    assert list(tmp_path.iterdir()) == []
     # 56 more adapters hold 56 x 2 modules x (4 + ... + 64) x 1024 x 2 bytes, some 5 MB each: 280 MB if all were kept.
     assert peaks[1] - peaks[0] < 60e6

@@ -1,0 +1,22 @@
+"""How does the terminal show that something moves?"""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def moving_bar(console: Console, detail: ProgressColumn, *, hidden: bool, transient: bool = False) -> Progress:
+    """Return a bar with a description, ``detail`` and the time left; silent where the console is no terminal.
+
+    With ``transient`` it leaves nothing behind.
+    """
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        detail,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=hidden or not console.is_terminal,
+        transient=transient,
+    )
