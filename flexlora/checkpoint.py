@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from flexlora import FlexLoraError
+from flexlora.clients import Broadcast
+from flexlora.lora.factors import LoraFactors
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 TENSORS_FILE = "state.safetensors"
 TREE_FILE = "state.json"
+SENT_TYPES = {kind.__name__: kind for kind in (Broadcast, LoraFactors)}
 
 
 class CheckpointError(FlexLoraError, ValueError):
@@ -40,17 +43,20 @@ class Checkpoint:
         server_round: The round that had just ended; 0 before the first.
         state: The aggregator's state.
         progress: What else the loop must remember, as plain JSON values.
+        sent: What clients that are still at work were sent, by a name of the loop's.
     """
 
     server_round: int
     state: Any
     progress: Mapping[str, Any]
+    sent: Mapping[str, Broadcast] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     """Write ``folder/round-NNNN`` atomically, then drop all but the newest ``keep`` checkpoints."""
     tensors: dict[str, Tensor] = {}
     tree = _encode(checkpoint.state, tensors, "state")
+    sent = _encode(checkpoint.sent, tensors, "sent")
     folder.mkdir(parents=True, exist_ok=True)
     target = _folder_of(folder, checkpoint.server_round)
     partial = folder / f".{target.name}.partial"
@@ -64,6 +70,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
         "sha256": _write_tensors(partial / TENSORS_FILE, tensors),
         "progress": dict(checkpoint.progress),
         "state": tree,
+        "sent": sent,
     }
     _write(partial / TREE_FILE, json.dumps(description).encode())
     # safetensors gives its file to the owner alone, whatever the umask says.
@@ -117,8 +124,11 @@ def _read(folder: Path, types: Mapping[str, type]) -> Checkpoint:
     content = (folder / TENSORS_FILE).read_bytes()
     if hashlib.sha256(content).hexdigest() != description["sha256"]:
         raise CheckpointError(f"{TENSORS_FILE} does not have the digest that {TREE_FILE} names; the file is damaged")
-    state = _decode(description["state"], load(content), types)
-    return Checkpoint(description["server_round"], state, description["progress"])
+    tensors = load(content)
+    state = _decode(description["state"], tensors, types)
+    # Checkpoints of earlier versions have none.
+    sent = _decode(description.get("sent", {"items": {}}), tensors, SENT_TYPES)
+    return Checkpoint(description["server_round"], state, description["progress"], sent)
 
 
 def _folder_of(folder: Path, server_round: int) -> Path:

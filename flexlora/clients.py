@@ -99,12 +99,14 @@ class ClientSpec:
         plan: Its LoRA ranks.
         num_examples: Number of training examples, the weight of its update.
         category: Task category for tables, empty when unknown.
+        device: Name of its device profile, empty when no devices are simulated.
     """
 
     client_id: str
     plan: RankPlan
     num_examples: int
     category: str = ""
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,27 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Change:
+    """An update that is to count by what it changed against what its client was sent.
+
+    Attributes:
+        update: What came back.
+        start: What the client was sent and trained from, at the same ranks.
+        discount: Factor on the change, 0 to 1; less than 1 for what comes late.
+    """
+
+    update: Update
+    start: AdapterState
+    discount: float = 1.0
+
+
+@dataclass(frozen=True)
 class ClientFailure:
     """A client that was left out of a round.
 
     Attributes:
         client_id: Who failed.
-        stage: ``broadcast``, ``train``, ``upload`` or ``validate``.
+        stage: ``broadcast``, ``train``, ``upload`` or ``validate``; ``stale`` for an update that came too late.
         reason: One line for a person.
         down_bytes: Bytes it had received by then.
         up_bytes: Bytes of its update that travelled before it was refused.
@@ -252,12 +269,21 @@ def assign_plans(
     Raises:
         ClientError: For an unknown distribution or type, or weights that are not a distribution.
     """
-    weights = _weights(plans, distribution)
+    drawn = draw_names(client_ids, _weights(plans, distribution), seed, "client-type")
+    return {client_id: plans[name] for client_id, name in drawn.items()}
+
+
+def draw_names(client_ids: Iterable[str], weights: Mapping[str, float], seed: int, purpose: str) -> dict[str, str]:
+    """Return client id -> a name drawn by weight, a function of the seed, the purpose and the id alone.
+
+    Args:
+        weights: Name -> weight, 0 or more and not all 0.
+        purpose: Of the random stream.
+    """
     names = sorted(name for name, weight in weights.items() if weight > 0)
     bounds = list(accumulate(weights[name] for name in names))
     return {
-        client_id: plans[names[_place(bounds, stream(seed, "client-type", client_id).random())]]
-        for client_id in _unique(client_ids)
+        client_id: names[_place(bounds, stream(seed, purpose, client_id).random())] for client_id in _unique(client_ids)
     }
 
 
@@ -270,19 +296,35 @@ def deal_plans(
         ClientError: For an unknown type, a negative count, or counts that do not add up to the number of clients.
     """
     _check_types("clients.counts", plans, counts)
+    dealt = deal_names(client_ids, counts, seed, "client-type", "clients")
+    return {client_id: plans[name] for client_id, name in dealt.items()}
+
+
+def deal_names(
+    client_ids: Iterable[str], counts: Mapping[str, int], seed: int, purpose: str, section: str
+) -> dict[str, str]:
+    """Return client id -> name with exactly ``counts`` clients of each, dealt by the seed and the set of ids.
+
+    Args:
+        purpose: Of the random stream.
+        section: The section of the configuration that ``counts`` comes from, for messages.
+
+    Raises:
+        ClientError: For a negative count, or counts that do not add up to the number of clients.
+    """
     ids, total = _unique(client_ids), sum(counts.values())
     if min(counts.values(), default=0) < 0:
-        raise ClientError(f"clients.counts must be 0 or more; got {dict(counts)}")
+        raise ClientError(f"{section}.counts must be 0 or more; got {dict(counts)}")
     if total != len(ids):
         change = f"{'add' if total < len(ids) else 'take away'} {abs(total - len(ids))}"
         raise ClientError(
-            f"clients.counts must add up to {len(ids)}, the clients that clients.assigned does not name; got {total}: "
-            f"{change}, or leave clients.counts out and give shares in clients.distribution"
+            f"{section}.counts must add up to {len(ids)}, the clients that {section}.assigned does not name; "
+            f"got {total}: {change}, or leave {section}.counts out and give shares in {section}.distribution"
         )
-    order = sorted(ids, key=lambda client_id: (stream_seed(seed, "client-type", client_id), client_id))
+    order = sorted(ids, key=lambda client_id: (stream_seed(seed, purpose, client_id), client_id))
     names = [name for name in sorted(counts) for _ in range(counts[name])]
-    plan_of = {client_id: plans[name] for client_id, name in zip(order, names, strict=True)}
-    return {client_id: plan_of[client_id] for client_id in ids}
+    name_of = dict(zip(order, names, strict=True))
+    return {client_id: name_of[client_id] for client_id in ids}
 
 
 def fixed_plans(
@@ -294,14 +336,23 @@ def fixed_plans(
         ClientError: For a type that is not in ``plans`` or a client that is not in ``client_ids``.
     """
     _check_types("clients.assigned", plans, assigned.values())
-    known = sorted(_unique(client_ids))
-    unknown = sorted(assigned.keys() - set(known))
+    check_known(client_ids, assigned, "clients")
+    return {client_id: plans[name] for client_id, name in sorted(assigned.items())}
+
+
+def check_known(client_ids: Iterable[str], assigned: Iterable[str], section: str) -> None:
+    """Raise unless all ``assigned`` clients are among ``client_ids``.
+
+    Raises:
+        ClientError: Naming the section of the configuration and some of the clients.
+    """
+    known, named = sorted(_unique(client_ids)), set(assigned)
+    unknown = sorted(named - set(known))
     if unknown:
         raise ClientError(
-            f"clients.assigned must name clients of the data; {len(unknown)} of {len(assigned)} are unknown: "
+            f"{section}.assigned must name clients of the data; {len(unknown)} of {len(named)} are unknown: "
             f"{_some(unknown)}. The data has {len(known)}: {_some(known)}"
         )
-    return {client_id: plans[name] for client_id, name in sorted(assigned.items())}
 
 
 def count_plans(plans: Iterable[RankPlan]) -> dict[str, int]:

@@ -60,6 +60,11 @@ class ModelConfig(_Section):
     num_threads: int | None = Field(
         default=None, ge=1, description="CPU threads for tensor work; null leaves the choice to PyTorch."
     )
+    clients_per_group: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most clients that share passes through the base; null decides by tokens and memory, 1 is one by one.",
+    )
 
 
 class LoraConfig(_Section):
@@ -98,14 +103,29 @@ class _DataConfig(_Section):
     validation_examples: int = Field(
         default=128, ge=0, description="Size of the fixed validation set, drawn from validation parts of clients."
     )
+    cache: str = Field(
+        default="auto",
+        min_length=1,
+        description=(
+            "Where examples and their tokens are kept for later runs: a folder, `user` (below `XDG_CACHE_HOME`), `none`, "
+            "or `auto`: `user` for generated data, `none` for all other."
+        ),
+    )
 
 
 class GeneratedData(_DataConfig):
-    """The built-in corpus of generated text tasks; one task is one client."""
+    """The built-in corpus of generated text tasks; one task is one client, or several."""
 
     name: Literal["generated"] = "generated"
     corpus_seed: int = Field(default=0, description="Seed of the corpus itself, independent of the seed of the run.")
-    examples_per_task: int = Field(default=100, ge=10, description="Examples generated per task, split 80/10/10.")
+    examples_per_task: int = Field(
+        default=100, ge=10, description="Examples generated for each client of a task, split 80/10/10."
+    )
+    clients_per_task: int = Field(
+        default=1,
+        ge=1,
+        description="Most clients that have the same task, each with examples of its own; small tasks serve fewer.",
+    )
     num_unseen_tasks: int = Field(default=64, ge=1, description="Tasks no client has, spread over the families.")
     unseen_categories: tuple[str, ...] = Field(default=(), description="Families held out as a whole.")
 
@@ -185,6 +205,13 @@ class RankConfig(_Section):
 class ClientsConfig(_Section):
     """What the clients' devices can afford."""
 
+    ranks_from: Literal["types", "devices"] = Field(
+        default="types",
+        description=(
+            "`types` below, or `devices`: the largest ranks that fit each device's memory, `devices.round_seconds` and "
+            "`devices.round_bytes`, by the estimates of `flexlora plan`; the settings below are then not looked at."
+        ),
+    )
     types: Literal["paper", "small"] | dict[str, RankConfig] = Field(
         default="small",
         description=(
@@ -208,6 +235,84 @@ class ClientsConfig(_Section):
     assigned: dict[Annotated[str, Field(coerce_numbers_to_str=True)], str] = Field(
         default_factory=dict,
         description="Client id -> its type, for clients whose device is known; all others are drawn.",
+    )
+
+
+class DevicesConfig(_Section):
+    """Simulated devices of the clients: what they afford, how fast and how reliable they are."""
+
+    profiles: str | None = Field(
+        default=None,
+        description=(
+            "`built_in` (phone, laptop, workstation, server: assumptions of ours), or a CSV file of devices; null "
+            "simulates none."
+        ),
+    )
+    distribution: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="How devices are spread over clients: `{device: weight}` in any unit; empty takes the profiles'.",
+    )
+    counts: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="Exact number of clients of each device; replaces `devices.distribution`.",
+    )
+    assigned: dict[Annotated[str, Field(coerce_numbers_to_str=True)], str] = Field(
+        default_factory=dict, description="Client id -> its device, for clients whose device is known."
+    )
+    types: dict[str, str] = Field(
+        default_factory=dict,
+        description="Device -> client type, with `clients.ranks_from: types`; other devices' clients draw their type.",
+    )
+    max_rank: int = Field(
+        default=64, ge=1, description="Largest rank chosen, with `clients.ranks_from: devices`; powers of two below it."
+    )
+    rank_choices: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="Ranks to choose from instead of powers of two, for example `[8, 30, 200]`."
+    )
+    round_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Most virtual seconds a round may take a device, transfers included; bounds ranks. Null is any.",
+    )
+    round_bytes: int | None = Field(
+        default=None, ge=1, description="Most bytes a round may move, down and up; bounds ranks. Null is any."
+    )
+
+
+class ClockConfig(_Section):
+    """The virtual clock that runs when devices are simulated, and what the server does about slow clients."""
+
+    policy: Literal["wait", "deadline", "over_select", "async"] = Field(
+        default="wait",
+        description=(
+            "`wait` for the slowest; `deadline` drops who is late; `over_select` samples more clients and takes the "
+            "first; `async` keeps a cohort at work and steps after every `clock.buffer_size` updates, on changes."
+        ),
+    )
+    deadline_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Virtual seconds after which `deadline`, and if set `over_select`, drop clients.",
+    )
+    over_selection: float = Field(
+        default=1.3, ge=1, description="Clients sampled by `over_select` for each client of the cohort."
+    )
+    jitter: float = Field(
+        default=0.0, ge=0, description="Standard deviation of the logarithm of a factor on each client's time."
+    )
+    day_seconds: float = Field(
+        default=86400.0, gt=0, description="Length of a virtual day; availability repeats daily."
+    )
+    buffer_size: int | None = Field(
+        default=None, ge=1, description="Updates in each server step of `async`; null is half a cohort."
+    )
+    staleness: Literal["constant", "polynomial", "exponential"] = Field(
+        default="polynomial",
+        description="Weight of a change t server steps old: 1, (1 + t)^-rate, or exp(-rate t); for `async`.",
+    )
+    staleness_rate: float = Field(default=0.5, ge=0, description="The rate in it.")
+    max_staleness: int | None = Field(
+        default=None, ge=0, description="Staler updates are dropped by `async`; null drops none."
     )
 
 
@@ -329,6 +434,12 @@ class EvaluationConfig(_Section):
         gt=0,
         description="Learning rate of that reference, which a small rank may want larger; null is the run's own.",
     )
+    target_rouge_l: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Unseen ROUGE-L whose virtual time the report gives; null is the best of the weakest run shown.",
+    )
 
 
 class Config(_Section):
@@ -339,6 +450,8 @@ class Config(_Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     data: DataConfig = Field(default_factory=GeneratedData)
     clients: ClientsConfig = Field(default_factory=ClientsConfig)
+    devices: DevicesConfig = Field(default_factory=DevicesConfig)
+    clock: ClockConfig = Field(default_factory=ClockConfig)
     method: MethodConfig = Field(default_factory=FlexLoraMethod)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     rounds: RoundsConfig = Field(default_factory=RoundsConfig)
@@ -391,6 +504,8 @@ def _disagreements(config: Config) -> Iterator[str]:
                     yield f"clients.types.{name}.patterns: {pattern!r} must be a regular expression: {error}"
     known = list(types) if isinstance(types, dict) else ["type1", "type2", "type3", "type4"]
     yield from _type_disagreements(config, known)
+    yield from _device_disagreements(config, known)
+    yield from _clock_disagreements(config)
 
 
 def _type_disagreements(config: Config, known: Sequence[str]) -> Iterator[str]:
@@ -422,6 +537,50 @@ def _type_disagreements(config: Config, known: Sequence[str]) -> Iterator[str]:
             f"clients.distribution={distribution} is defined for four types; clients.types has {len(known)}: "
             "write clients.distribution as {type: weight}"
         )
+
+
+def _device_disagreements(config: Config, known: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the devices; their names are checked where their profiles are read."""
+    devices = config.devices
+    if devices.profiles is None:
+        changed = sorted(devices.model_fields_set - {"profiles"} - _unchanged(devices))
+        wanted = [f"devices.{name}" for name in changed]
+        wanted += ["clients.ranks_from=devices"] if config.clients.ranks_from == "devices" else []
+        wanted += sorted(f"clock.{name}" for name in config.clock.model_fields_set - _unchanged(config.clock))
+        if wanted:
+            yield f"{', '.join(wanted)} need simulated devices; set devices.profiles=built_in or to a CSV file"
+        return
+    for device, name in devices.types.items():
+        if name not in known:
+            yield f"devices.types.{device} must be a type of clients.types, which has {', '.join(known)}; got {name!r}"
+    if devices.types and config.clients.ranks_from == "devices":
+        yield "devices.types gives devices fixed types but clients.ranks_from=devices chooses ranks; leave one out"
+    bounds = {"round_seconds": devices.round_seconds, "round_bytes": devices.round_bytes}
+    given = [f"devices.{name}" for name, bound in bounds.items() if bound is not None]
+    if given and config.clients.ranks_from == "types":
+        yield f"{', '.join(given)} bound ranks that are chosen; set clients.ranks_from=devices or leave them out"
+
+
+def _clock_disagreements(config: Config) -> Iterator[str]:
+    clock = config.clock
+    if clock.policy == "deadline" and clock.deadline_seconds is None:
+        yield "clock.policy=deadline needs a deadline; set clock.deadline_seconds"
+    if clock.policy in ("wait", "async") and clock.deadline_seconds is not None:
+        yield (
+            f"clock.deadline_seconds={clock.deadline_seconds:g} is not looked at by clock.policy={clock.policy}; "
+            "set clock.policy=deadline or over_select, or clock.deadline_seconds=null"
+        )
+    if clock.policy == "async" and config.method.name != "flexlora":
+        yield (
+            f"clock.policy=async adds up changes of products, which method.name={config.method.name} has none of; "
+            "set method.name=flexlora or another clock.policy"
+        )
+
+
+def _unchanged(section: BaseModel) -> set[str]:
+    """Return the names of the settings that have their default."""
+    defaults = type(section)()
+    return {name for name in type(section).model_fields if getattr(section, name) == getattr(defaults, name)}
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool = False) -> Config:
@@ -486,6 +645,9 @@ def _missing_paths(config: Config) -> Iterator[str]:
         yield f"data.path: must be a folder of task files; there is no folder {data.path}"
     if isinstance(data, InstructionsData) and _looks_local(data.path) and not Path(data.path).expanduser().exists():
         yield f"data.path: there is no file or folder {data.path}; a hub id looks like org/name"
+    profiles = config.devices.profiles
+    if profiles not in (None, "built_in") and not Path(profiles).expanduser().is_file():
+        yield f"devices.profiles: must be built_in or a CSV file; there is no file {profiles}"
     if name != "embedded" and _looks_local(name) and not Path(name).expanduser().is_dir():
         yield f"model.name_or_path: there is no folder {name}; use `embedded`, a local folder or a hub id like org/name"
 

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,7 +34,7 @@ from flexlora.config import (
 )
 from flexlora.data.examples import FederatedCorpus
 from flexlora.model import load_base_model
-from flexlora.participants import gather_participants
+from flexlora.participants import Participants, base_name, gather_participants
 from flexlora.references import FEDIT_FOLDER, measure_references
 from flexlora.report.page import REPORT_FILE, write_report
 from flexlora.report.records import (
@@ -62,7 +63,6 @@ from flexlora.workbench import (
     Stage,
     Workbench,
     adapter_at_rank,
-    base_name,
     cohort_size,
     rounds_stage,
     scaling_rule,
@@ -305,7 +305,7 @@ def _manifest(workbench: Workbench) -> ManifestRecord:
         platform=platform.platform(),
         seed=config.seed,
         config_hash=hashlib.sha256(dump_config(config).encode()).hexdigest(),
-        data_hashes=corpus_hashes(participants.corpus),
+        data_hashes=corpus_hashes(participants.corpus) | _device_hashes(participants),
         base_model=config.model.name_or_path,
         num_parameters=workbench.model.num_parameters,
         method=config.method.name,
@@ -315,11 +315,21 @@ def _manifest(workbench: Workbench) -> ManifestRecord:
         cohort_size=cohort_size(config, num_clients),
         plan_counts=count_plans(client.plan for client in participants.clients),
         plan_ranks={name: plan.resolve(workbench.shapes) for name, plan in participants.plans.items()},
+        device_counts=dict(sorted(Counter(client.device for client in participants.clients if client.device).items())),
+        policy=config.clock.policy if participants.devices else None,
+        target_rouge_l=config.evaluation.target_rouge_l,
         device=str(workbench.model.device),
         num_threads=torch.get_num_threads(),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=list(participants.warnings),
     )
+
+
+def _device_hashes(participants: Participants) -> dict[str, str]:
+    """Return a SHA-256 of the simulated devices, whose file may change; none without devices."""
+    if not participants.devices:
+        return {}
+    return {"devices": hashlib.sha256(repr(sorted(participants.devices.items())).encode()).hexdigest()}
 
 
 def corpus_hashes(corpus: FederatedCorpus) -> dict[str, str]:

@@ -1,23 +1,54 @@
 """What a run will do and cost, before any weight is loaded."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from flexlora.clients import compact_ranks
+from flexlora.clients import ClientSpec, RankPlan, compact_ranks
 from flexlora.config import Config, FlexLoraMethod
-from flexlora.costs import BaseShape, ClientCost, LocalWork, client_cost, measure_flops_per_second
-from flexlora.data.prompts import IGNORED, encode_many
-from flexlora.model import load_empty_model, target_modules
-from flexlora.participants import Participants, gather_participants
+from flexlora.costs import BaseShape, ClientCost, measure_flops_per_second
+from flexlora.devices import Budget, DeviceCost, DeviceProfile, exceeded
+from flexlora.model import load_empty_model
+from flexlora.participants import (
+    Participants,
+    base_name,
+    config_plans,
+    cost_on_device,
+    gather_participants,
+    length_sample,
+)
 from flexlora.report.tables import bytes_text, seconds_text
-from flexlora.workbench import adapted_shapes, base_name, check_length, cohort_size, largest_ranks, resolve_device
+from flexlora.workbench import adapted_shapes, check_length, cohort_size, largest_ranks, resolve_device
+from flexlora.workload import Workload, measure_workload
 
-TOKEN_SAMPLE = 256
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """What clients of one device do and spend in a round, or why they take no part.
+
+    Attributes:
+        device: Name of the profile.
+        plan: Name of the rank plan; empty when the device is left out.
+        ranks: Name of a module -> rank; empty when it is left out.
+        num_clients: Clients with this device and plan.
+        memory_bytes: What the device has.
+        cost: Of a round, at the smallest ranks when it is left out.
+        limited_by: What keeps chosen ranks from being larger, what fixed ones exceed (``memory``, ``time``,
+            ``traffic``), or ``left out`` with what the smallest ranks exceed.
+        fixed_types: Client type -> what of the device its ranks would exceed, empty when they fit.
+    """
+
+    device: str
+    plan: str
+    ranks: Mapping[str, int]
+    num_clients: int
+    memory_bytes: float
+    cost: DeviceCost
+    limited_by: str
+    fixed_types: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -39,11 +70,13 @@ class Plan:
         facts: Pairs of a name and a value for a person.
         types: One row per rank plan.
         notes: Sentences on how the estimate was made.
+        devices: One row per device and rank plan; empty when no devices are simulated.
     """
 
     facts: Sequence[tuple[str, str]]
     types: Sequence[PlanRow]
     notes: Sequence[str]
+    devices: Sequence[DeviceRow] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -58,6 +91,10 @@ class Plan:
                 }
                 for row in self.types
             },
+            "devices": [
+                {**dataclasses.asdict(row), "seconds": row.cost.seconds, "ranks": dict(row.ranks)}
+                for row in self.devices
+            ],
             "notes": list(self.notes),
         }
 
@@ -68,63 +105,85 @@ def plan_experiment(config: Config) -> Plan:
     base, tokenizer = load_empty_model(
         base_name(config), revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
     )
-    shapes = adapted_shapes(target_modules(base, config.lora.target_modules), participants.plans.values())
+    sample = length_sample(participants.corpus)
+    workload = participants.workload or measure_workload(config, sample, base, tokenizer)
+    check_length(base.config, config.data.max_length)
+    shapes = adapted_shapes(workload.shapes, participants.plans.values())
     device = resolve_device(config.model.device)
     if config.model.num_threads is not None:
         torch.set_num_threads(config.model.num_threads)
-    check_length(base.config, config.data.max_length)
-    text = base.config.get_text_config()
-    training, data, rounds = config.training, config.data, config.rounds
-    sample = [
-        example
-        for client in participants.clients[:TOKEN_SAMPLE]
-        for example in participants.corpus.clients[client.client_id].train[:1]
-    ]
-    encoded = encode_many(sample, tokenizer, data.template, data.max_length, loss_on=data.loss_on)
-    lengths = [len(example.input_ids) for example in encoded]
-    answers = sum(label != IGNORED for example in encoded for label in example.labels) / len(encoded)
-    # A batch is as long as its longest example.
-    padded = sum(lengths) / len(lengths) * 1.25
-    shape = BaseShape(
-        num_parameters=sum(parameter.numel() for parameter in base.parameters()),
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        vocab_size=text.vocab_size,
-        bytes_per_parameter={"float32": 4, "bfloat16": 2}[config.model.dtype],
-    )
-    batch_tokens = training.batch_size * padded
-    rate = measure_flops_per_second(shape.hidden_size, shape.intermediate_size, int(batch_tokens), device)
-    wire_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[rounds.wire_dtype]
+    shape, tokens = workload.base, int(workload.batch_tokens)
+    rate = measure_flops_per_second(shape.hidden_size, shape.intermediate_size, tokens, device)
     server_ranks = largest_ranks(participants.plans.values(), shapes)
     if isinstance(config.method, FlexLoraMethod) and config.method.server_rank is not None:
         server_ranks = dict.fromkeys(server_ranks, config.method.server_rank)
+    folds_tail = isinstance(config.method, FlexLoraMethod) and config.method.fold_tail
+    folded_ranks = server_ranks if folds_tail else {}
     rows = []
     for name, plan in participants.plans.items():
         ranks = plan.resolve(shapes)
         own = [client for client in participants.clients if client.plan == plan]
-        examples = sum(client.num_examples for client in own) / len(own)
-        steps = math.ceil(examples * training.num_epochs / training.batch_size / training.gradient_accumulation_steps)
-        work = LocalWork(
-            steps=min(steps, training.max_steps or steps),
-            batch_tokens=batch_tokens,
-            passes_per_step=training.gradient_accumulation_steps,
-            answer_tokens=answers * training.batch_size,
-            optimizer=training.optimizer,
-        )
-        cost = client_cost(shape, ranks, shapes, work, rate, wire_bytes)
-        folded = config.method.name == "flexlora" and config.method.fold_tail
-        tail = sum(max(0, rank - ranks.get(module, 0)) * sum(shapes[module]) for module, rank in server_ranks.items())
-        down_bytes = cost.transfer_bytes + (tail * wire_bytes if folded else 0)
+        cost = workload.cost(ranks, _mean_examples(own), rate)
+        down_bytes = cost.transfer_bytes + workload.tail_bytes(ranks, folded_ranks)
         rows.append(PlanRow(name, compact_ranks(ranks, shapes), len(own), cost, down_bytes))
     per_round = cohort_size(config, len(participants.clients))
-    return Plan(_plan_facts(config, participants, shape, rows, per_round), rows, participants.warnings + PLAN_NOTES)
+    facts = _plan_facts(config, participants, shape, rows, per_round)
+    devices = _device_rows(config, participants, workload, shapes, folded_ranks) if participants.devices else []
+    return Plan(facts, rows, participants.warnings + PLAN_NOTES + (DEVICE_NOTES if devices else ()), devices)
 
 
 PLAN_NOTES = (
     "Memory and time are estimates from shapes and a short measurement of this machine; transfers follow from the "
     "factors' shapes, and a folded tail is counted at its most. Server work and evaluation come on top.",
 )
+DEVICE_NOTES = (
+    "Times on devices are virtual, for a client with its device's mean number of examples; built-in profiles are "
+    "assumptions of ours.",
+)
+
+
+def _device_rows(
+    config: Config,
+    participants: Participants,
+    workload: Workload,
+    shapes: Mapping[str, tuple[int, int]],
+    folded_ranks: Mapping[str, int],
+) -> list[DeviceRow]:
+    """Return one row per device and rank plan that occur together, and one per device that is left out."""
+    settings, rows = config.devices, []
+    budget = Budget((1,), settings.round_seconds, settings.round_bytes)
+    chosen = config.clients.ranks_from == "devices"
+    for name, profile in participants.devices.items():
+        clients = [client for client in participants.clients if client.device == name]
+        mean = _mean_examples(clients)
+
+        def cost(plan: RankPlan, examples: float, profile: DeviceProfile = profile) -> DeviceCost:
+            return cost_on_device(workload, profile, plan.resolve(workload.shapes), examples, folded_ranks)
+
+        fixed_types = {
+            type_name: ", ".join(exceeded(profile, cost(plan, mean), budget))
+            for type_name, plan in config_plans(config).items()
+        }
+        for plan in sorted({client.plan for client in clients}, key=lambda plan: plan.name):
+            own = [client for client in clients if client.plan == plan]
+            spent = cost(plan, _mean_examples(own))
+            if chosen:
+                limited_by = ", ".join(participants.affordable[name].limited_by) or "largest rank allowed"
+            else:
+                limited_by = ", ".join(exceeded(profile, spent, budget))
+            ranks = compact_ranks(plan.resolve(shapes), shapes)
+            rows.append(
+                DeviceRow(name, plan.name, ranks, len(own), profile.memory_bytes, spent, limited_by, fixed_types)
+            )
+    for name, found in participants.affordable.items():
+        if found.plan is None:
+            memory, why = found.profile.memory_bytes, f"left out: {', '.join(found.limited_by)}"
+            rows.append(DeviceRow(name, "", {}, 0, memory, found.cost, why, {}))
+    return rows
+
+
+def _mean_examples(clients: Sequence[ClientSpec]) -> float:
+    return sum(client.num_examples for client in clients) / len(clients)
 
 
 def _plan_facts(

@@ -139,13 +139,20 @@ def _fedit_reference(
     notify(rounds_stage("Reference: FedIT, every client at the smallest rank", loop))
     run_rounds(loop)
     records = read_records(loop.folder / RECORDS_FILE)
-    scored = [(record.server_round, record.evaluation) for record in records if record.evaluation]
+    scored = [(record, record.evaluation) for record in records if record.evaluation]
     compact = compact_ranks(ranks, workbench.shapes)
     return ReferenceRunRecord(
         rank=describe_ranks(compact),
         ranks=compact,
         learning_rate=learning_rate,
-        evaluations=[RoundScoreRecord(server_round=number, unseen=scores.unseen) for number, scores in scored],
+        evaluations=[
+            RoundScoreRecord(
+                server_round=record.server_round,
+                unseen=scores.unseen,
+                virtual_clock_seconds=record.virtual_clock_seconds,
+            )
+            for record, scores in scored
+        ],
         final=scored[-1][1],
         up_bytes=sum(record.up_bytes for record in records),
         down_bytes=sum(record.down_bytes for record in records),

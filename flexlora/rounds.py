@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,10 +14,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 
 from flexlora import FlexLoraError
-from flexlora.aggregators.base import Aggregator
+from flexlora.aggregators.base import AggregationError, Aggregator, ChangeAggregator
+from flexlora.buffering import fill_buffer, still_needed
 from flexlora.checkpoint import Checkpoint, load_latest, replace_progress, save_checkpoint
 from flexlora.clients import (
     Broadcast,
+    Change,
     ClientFailure,
     ClientSpec,
     RankPlan,
@@ -26,6 +28,7 @@ from flexlora.clients import (
     sample_cohort,
     stream_seed,
 )
+from flexlora.clock import Breakdown, Clock, ClockState, Trip, close_round, open_round, start_trip
 from flexlora.engines.base import Engine
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.product import ProductSum, Spectrum, add_product, decompose
@@ -42,7 +45,7 @@ from flexlora.report.records import (
     to_line,
 )
 from flexlora.uplink.base import UplinkStep, receive
-from flexlora.uplink.wire import UpdateError, WireDtype, check_update
+from flexlora.uplink.wire import UpdateError, WireDtype, check_update, decode_broadcast, encode, encode_broadcast
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +90,35 @@ class Federation:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the loop remembers besides the aggregator's state."""
+    """What the loop remembers besides the aggregator's state.
+
+    Attributes:
+        clock: Where virtual time stands, if it is simulated.
+        sent: What clients that are still at work were sent, by ``_sent_name``; checkpointed as tensors.
+    """
 
     best_validation_loss: float | None = None
     evaluations_without_gain: int = 0
     failed_rounds_in_a_row: int = 0
     num_updates: int = 0
     stopped: str | None = None
+    clock: ClockState = field(default_factory=ClockState)
+    sent: Mapping[str, Broadcast] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the tensors as plain values."""
+        return dataclasses.asdict(dataclasses.replace(self, sent={}))
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any], sent: Mapping[str, Broadcast]) -> "Progress":
+        """Return the progress whose plain values these are; those that earlier versions lack have their defaults."""
+        clock = dict(values.get("clock", {}))
+        trips = []
+        for trip in clock.pop("trips", ()):
+            breakdown = trip["breakdown"] and Breakdown(**trip["breakdown"])
+            trips.append(Trip(**{**trip, "breakdown": breakdown}))
+        state = ClockState(**clock, trips=tuple(trips))
+        return Progress(**{**values, "clock": state, "sent": sent})
 
 
 @dataclass(frozen=True)
@@ -160,6 +185,8 @@ class Loop:
         folder: Where ``records.jsonl`` and ``checkpoints/`` are.
         notify: Told about each step, for progress displays.
         uplink: The steps whose client ends the engine runs, in the same order; their server ends run here.
+        clock: Decides who is there, who is late and how long a round takes, in virtual time; None lets everybody be
+            there and in time.
     """
 
     aggregator: Aggregator[Any]
@@ -172,6 +199,39 @@ class Loop:
     folder: Path
     notify: Callable[[RoundEvent], None] = lambda event: None
     uplink: Sequence[UplinkStep] = ()
+    clock: Clock | None = None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Clients that start from the broadcasts of one round."""
+
+    server_round: int
+    cohort: Sequence[ClientSpec]
+    broadcasts: Mapping[RankPlan, Broadcast]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a round has to do.
+
+    Attributes:
+        batches: Who trains, from what.
+        lost: Who was sampled and does not get to the server.
+        progress: As it is once they are back.
+        trips: Client id -> its way on the virtual clock, if there is one.
+        adds_changes: Updates count by what they changed, discounted by their staleness.
+    """
+
+    batches: Sequence[_Batch]
+    progress: Progress
+    lost: Sequence[ClientFailure] = ()
+    trips: Mapping[str, Trip] = field(default_factory=dict)
+    adds_changes: bool = False
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.lost) + sum(len(batch.cohort) for batch in self.batches)
 
 
 @dataclass
@@ -214,7 +274,7 @@ def _resumed(loop: Loop) -> tuple[int, Any, Progress] | None:
     if checkpoint is None:
         return None
     server_round, state, records = checkpoint.server_round, checkpoint.state, loop.folder / RECORDS_FILE
-    progress = Progress(**checkpoint.progress["loop"])
+    progress = Progress.from_json(checkpoint.progress["loop"], checkpoint.sent)
     record = RoundRecord.model_validate_json(checkpoint.progress["record"])
     if record.evaluation is None and _is_scored(loop, server_round, progress):
         keep_rounds(records, server_round - 1)
@@ -238,7 +298,10 @@ def _started(loop: Loop) -> tuple[int, Any, Progress]:
     loop.notify(RoundEvent("evaluating", 0))
     with watch.stage("evaluate"):
         scores = loop.evaluator.scores(None)
-    record = RoundRecord(server_round=0, evaluation=scores, seconds=watch.seconds)
+    started = None if loop.clock is None else 0.0
+    record = RoundRecord(
+        server_round=0, evaluation=scores, seconds=watch.seconds, virtual_seconds=started, virtual_clock_seconds=started
+    )
     progress = Progress(best_validation_loss=scores.validation_loss)
     state = loop.aggregator.init(loop.federation.initial_adapter)
     _save(loop, state, progress, record)
@@ -283,14 +346,14 @@ def _is_scored(loop: Loop, server_round: int, progress: Progress) -> bool:
 
 
 def _save(loop: Loop, state: Any, progress: Progress, record: RoundRecord) -> None:
-    checkpoint = Checkpoint(record.server_round, state, _remembered(loop, progress, record))
+    checkpoint = Checkpoint(record.server_round, state, _remembered(loop, progress, record), progress.sent)
     save_checkpoint(loop.folder / CHECKPOINTS_FOLDER, checkpoint, loop.settings.keep_checkpoints)
 
 
 def _remembered(loop: Loop, progress: Progress, record: RoundRecord) -> dict[str, Any]:
     # The record travels inside the checkpoint, so that being killed between the two writes loses neither.
     return {
-        "loop": dataclasses.asdict(progress),
+        "loop": progress.to_json(),
         "record": to_line(record),
         "server_ranks": dict(loop.federation.server_ranks),
     }
@@ -300,9 +363,10 @@ def _train_round(loop: Loop, server_round: int, state: Any, progress: Progress) 
     """Return state, progress and record after a round that has not been scored."""
     settings, federation, watch = loop.settings, loop.federation, _Stopwatch()
     with watch.stage("total"):
-        cohort = sample_cohort(federation.clients, settings.cohort_size, settings.seed, server_round)
-        loop.notify(RoundEvent("cohort", server_round, len(cohort)))
-        state, clients, problem = _train_cohort(loop, server_round, state, cohort, watch)
+        work = _cohort_work(loop, server_round, state, progress, watch)
+        loop.notify(RoundEvent("cohort", server_round, work.num_clients))
+        state, clients, problem = _train_cohort(loop, server_round, state, work, watch)
+        began, progress = progress.clock.now, work.progress
         num_updates = sum(client.outcome == "ok" for client in clients) if problem is None else 0
         progress = _count_updates(progress, num_updates, settings.max_failed_rounds)
         with watch.stage("spectra"):
@@ -329,6 +393,8 @@ def _train_round(loop: Loop, server_round: int, state: Any, progress: Progress) 
         note=problem,
         stopped=progress.stopped,
         seconds=watch.seconds,
+        virtual_seconds=None if loop.clock is None else progress.clock.now - began,
+        virtual_clock_seconds=None if loop.clock is None else progress.clock.now,
     )
     return state, progress, record
 
@@ -352,8 +418,84 @@ def _score_round(loop: Loop, state: Any, progress: Progress, record: RoundRecord
     return progress, record.model_copy(update=update)
 
 
+def _cohort_work(loop: Loop, server_round: int, state: Any, progress: Progress, watch: _Stopwatch) -> _Work:
+    """Return who trains in a round, from what, and who is lost on the way."""
+    settings, clients, clock = loop.settings, loop.federation.clients, loop.clock
+    if clock is None:
+        cohort = sample_cohort(clients, settings.cohort_size, settings.seed, server_round)
+        return _Work([_Batch(server_round, cohort, _broadcasts(loop, state, cohort, watch))], progress)
+    if clock.policy.name == "async":
+        return _buffered_work(loop, clock, server_round, state, progress, watch)
+    begins, cohort = open_round(clock, clients, settings.cohort_size, server_round, progress.clock.now)
+    broadcasts = _broadcasts(loop, state, cohort, watch)
+    sizes = {plan: _sizes(broadcast, loop.federation.wire_dtype) for plan, broadcast in broadcasts.items()}
+    trips = [start_trip(clock, client, server_round, begins, *sizes[client.plan]) for client in cohort]
+    closed = close_round(clock.policy, trips, settings.cohort_size, begins)
+    arrived = set(closed.arrived)
+    return _Work(
+        [_Batch(server_round, [client for client in cohort if client.client_id in arrived], broadcasts)],
+        dataclasses.replace(progress, clock=ClockState(closed.ends)),
+        closed.lost,
+        {trip.client_id: trip for trip in trips},
+    )
+
+
+def _buffered_work(
+    loop: Loop, clock: Clock, server_round: int, state: Any, progress: Progress, watch: _Stopwatch
+) -> _Work:
+    """Return the same for a server that does not wait: clients come back with what they were sent rounds ago."""
+    federation = loop.federation
+    by_id = {client.client_id: client for client in federation.clients}
+    fresh: dict[RankPlan, Broadcast] = {}
+    sizes: dict[RankPlan, tuple[int, int]] = {}
+
+    def sizes_of(plan: RankPlan) -> tuple[int, int]:
+        if plan not in sizes:
+            with watch.stage("broadcast"):
+                broadcast = loop.aggregator.broadcast(state, plan.resolve(federation.shapes))
+                sizes[plan] = _sizes(broadcast, federation.wire_dtype)
+                # As it arrives: a change is against that, and a checkpoint gives back the same strides, without which
+                # a resumed run would round differently.
+                fresh[plan] = decode_broadcast(encode_broadcast(broadcast, federation.wire_dtype))
+        return sizes[plan]
+
+    concurrency, before = loop.settings.cohort_size, progress.clock
+    filled = fill_buffer(clock, federation.clients, concurrency, server_round, before, sizes_of)
+    sent = dict(progress.sent) | {_sent_name(server_round, plan): broadcast for plan, broadcast in fresh.items()}
+    batches = []
+    for number in sorted({trip.server_round for trip in filled.arrived}):
+        ids = sorted(trip.client_id for trip in filled.arrived if trip.server_round == number)
+        cohort = [by_id[client_id] for client_id in ids]
+        plans = {client.plan for client in cohort}
+        batches.append(_Batch(number, cohort, {plan: sent[_sent_name(number, plan)] for plan in plans}))
+    needed = {
+        _sent_name(number, by_id[client_id].plan)
+        for client_id, number in still_needed(clock, filled.state, server_round)
+    }
+    kept = {name: broadcast for name, broadcast in sent.items() if name in needed}
+    trips = {trip.client_id: trip for trip in (*filled.arrived, *filled.gone)}
+    return _Work(
+        batches, dataclasses.replace(progress, clock=filled.state, sent=kept), filled.lost, trips, adds_changes=True
+    )
+
+
+def _sent_name(server_round: int, plan: RankPlan) -> str:
+    return f"{server_round}/{plan.name}"
+
+
+def _broadcasts(loop: Loop, state: Any, cohort: Sequence[ClientSpec], watch: _Stopwatch) -> dict[RankPlan, Broadcast]:
+    with watch.stage("broadcast"):
+        plans = dict.fromkeys(client.plan for client in cohort)
+        return {plan: loop.aggregator.broadcast(state, plan.resolve(loop.federation.shapes)) for plan in plans}
+
+
+def _sizes(broadcast: Broadcast, wire_dtype: WireDtype) -> tuple[int, int]:
+    """Return the bytes of a broadcast and of the update that it will come back as."""
+    return len(encode_broadcast(broadcast, wire_dtype)), len(encode(broadcast.trainable, wire_dtype))
+
+
 def _train_cohort(
-    loop: Loop, server_round: int, state: Any, cohort: Sequence[ClientSpec], watch: _Stopwatch
+    loop: Loop, server_round: int, state: Any, work: _Work, watch: _Stopwatch
 ) -> tuple[Any, list[ClientRecord], str | None]:
     """Return the state after the updates, folded as they arrive, each client's outcome, and what went wrong.
 
@@ -361,22 +503,31 @@ def _train_cohort(
     which nobody could tell a broken one. What the steps make of it is for the aggregator to check.
     """
     shapes = loop.federation.shapes
-    with watch.stage("broadcast"):
-        ranks = {plan: plan.resolve(shapes) for plan in dict.fromkeys(client.plan for client in cohort)}
-        broadcasts = {plan: loop.aggregator.broadcast(state, plan_ranks) for plan, plan_ranks in ranks.items()}
-    by_id = {client.client_id: client for client in cohort}
+    batch_of = {client.client_id: batch for batch in work.batches for client in batch.cohort}
+    due = batch_of.keys() | {outcome.client_id for outcome in work.lost}
+    by_id = {client.client_id: client for client in loop.federation.clients if client.client_id in due}
+    ranks = {plan: plan.resolve(shapes) for plan in {client.plan for client in by_id.values()}}
     clients: list[ClientRecord] = []
 
     def outcomes() -> Iterator[Update | ClientFailure]:
-        trained = loop.engine.train(server_round, cohort, broadcasts)
-        while True:
-            with watch.stage("train"):
-                outcome = next(trained, None)
-            if outcome is None:
-                break
-            yield outcome
-        for client_id in sorted(by_id.keys() - {client.client_id for client in clients}):
+        for batch in work.batches:
+            trained = loop.engine.train(batch.server_round, batch.cohort, batch.broadcasts)
+            while True:
+                with watch.stage("train"):
+                    outcome = next(trained, None)
+                if outcome is None:
+                    break
+                yield outcome
+        for client_id in sorted(batch_of.keys() - {client.client_id for client in clients}):
             yield ClientFailure(client_id, "train", "the engine gave no outcome for this client")
+
+    def note(client: ClientSpec, outcome: Update | ClientFailure) -> None:
+        trip = work.trips.get(client.client_id)
+        record = _client_record(client, ranks[client.plan], shapes, outcome)
+        if trip is not None:
+            record = record.model_copy(update=_on_the_clock(client, trip, server_round))
+        clients.append(record)
+        loop.notify(RoundEvent("client", server_round, work.num_clients, client=record))
 
     def survivors() -> Iterator[Update]:
         for outcome in outcomes():
@@ -386,11 +537,12 @@ def _train_cohort(
                 continue
             if isinstance(outcome, Update):
                 outcome = _validated(outcome, ranks[client.plan], loop.federation)
-            clients.append(_client_record(client, ranks[client.plan], shapes, outcome))
-            loop.notify(RoundEvent("client", server_round, len(cohort), client=clients[-1]))
+            note(client, outcome)
             if isinstance(outcome, Update):
                 yield outcome
 
+    for outcome in work.lost:
+        note(by_id[outcome.client_id], outcome)
     updates = survivors()
     first = next(updates, None)
     if first is None:
@@ -399,7 +551,11 @@ def _train_cohort(
     rng = torch.Generator().manual_seed(stream_seed(loop.settings.seed, "uplink", server_round))
     try:
         with watch.stage("aggregate"):
-            state = loop.aggregator.aggregate(state, receive(loop.uplink, chain([first], updates), rng))
+            received = receive(loop.uplink, chain([first], updates), rng)
+            if work.adds_changes:
+                state = _add_changes(loop, server_round, state, received, by_id, batch_of)
+            else:
+                state = loop.aggregator.aggregate(state, received)
     except FlexLoraError as error:
         problem = f"the updates could not be aggregated and the state was kept: {error}"
     # The aggregator waits for clients while it folds; that time is theirs.
@@ -407,6 +563,42 @@ def _train_cohort(
     for _ in updates:
         pass  # Clients that nobody asked for any more belong into the record too.
     return state, clients, problem
+
+
+def _add_changes(
+    loop: Loop,
+    server_round: int,
+    state: Any,
+    updates: Iterable[Update],
+    by_id: Mapping[str, ClientSpec],
+    batch_of: Mapping[str, _Batch],
+) -> Any:
+    """Return the state with what the updates changed against what their clients were sent, however long ago.
+
+    Raises:
+        AggregationError: If an update is not that of one client.
+    """
+    assert loop.clock is not None and isinstance(loop.aggregator, ChangeAggregator), "the configuration is checked"
+    policy = loop.clock.policy
+
+    def changes() -> Iterator[Change]:
+        for update in updates:
+            batch = batch_of.get(str(update.client_id))
+            if batch is None:
+                raise AggregationError(
+                    "clock.policy=async must know whose an update is, but an uplink step folded several into one; "
+                    "leave the step out or choose another clock.policy"
+                )
+            start = batch.broadcasts[by_id[str(update.client_id)].plan].trainable
+            yield Change(update, start, policy.discount(server_round - batch.server_round))
+
+    return loop.aggregator.add_changes(state, changes())
+
+
+def _on_the_clock(client: ClientSpec, trip: Trip, server_round: int) -> dict[str, Any]:
+    """Return what a client's record says about its device and its time."""
+    seconds, staleness = _rounded(trip.seconds), server_round - trip.server_round
+    return {"device": client.device, "virtual_seconds": seconds, "staleness": staleness}
 
 
 def _validated(update: Update, ranks: Mapping[str, int], federation: Federation) -> Update | ClientFailure:

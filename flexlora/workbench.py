@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ from flexlora.clients import (
     stream,
     stream_seed,
 )
+from flexlora.clock import clients_per_round
 from flexlora.config import Config
+from flexlora.data.encoded_clients import EncodedClients, encoding_name
 from flexlora.data.examples import Example
-from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.data.prompts import EncodedExample, encode_many
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.evaluation import Score, answer_loss, combine, evaluate
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.product import Split
 from flexlora.model import AdaptedModel, load_base_model, target_modules
-from flexlora.participants import Participants
+from flexlora.participants import Participants, base_name, clock_of
 from flexlora.report.records import (
     RECORDS_FILE,
     EvaluationRecord,
@@ -46,8 +47,6 @@ from flexlora.rounds import (
     adapter_spectra,
 )
 from flexlora.training import LocalTraining, learning_rate_at
-
-TOKENISED_CLIENTS_KEPT = 256
 
 
 class WorkbenchError(FlexLoraError, ValueError):
@@ -159,6 +158,7 @@ class Workbench:
                 learning_rate,
                 self.config.seed,
                 rounds.wire_dtype,
+                clients_per_group=self.config.model.clients_per_group,
             ),
             federation=Federation(
                 clients=clients,
@@ -182,6 +182,7 @@ class Workbench:
             evaluator=Scorer(self),
             folder=folder,
             notify=notify,
+            clock=clock_of(self.config, self.participants, method["name"], cohort_size(self.config, len(clients))),
         )
 
     def training_examples(self, client_id: str) -> Sequence[EncodedExample]:
@@ -189,24 +190,26 @@ class Workbench:
         return self._encoded(client_id)
 
     @cached_property
-    def _encoded(self) -> Callable[[str], Sequence[EncodedExample]]:
-        data, seed = self.config.data, self.config.seed
+    def _encoded(self) -> EncodedClients:
+        data, seed, corpus, tokenizer = self.config.data, self.config.seed, self.participants.corpus, self.model.tokenizer
 
-        # Bounded, so that memory does not grow with the number of clients.
-        @lru_cache(maxsize=TOKENISED_CLIENTS_KEPT)
-        def encoded(client_id: str) -> Sequence[EncodedExample]:
-            examples = self.participants.corpus.clients[client_id].train
+        def encode(client_id: str) -> Sequence[EncodedExample]:
+            examples = corpus.clients[client_id].train
             rng = stream(seed, "answers", client_id)
             return encode_many(
                 examples,
-                self.model.tokenizer,
+                tokenizer,
                 data.template,
                 data.max_length,
                 loss_on=data.loss_on,
                 answer_indices=[int(rng.integers(len(example.outputs))) for example in examples],
             )
 
-        return encoded
+        folder = None
+        if corpus.folder is not None:
+            name = encoding_name(tokenizer, [data.template, data.max_length, data.loss_on, seed])
+            folder = None if name is None else corpus.folder / name
+        return EncodedClients(corpus.clients, encode, folder)
 
     def score(self, adapter: Broadcast | None, tasks: Mapping[str, Sequence[Example]]) -> dict[str, Score]:
         """Return the score of the base with this adapter on each task."""
@@ -314,18 +317,13 @@ def rounds_stage(title: str, loop: Loop) -> Stage:
     # The bar counts clients, so that it moves within a round.
     done = max((record.server_round for record in read_records(loop.folder / RECORDS_FILE)), default=0)
     size = min(loop.settings.cohort_size, len(loop.federation.clients))
+    size = size if loop.clock is None else clients_per_round(loop.clock.policy, size)
     return Stage(title, loop.settings.num_rounds * size, done * size)
 
 
 def scaling_rule(config: Config) -> Scaling:
     """Return the rule every client's scaling follows."""
     return Scaling(config.lora.scaling, config.lora.lora_alpha)
-
-
-def base_name(config: Config) -> str:
-    """Return the folder or hub id of the base model."""
-    name = config.model.name_or_path
-    return str(BASE_FOLDER) if name == "embedded" else os.path.expanduser(name)
 
 
 def resolve_device(name: str) -> str:

@@ -147,3 +147,41 @@ def test_broken_overrides_and_files_are_explained(tmp_path: Path) -> None:
     path.write_text("- 1\n")
     with pytest.raises(ConfigError, match="must hold a mapping"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"clock": {"policy": "over_select"}}, "clock.policy need simulated devices; set devices.profiles=built_in"),
+        ({"clients": {"ranks_from": "devices"}}, "clients.ranks_from=devices need simulated devices"),
+        ({"devices": {"max_rank": 8}}, "devices.max_rank need simulated devices"),
+        ({"devices": {"profiles": "built_in"}, "clock": {"policy": "deadline"}}, "set clock.deadline_seconds"),
+        (
+            {"devices": {"profiles": "built_in"}, "clock": {"deadline_seconds": 3}},
+            "clock.deadline_seconds=3 is not looked at by clock.policy=wait",
+        ),
+        (
+            {"devices": {"profiles": "built_in"}, "clock": {"policy": "async"}, "method": {"name": "zero_pad"}},
+            "clock.policy=async adds up changes of products, which method.name=zero_pad has none of",
+        ),
+        (
+            {"devices": {"profiles": "built_in", "types": {"phone": "tiny"}}},
+            "devices.types.phone must be a type of clients.types, which has type1, type2, type3, type4; got 'tiny'",
+        ),
+        (
+            {"devices": {"profiles": "built_in", "round_seconds": 5}},
+            "devices.round_seconds bound ranks that are chosen; set clients.ranks_from=devices",
+        ),
+    ],
+)
+def test_devices_and_clock_that_contradict_the_rest_are_reported(tree: dict[str, object], expected: str) -> None:
+    assert expected in problems(tree)
+
+
+def test_a_device_file_that_is_not_there_is_reported_when_asked() -> None:
+    assert "there is no file nowhere.csv" in problems({"devices": {"profiles": "nowhere.csv"}}, check_paths=True)
+
+
+def test_settings_written_out_with_their_defaults_need_no_devices() -> None:
+    config = parse_config({"seed": 3}, "test")
+    assert parse_config(yaml.safe_load(dump_config(config)), "dump") == config

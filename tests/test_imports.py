@@ -12,11 +12,11 @@ import flexlora
 
 PACKAGE = Path(__file__).parents[1] / "flexlora"
 ROOT_FILE = PACKAGE / "__init__.py"
-HEAVY = {"torch", "transformers", "peft", "datasets", "flwr"}
+HEAVY = {"torch", "transformers", "peft", "datasets", "flwr", "matplotlib"}
 
 # Lowest first; a module imports from lower layers, and inside its own layer only what ALLOWED names.
 LAYERS = (
-    ("lora", "config", "tensor_file"),
+    ("lora", "config", "tensor_file", "progress"),
     ("clients", "partition", "report", "costs"),
     (
         "uplink",
@@ -28,14 +28,18 @@ LAYERS = (
         "adapter_folder",
         "adapter_group",
         "checkpoint",
+        "devices",
+        "clock",
+        "buffering",
     ),
-    ("training", "evaluation", "rounds", "doctor", "whole_model", "merging", "inspection"),
+    ("training", "evaluation", "rounds", "doctor", "whole_model", "merging", "inspection", "workload", "group_layers"),
+    ("group_training",),
     ("engines",),
     ("participants",),
     ("workbench",),
     ("references", "planning"),
     ("experiment",),
-    ("display", "display_merge"),
+    ("display", "display_merge", "picture"),
     ("cli",),
 )
 ALLOWED = {
@@ -46,6 +50,8 @@ ALLOWED = {
     ("adapters", "model"),
     ("aggregators", "uplink"),
     ("model", "adapters"),
+    ("clock", "devices"),
+    ("buffering", "clock"),
 }
 
 
@@ -154,6 +160,10 @@ def test_the_report_needs_neither_torch_nor_transformers() -> None:
 def test_merging_needs_no_model_library() -> None:
     found = loaded_by("import flexlora.merging, flexlora.inspection, flexlora.display_merge")
     assert not (HEAVY - {"torch"}) & found
+
+
+def test_type_checkers_are_told_that_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").read_bytes() == b""
 
 
 def test_the_command_line_starts_without_heavy_libraries() -> None:

@@ -5,7 +5,7 @@ from math import isfinite
 from typing import Protocol, TypeVar, runtime_checkable
 
 from flexlora import FlexLoraError
-from flexlora.clients import Broadcast, Update
+from flexlora.clients import Broadcast, Change, Update
 from flexlora.lora.factors import AdapterState
 from flexlora.lora.product import Spectrum
 
@@ -41,6 +41,15 @@ class Aggregator(Protocol[State]):
 
         For records and figures: modules in sorted order, float64, scaling included.
         """
+        ...
+
+
+@runtime_checkable
+class ChangeAggregator(Protocol[State]):
+    """A method whose state is a sum, to which changes can be added whenever they come."""
+
+    def add_changes(self, state: State, changes: Iterable[Change]) -> State:
+        """Return the state with the discounted mean of the changes (at least one) added, consumed once."""
         ...
 
 

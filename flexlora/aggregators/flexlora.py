@@ -25,6 +25,13 @@ stays.
 - alone, ``G+ = sum_i w_i P_i`` drops the ``F_i`` that the clients trained against; without training it decays by
   ``c_j`` as the paper's method does. It is there to tell the effects of the two switches apart.
 
+Late updates (``clock.policy: async``) count by their change against what their client was sent, ``v_i`` being the
+version that was, ``t_i`` its staleness and ``d`` the discount:
+
+    G+ = G + sum_i w_i d(t_i) (P_i - T_{r_i}(G_{v_i}))
+
+Without staleness that is error compensation. A discount shortens the step; the weights are not scaled up again.
+
 Before anything has been learned ``G`` has no directions and each client receives the first rows of the initial ``A``
 and a zero ``B``: round 1 starts as standard LoRA does.
 """
@@ -35,8 +42,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexlora.aggregators.base import weighed
-from flexlora.clients import Broadcast, Update
+from flexlora.aggregators.base import AggregationError, weighed
+from flexlora.clients import Broadcast, Change, Update
 from flexlora.lora.decomposition import Accuracy
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import (
@@ -114,13 +121,56 @@ class FlexLora:
                 sums[module] = add_product(sums[module], factors, update.weight)
                 weights = weight_by_rank[module]
                 weights[factors.rank] = weights.get(factors.rank, 0.0) + update.weight
-        max_ranks = {
-            module: self.server_rank or max([state.max_ranks[module], *weight_by_rank[module]]) for module in sums
-        }
         if self.error_compensation:
             for module, spectrum in state.spectra.items():
                 uncovered = total - _covered_weight(weight_by_rank[module], spectrum)
                 sums[module] = add_spectrum(sums[module], spectrum, uncovered * spectrum.S)
+        return self._decomposed(state, sums, total, weight_by_rank)
+
+    def add_changes(self, state: FlexLoraState, changes: Iterable[Change]) -> FlexLoraState:
+        """Return the aggregate with the discounted mean of ``P_i - T_{r_i}(G_{v_i})`` added, decomposed.
+
+        Raises:
+            AggregationError: If what a client was sent has other ranks than what it returned.
+        """
+        total = 0.0
+        sums = {
+            module: ProductSum(*spectrum.shape, most_directions=self.most_directions)
+            for module, spectrum in state.spectra.items()
+        }
+        ranks: dict[str, set[int]] = {module: set() for module in sums}
+        # Clients of one plan and version were sent the same, which is taken off once with all their weight.
+        starts: dict[int, tuple[AdapterState, float]] = {}
+        for change in changes:
+            if _ranks(change.start) != _ranks(change.update.payload):
+                raise AggregationError(
+                    f"a change needs an update at the ranks that its client was sent, {_ranks(change.start)}; got "
+                    f"{_ranks(change.update.payload)} from {change.update.client_id!r}"
+                )
+            start, sent_weight = starts.get(id(change.start), (change.start, 0.0))
+            for update in weighed(sums, [change.update]):
+                weight = change.discount * update.weight
+                total += update.weight
+                for module, factors in update.payload.items():
+                    sums[module] = add_product(sums[module], factors, weight)
+                    ranks[module].add(factors.rank)
+                starts[id(start)] = start, sent_weight + weight
+        for start, weight in starts.values():
+            for module, factors in start.items():
+                sums[module] = add_product(sums[module], factors, -weight)
+        for module, spectrum in state.spectra.items():
+            sums[module] = add_spectrum(sums[module], spectrum, total * spectrum.S)
+        return self._decomposed(state, sums, total, ranks)
+
+    def _decomposed(
+        self,
+        state: FlexLoraState,
+        sums: Mapping[str, ProductSum],
+        total: float,
+        ranks: Mapping[str, Iterable[int]],
+    ) -> FlexLoraState:
+        """Return the state of ``sums / total``; ``ranks`` are those that a round brought, module by module."""
+        max_ranks = {module: self.server_rank or max([state.max_ranks[module], *ranks[module]]) for module in sums}
         spectra = {
             # The directions of the round before are where this round's are, more or less.
             module: certified_decomposition(
@@ -146,6 +196,10 @@ class FlexLora:
     def spectra(self, state: FlexLoraState) -> Mapping[str, Spectrum]:
         """Return ``G`` per module as it is kept, with the norm of what the server's rank cut off in this round."""
         return state.spectra
+
+
+def _ranks(adapter: AdapterState) -> dict[str, int]:
+    return {module: factors.rank for module, factors in adapter.items()}
 
 
 def _covered_weight(weight_by_rank: Mapping[int, float], spectrum: Spectrum) -> Tensor:

@@ -28,6 +28,19 @@ NumberText = Callable[[float], str]
 
 
 @dataclass(frozen=True)
+class Axis:
+    """What runs along the bottom of a line chart: its name, how a place on it is called, and how it is written."""
+
+    name: str
+    heading: NumberText
+    write: NumberText
+    is_whole: bool = True
+
+
+ROUNDS = Axis("rounds", lambda x: f"Round {x:.0f}", lambda x: f"{x:.0f}")
+
+
+@dataclass(frozen=True)
 class Series:
     """One line of a chart, or one level across it when ``is_level``."""
 
@@ -111,15 +124,16 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def line_chart(
-    series: Sequence[Series], *, what: str, from_zero: bool, write: NumberText = number_text
+    series: Sequence[Series], *, what: str, from_zero: bool, write: NumberText = number_text, axis: Axis = ROUNDS
 ) -> Chart | None:
-    """Draw values over rounds; None when nothing can be drawn.
+    """Draw values over rounds, or along another axis; None when nothing can be drawn.
 
     Args:
         series: Lines and levels; missing and non-finite values are left out, their neighbours joined.
         what: The measure in words, for the description.
         from_zero: Start the vertical axis at 0. Otherwise it spans the values.
         write: How a value is written in the legend and the readings.
+        axis: What the places of the points are.
     """
     series = [line for line in series if line.present]
     if not series:
@@ -129,13 +143,15 @@ def line_chart(
     y_low, y_high = _span(min(values), max(values), from_zero)
     x_scale = Scale(rounds[0], rounds[-1], LEFT, RIGHT)
     y_scale = Scale(y_low, y_high, BOTTOM, TOP)
-    body = [*_y_axis(ticks(y_low, y_high), y_scale), *_x_axis(ticks(rounds[0], rounds[-1], 6, True), x_scale)]
+    x_marks = ticks(rounds[0], rounds[-1], 6, axis.is_whole)
+    x_write = axis.write if axis.is_whole else _plain(x_marks)
+    body = [*_y_axis(ticks(y_low, y_high), y_scale), *_x_axis(x_marks, x_scale, x_write)]
     for line in sorted(series, key=lambda line: not line.is_level):
         body.append(_level(line, y_scale) if line.is_level else _line(line, x_scale, y_scale))
     readings = [
         Reading(
             round(x_scale(x), 1),
-            f"Round {x:.0f}",
+            axis.heading(x),
             [(line.style, line.name, write(y)) for line in series if (y := _value_at(line, x)) is not None],
         )
         for x in rounds
@@ -147,7 +163,7 @@ def line_chart(
         else f"{line.name} from {write(line.present[0][1])} to {write(line.present[-1][1])}"
         for line in series
     )
-    description = f"{what}, rounds {rounds[0]:.0f} to {rounds[-1]:.0f}: {ends}."
+    description = f"{what}, {axis.name} {axis.write(rounds[0])} to {axis.write(rounds[-1])}: {ends}."
     return Chart(_svg(body), legend, readings, description)
 
 
@@ -373,9 +389,9 @@ def _y_axis(marks: Sequence[float], scale: Scale, write: NumberText | None = Non
     return body
 
 
-def _x_axis(marks: Sequence[float], scale: Scale) -> list[Markup]:
+def _x_axis(marks: Sequence[float], scale: Scale, write: NumberText = ROUNDS.write) -> list[Markup]:
     axis = Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, RIGHT, BOTTOM, BOTTOM)
-    return [axis, *(_text(scale(mark), BOTTOM + 20, f"{mark:.0f}", "middle") for mark in marks)]
+    return [axis, *(_text(scale(mark), BOTTOM + 20, write(mark), "middle") for mark in marks)]
 
 
 def _index_ticks(num_values: int) -> list[float]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flexlora import FlexLoraError
-from flexlora.report import figures, tables
-from flexlora.report.figures import Chart, Series
+from flexlora.report import figures, tables, virtual_time
+from flexlora.report.figures import Axis, Chart, Series
 from flexlora.report.records import (
     MANIFEST_FILE,
     RECORDS_FILE,
@@ -23,6 +23,7 @@ from flexlora.report.records import (
     read_records,
     read_references,
 )
+from flexlora.report.virtual_time import TimedRun
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"
@@ -94,16 +95,21 @@ class SpectraView:
     data: dict[str, object]
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, others: Sequence[Path] = (), target: float | None = None) -> Path:
     """Write `report.html` into a run folder, atomically, and return its path.
 
     Works on finished, interrupted and running runs alike: what has not been measured is said to be missing.
 
+    Args:
+        run_folder: What the report is about.
+        others: Folders of runs to show beside it on the virtual clock.
+        target: Unseen ROUGE-L whose virtual time is given; None takes the run's own, or one that all runs reach.
+
     Raises:
-        ReportError: The folder holds nothing that a run writes.
-        RecordsError: A file of the run is damaged.
+        ReportError: A folder holds nothing that a run writes.
+        RecordsError: A file of a run is damaged.
     """
-    page = render(read_run(run_folder))
+    page = render(read_run(run_folder), [read_run(other) for other in others], target)
     path = run_folder / REPORT_FILE
     partial = path.with_name(path.name + ".partial")
     partial.write_text(page, encoding="utf-8")
@@ -135,8 +141,8 @@ def read_run(run_folder: Path) -> RunFolder:
     )
 
 
-def render(run: RunFolder) -> str:
-    """Return the page of a run."""
+def render(run: RunFolder, others: Sequence[RunFolder] = (), target: float | None = None) -> str:
+    """Return the page of a run; see `write_report`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -155,6 +161,7 @@ def render(run: RunFolder) -> str:
         ranks=tables.describe_ranks,
         readings=_readings,
     )
+    timed, target = timed_runs(run, others, target)
     spectra = spectra_view(run)
     failures = tables.failure_table(run.records)
     fairness = tables.fairness_table(run.records, run.references, run.manifest)
@@ -180,6 +187,10 @@ def render(run: RunFolder) -> str:
         fairness_top=_top([value for row in fairness for value in (row.base, row.local_only, row.federated)]),
         times=tables.time_table(run.records),
         time_figure=stage_times(run),
+        timed=timed,
+        target=target,
+        timed_figures=timed_curves(timed, target),
+        devices=virtual_time.device_table(run.records, run.manifest),
         failures=failures[:MAX_FAILURES],
         num_failures=len(failures),
         example_rank=max((rank for ranks in run.plan_ranks.values() for rank in ranks.values()), default=8),
@@ -397,6 +408,52 @@ def stage_times(run: RunFolder) -> Figure:
         write=tables.seconds_text,
     )
     return Figure("time-chart", "Time per round", "seconds, by stage", "Wall time on the machine of the run.", chart)
+
+
+def timed_runs(
+    run: RunFolder, others: Sequence[RunFolder] = (), target: float | None = None
+) -> tuple[list[TimedRun], float | None]:
+    """Return the runs that had a virtual clock, the reference last, and the ROUGE-L whose time is of interest."""
+    folders = [run, *others]
+    timed = [virtual_time.timed_run(folder.name, folder.records, folder.manifest) for folder in folders]
+    # The reference of this run only: with all of them nobody would find the runs themselves.
+    policy = run.manifest.policy if run.manifest else None
+    # It averages factors, which only works with a server that waits for its cohort.
+    policy = "wait" if policy == "async" else policy or "unknown"
+    timed.append(virtual_time.timed_reference("FedIT, smallest rank", policy, run.references.fedit_smallest_rank))
+    present = [one for one in timed if one is not None]
+    own = run.manifest.target_rouge_l if run.manifest else None
+    return present, virtual_time.common_target(present, own if target is None else target)
+
+
+def timed_curves(runs: Sequence[TimedRun], target: float | None) -> list[Figure]:
+    """Return score and validation loss over virtual time, one line a run."""
+    longest = max((run.seconds for run in runs), default=0.0)
+    unit, words = next(
+        (size, words)
+        for size, words in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+        if longest >= 2 * size or size == 1.0
+    )
+    axis = Axis(f"virtual {words}", lambda x: tables.seconds_text(x * unit), _writer(1), is_whole=False)
+    styles = {place: f"c{1 + place % 6}" for place in range(len(runs))}
+    what = [("rouge_l", "ROUGE-L on unseen tasks", True, 1), ("validation_loss", "Validation loss", False, 3)]
+    shown = []
+    for measure, title, from_zero, digits in what:
+        series = [
+            Series(
+                f"{run.name} ({run.policy})",
+                styles[place],
+                [(p.seconds / unit, getattr(p, measure)) for p in run.points],
+            )
+            for place, run in enumerate(runs)
+        ]
+        if measure == "rouge_l" and target is not None:
+            series.append(Series("Target", BASE, [(0, target)], is_level=True))
+        chart = figures.line_chart(series, what=title, from_zero=from_zero, write=_writer(digits), axis=axis)
+        key = f"virtual-{measure.replace('_', '-')}"
+        caption = "Each point is an evaluation; the server's own work takes no virtual time."
+        shown.append(Figure(key, f"{title} over virtual time", f"over virtual {words}", caption, chart))
+    return shown
 
 
 def spectra_view(run: RunFolder) -> SpectraView | None:

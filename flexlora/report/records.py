@@ -80,6 +80,9 @@ class ClientRecord(_Record):
     reason: str | None = Field(default=None, description="Why it failed; null when it did not")
     loss: float | None = Field(default=None, description="Mean training loss over its steps, nats per token")
     steps: int | None = Field(default=None, description="Optimiser steps it took")
+    device: str | None = Field(default=None, description="Its simulated device; null when none are")
+    virtual_seconds: float | None = Field(default=None, description="From being sent off to its arrival or failure")
+    staleness: int | None = Field(default=None, description="Server steps between the model it took and its update")
 
 
 class SpectrumRecord(_Record):
@@ -114,6 +117,8 @@ class RoundRecord(_Record):
     seconds: dict[str, float] = Field(
         default={}, description="Stage (broadcast, train, aggregate, evaluate, checkpoint, total) -> wall time"
     )
+    virtual_seconds: float | None = Field(default=None, description="What the round took on the virtual clock, if any")
+    virtual_clock_seconds: float | None = Field(default=None, description="The virtual clock at the end of the round")
 
 
 class LocalClientRecord(_Record):
@@ -143,6 +148,7 @@ class RoundScoreRecord(_Record):
 
     server_round: int = Field(ge=0)
     unseen: ScoreRecord
+    virtual_clock_seconds: float | None = Field(default=None, description="Its virtual clock then, if any")
 
 
 class ReferenceRunRecord(_Record):
@@ -186,6 +192,9 @@ class ManifestRecord(_Record):
     num_threads: int | None = Field(default=None, description="CPU threads of tensor work; results depend on them")
     plan_counts: dict[str, int] = Field(default={}, description="Plan name -> clients that have it")
     plan_ranks: dict[str, dict[str, int]] = Field(default={}, description="Plan name -> module path -> rank")
+    device_counts: dict[str, int] = Field(default={}, description="Simulated device -> clients that have it")
+    policy: str | None = Field(default=None, description="How the server treats slow clients; null without devices")
+    target_rouge_l: float | None = Field(default=None, description="Unseen ROUGE-L whose virtual time is of interest")
     warnings: list[str] = []
     started: str | None = Field(default=None, description="ISO 8601 time at which the run first started")
     seconds: dict[str, float] = Field(default={}, description="Wall times outside the rounds")

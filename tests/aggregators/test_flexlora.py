@@ -6,8 +6,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from flexlora.aggregators.base import AggregationError
 from flexlora.aggregators.flexlora import FlexLora, FlexLoraState
-from flexlora.clients import Update
+from flexlora.clients import Change, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 
 SHAPES = {"attn.q_proj": (24, 24), "mlp.down_proj": (20, 33), "mlp.up_proj": (33, 20)}
@@ -271,3 +272,56 @@ def test_the_aggregate_equals_the_concatenation_that_peft_makes_of_several_adapt
     for module, layer in layers.items():
         expected = layer.get_delta_weight("merged").detach().double()
         assert (found[module].delta() - expected).norm() < 1e-6 * expected.norm()
+
+
+def numpy_delta(adapter: AdapterState, module: str) -> np.ndarray:
+    factors = adapter[module]
+    return factors.scaling * factors.B.double().numpy() @ factors.A.double().numpy()
+
+
+def test_late_changes_are_added_against_what_each_client_was_sent_and_discounted():
+    aggregator = FlexLora(scaling=SCALING, server_rank=20)
+    old = learned(aggregator)
+    now = aggregator.aggregate(old, [Update("second", random_adapter(uniform(5), 9), 1.0)])
+    sent = [aggregator.broadcast(old, uniform(2)).trainable, aggregator.broadcast(now, uniform(3)).trainable]
+    changes = [
+        Change(Update("a", random_adapter(uniform(2), 1), 10.0), sent[0], 0.5),
+        Change(Update("b", random_adapter(uniform(2), 2), 30.0), sent[0], 0.5),
+        Change(Update("c", random_adapter(uniform(3), 3), 60.0), sent[1], 1.0),
+    ]
+    found = aggregator.add_changes(now, iter(changes))
+    for module, spectrum in found.spectra.items():
+        expected = now.spectra[module].delta().numpy()
+        for change, share in zip(changes, (0.05, 0.15, 0.6), strict=True):
+            expected = expected + share * (
+                numpy_delta(change.update.payload, module) - numpy_delta(change.start, module)
+            )
+        np.testing.assert_allclose(spectrum.delta().numpy(), expected, atol=1e-9 * np.linalg.norm(expected))
+
+
+def test_changes_that_are_not_late_are_error_compensation():
+    compensated = FlexLora(scaling=SCALING, server_rank=20, error_compensation=True)
+    state = learned(compensated)
+    cohort = [(uniform(2), 10.0), (uniform(3), 30.0), ({"attn.q_proj": 4}, 5.0)]
+    updates = [
+        Update(f"client{number}", random_adapter(ranks, number), weight)
+        for number, (ranks, weight) in enumerate(cohort)
+    ]
+    changes = [
+        Change(update, compensated.broadcast(state, ranks).trainable)
+        for update, (ranks, _) in zip(updates, cohort, strict=True)
+    ]
+    whole = compensated.aggregate(state, updates)
+    for method in (compensated, FlexLora(scaling=SCALING, server_rank=20)):
+        added = method.add_changes(state, changes)
+        for module, spectrum in whole.spectra.items():
+            # Broadcasts are float32.
+            assert (added.spectra[module].delta() - spectrum.delta()).norm() < 1e-6 * spectrum.delta().norm()
+
+
+def test_a_change_at_other_ranks_than_were_sent_is_refused():
+    aggregator = FlexLora(scaling=SCALING)
+    state = learned(aggregator)
+    change = Change(Update("a", random_adapter(uniform(2), 1), 1.0), aggregator.broadcast(state, uniform(3)).trainable)
+    with pytest.raises(AggregationError, match=r"ranks that its client was sent, .* from 'a'"):
+        aggregator.add_changes(state, [change])

@@ -28,6 +28,7 @@ SECTIONS = [
     "fairness",
     "traffic",
     "time",
+    "virtual-time",
     "failures",
     "use",
     "configuration",

@@ -1,0 +1,167 @@
+"""How good a run is at which virtual time, and when it reaches a target: what clock policies are compared by."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexlora.report.records import (
+    ClientRecord,
+    EvaluationRecord,
+    ManifestRecord,
+    ReferenceRunRecord,
+    RoundRecord,
+)
+from flexlora.report.tables import bytes_text, finite, number_text, seconds_text
+
+
+@dataclass(frozen=True)
+class TimedPoint:
+    """One evaluation: virtual seconds since the start, unseen ROUGE-L, and nats on the validation set."""
+
+    seconds: float
+    rouge_l: float | None
+    validation_loss: float | None
+
+
+@dataclass(frozen=True)
+class TimedRun:
+    """A run on the virtual clock; what a reference run does not record is None."""
+
+    name: str
+    policy: str
+    points: Sequence[TimedPoint]
+    num_rounds: int
+    seconds: float
+    num_ok: int | None
+    num_failed: int | None
+    up_bytes: int
+    down_bytes: int
+
+    @property
+    def best_rouge_l(self) -> float | None:
+        """The best unseen ROUGE-L it ever had."""
+        return max((point.rouge_l for point in self.points if point.rouge_l is not None), default=None)
+
+    def seconds_to(self, target: float | None) -> float | None:
+        """Return the virtual time of the first evaluation that reached ``target``; None if none has."""
+        if target is None:
+            return None
+        reached = (p.seconds for p in self.points if p.rouge_l is not None and p.rouge_l >= target)
+        return next(reached, None)
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """The clients of one simulated device: how they fared in the rounds that sampled them."""
+
+    device: str
+    num_clients: int | None
+    num_sent: int
+    num_ok: int
+    num_failed: int
+    seconds_each: float | None
+    staleness_each: float | None
+    up_bytes: int
+    down_bytes: int
+
+
+def timed_run(name: str, records: Sequence[RoundRecord], manifest: ManifestRecord | None) -> TimedRun | None:
+    """Return a run as it went on the virtual clock; None if it had none."""
+    timed = [record for record in records if record.virtual_clock_seconds is not None]
+    if not timed:
+        return None
+    return TimedRun(
+        name=name,
+        policy=(manifest.policy if manifest else None) or "unknown",
+        points=[
+            _point(record.virtual_clock_seconds or 0.0, record.evaluation) for record in timed if record.evaluation
+        ],
+        num_rounds=timed[-1].server_round,
+        seconds=timed[-1].virtual_clock_seconds or 0.0,
+        num_ok=sum(record.num_ok for record in timed),
+        num_failed=sum(record.num_failed for record in timed),
+        up_bytes=sum(record.up_bytes for record in timed),
+        down_bytes=sum(record.down_bytes for record in timed),
+    )
+
+
+def timed_reference(name: str, policy: str, run: ReferenceRunRecord | None) -> TimedRun | None:
+    """Return a reference run as it went on the virtual clock; None if it had none."""
+    timed = [scored for scored in run.evaluations if scored.virtual_clock_seconds is not None] if run else []
+    if run is None or not timed:
+        return None
+    return TimedRun(
+        name=name,
+        policy=policy,
+        points=[TimedPoint(s.virtual_clock_seconds or 0.0, finite(s.unseen.rouge_l), None) for s in timed],
+        num_rounds=timed[-1].server_round,
+        seconds=timed[-1].virtual_clock_seconds or 0.0,
+        num_ok=None,
+        num_failed=None,
+        up_bytes=run.up_bytes,
+        down_bytes=run.down_bytes,
+    )
+
+
+def common_target(runs: Sequence[TimedRun], target: float | None = None) -> float | None:
+    """Return ``target``, or else the best ROUGE-L of the run whose best is lowest: one that all have reached."""
+    if target is not None:
+        return target
+    best = [run.best_rouge_l for run in runs]
+    return min((value for value in best if value is not None), default=None)
+
+
+def device_table(records: Sequence[RoundRecord], manifest: ManifestRecord | None) -> list[DeviceRow]:
+    """Return one row per simulated device, the quickest first."""
+    by_device: defaultdict[str, list[ClientRecord]] = defaultdict(list)
+    for record in records:
+        for client in record.clients:
+            if client.device:
+                by_device[client.device].append(client)
+    counts = manifest.device_counts if manifest else {}
+    rows = []
+    for device in sorted(by_device.keys() | counts.keys()):
+        clients = by_device[device]
+        ok = [client for client in clients if client.outcome == "ok"]
+        rows.append(
+            DeviceRow(
+                device=device,
+                num_clients=counts.get(device),
+                num_sent=len(clients),
+                num_ok=len(ok),
+                num_failed=len(clients) - len(ok),
+                seconds_each=_mean([client.virtual_seconds for client in ok]),
+                staleness_each=_mean([client.staleness for client in ok]),
+                up_bytes=sum(client.up_bytes for client in clients),
+                down_bytes=sum(client.down_bytes for client in clients),
+            )
+        )
+    return sorted(rows, key=lambda row: (row.seconds_each is None, row.seconds_each or 0.0, row.device))
+
+
+VIRTUAL_COLUMNS = ("run", "policy", "rounds", "used", "left out", "sent", "best", "time")
+
+
+def virtual_cells(run: TimedRun, target: float | None) -> list[str]:
+    """Return the cells of a run, written out, under `VIRTUAL_COLUMNS` and one for its time to ``target``."""
+    reached = run.seconds_to(target)
+    return [
+        run.name,
+        run.policy,
+        number_text(run.num_rounds, 0),
+        number_text(run.num_ok, 0),
+        number_text(run.num_failed, 0),
+        bytes_text(run.up_bytes + run.down_bytes),
+        number_text(run.best_rouge_l),
+        seconds_text(run.seconds),
+        "not reached" if reached is None and target is not None else seconds_text(reached),
+    ]
+
+
+def _point(seconds: float, evaluation: EvaluationRecord) -> TimedPoint:
+    return TimedPoint(seconds, finite(evaluation.unseen.rouge_l), finite(evaluation.validation_loss))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None

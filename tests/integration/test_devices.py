@@ -1,0 +1,121 @@
+"""Whole runs on simulated devices: every policy on the embedded base, and what is left behind."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from flexlora.config import Config, parse_config
+from flexlora.experiment import ExperimentError, run_experiment
+from flexlora.planning import plan_experiment
+from flexlora.report.page import read_run, timed_runs
+from flexlora.report.records import RoundRecord, read_manifest, read_records
+
+pytestmark = pytest.mark.integration
+
+DEVICES = """name,memory_megabytes,gigaflops_per_second,down_megabits_per_second,up_megabits_per_second,dropout,weight
+watch,20,0.5,1,0.5,0,1
+phone,38.6,2,5,1,0.1,4
+laptop,200,50,50,10,0,4
+"""
+POLICIES = {
+    "wait": {},
+    "deadline": {"deadline_seconds": 2.0},
+    "over_select": {"over_selection": 1.5},
+    "async": {"buffer_size": 2, "jitter": 0.2},
+}
+
+
+def config_of(folder: Path, policy: str = "wait", **sections: dict[str, object]) -> Config:
+    (folder / "devices.csv").write_text(DEVICES)
+    tree: dict[str, dict[str, object]] = {
+        "model": {"num_threads": 1},
+        "data": {
+            "name": "generated",
+            "num_clients": 24,
+            "examples_per_task": 12,
+            "num_unseen_tasks": 2,
+            "test_examples_per_task": 1,
+            "validation_examples": 4,
+            "max_length": 160,
+        },
+        "devices": {"profiles": str(folder / "devices.csv"), "max_rank": 8},
+        "clients": {"ranks_from": "devices"},
+        "clock": {"policy": policy, **POLICIES[policy]},
+        "training": {"max_steps": 1},
+        "rounds": {"num_rounds": 3, "cohort_size": 4},
+        "evaluation": {
+            "every": 3,
+            "max_new_tokens": 2,
+            "local_only_clients": 0,
+            "rank_group_clients": 0,
+            "fedit_reference": False,
+        },
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree[name], **values}
+    return parse_config(tree, "test")
+
+
+def untimed(records: list[RoundRecord]) -> list[dict[str, object]]:
+    return [json.loads(record.model_dump_json(exclude={"seconds"})) for record in records]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_runs_from_configuration_to_report(tmp_path: Path, policy: str) -> None:
+    config = config_of(tmp_path, policy)
+    result = run_experiment(config, tmp_path / "run")
+    assert result.has_progress
+    records, manifest = read_records(tmp_path / "run" / "records.jsonl"), read_manifest(tmp_path / "run/manifest.json")
+    assert manifest is not None and manifest.policy == policy
+    assert any("with the device watch: at rank 1 it needs" in warning for warning in manifest.warnings)
+    assert set(manifest.device_counts) == {"phone", "laptop"} == set(manifest.plan_ranks)
+    assert sum(manifest.device_counts.values()) == manifest.num_clients < 24
+    clock = [record.virtual_clock_seconds for record in records]
+    assert clock[0] == 0 and all(a is not None and b is not None and a < b for a, b in itertools.pairwise(clock))
+    for record in records[1:]:
+        for client in record.clients:
+            # Plans are those of the devices; what was given up moved no more than a whole exchange.
+            assert client.plan == client.device
+            assert client.virtual_seconds is not None and client.virtual_seconds > 0
+    runs, target = timed_runs(read_run(tmp_path / "run"))
+    assert len(runs) == 1 and target is not None
+    assert "On the virtual clock" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    again = run_experiment(config, tmp_path / "again")
+    assert untimed(list(again.records)) == untimed(records)
+
+
+def test_a_longer_asynchronous_run_goes_on_where_the_shorter_one_ended(tmp_path: Path) -> None:
+    whole = run_experiment(config_of(tmp_path, "async", evaluation={"every": 1}), tmp_path / "whole")
+    short = config_of(tmp_path, "async", evaluation={"every": 1}, rounds={"num_rounds": 1})
+    run_experiment(short, tmp_path / "cut")
+    cut = run_experiment(config_of(tmp_path, "async", evaluation={"every": 1}), tmp_path / "cut", resume=True)
+    for left, right in zip(untimed(list(cut.records))[2:], untimed(list(whole.records))[2:], strict=True):
+        assert left == right
+    # Devices are as much a part of a run as its data.
+    changed = config_of(tmp_path, "async", evaluation={"every": 1}, rounds={"num_rounds": 4})
+    (tmp_path / "devices.csv").write_text(DEVICES.replace("laptop,200,50", "laptop,200,51"))
+    with pytest.raises(ExperimentError, match="the data have changed since"):
+        run_experiment(changed, tmp_path / "cut", resume=True)
+
+
+def test_the_plan_shows_what_each_device_affords_and_what_limits_it(tmp_path: Path) -> None:
+    rows = {row.device: row for row in plan_experiment(config_of(tmp_path)).devices}
+    assert rows["phone"].limited_by == "memory" and rows["phone"].cost.memory_bytes <= 38.6e6
+    assert rows["laptop"].limited_by == "largest rank allowed"
+    assert max(rows["phone"].ranks.values()) < max(rows["laptop"].ranks.values()) == 8
+    assert rows["watch"].limited_by == "left out: memory" and rows["watch"].num_clients == 0
+    assert rows["phone"].fixed_types == {"type1": "", "type2": "memory", "type3": "memory", "type4": "memory"}
+    json.dumps(plan_experiment(config_of(tmp_path)).to_json(), allow_nan=False)
+
+
+def test_fixed_types_that_do_not_fit_their_device_run_out_of_memory(tmp_path: Path) -> None:
+    types = {"watch": "type1", "phone": "type4", "laptop": "type4"}
+    config = config_of(tmp_path, clients={"ranks_from": "types"}, devices={"types": types, "max_rank": 64})
+    result = run_experiment(config, tmp_path / "run")
+    outcomes = {(c.device, c.plan, c.outcome) for record in result.records for c in record.clients}
+    assert outcomes <= {("watch", "type1", "failed"), ("phone", "type4", "failed"), ("laptop", "type4", "ok")}
+    assert ("laptop", "type4", "ok") in outcomes and len(outcomes) >= 2
+    rows = {row.device: row for row in plan_experiment(config).devices}
+    assert (rows["phone"].limited_by, rows["laptop"].limited_by) == ("memory", "")
