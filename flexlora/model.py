@@ -171,18 +171,22 @@ class AdaptedModel:
     Attributes:
         network: The transformers model, with PEFT layers around the modules adapted so far.
         tokenizer: Its tokenizer.
+        dropout: Probability that an input of the trained factors is dropped while training.
+        base_drops_out: Whether the base draws random numbers of its own while training.
+        separate_head: The output layer, if logits are that of the last hidden states and no more.
     """
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, dropout: float = 0.0) -> None:
-        """Take over ``network``; ``dropout`` acts on the input of the trained factors while training."""
+        """Take over ``network`` and freeze it."""
         self.network = _frozen(network)
         self.tokenizer = tokenizer
         self._num_parameters = sum(parameter.numel() for parameter in network.parameters())
-        self._dropout = dropout
+        self.dropout = dropout
+        self.base_drops_out = _has_dropout(network)
         self._layers: dict[str, LoraLayer] = {}
         self._broadcast = Broadcast(trainable={})
-        self._drops_out = dropout > 0 or _has_dropout(network)
-        self._separate_head = _separate_head(network)
+        self._drops_out = dropout > 0 or self.base_drops_out
+        self.separate_head = _separate_head(network)
         self._takes_positions = "position_ids" in inspect.signature(network.forward).parameters
 
     @property
@@ -220,8 +224,8 @@ class AdaptedModel:
             ModelError: If a module does not exist in the base or factors do not fit it.
         """
         branches = {_TRAINABLE: broadcast.trainable, _FROZEN: broadcast.frozen or {}}
-        self._check(broadcast.trainable)
-        self._check(branches[_FROZEN])
+        self.check(broadcast.trainable)
+        self.check(branches[_FROZEN])
         self._wrap(sorted((branches[_TRAINABLE].keys() | branches[_FROZEN].keys()) - self._layers.keys()))
         self._broadcast = broadcast
         for path, layer in self._layers.items():
@@ -308,11 +312,11 @@ class AdaptedModel:
         self, input_ids: Int[Tensor, "rows length"], positions: Int[Tensor, " chosen"]
     ) -> Float[Tensor, "chosen vocab"]:
         """Return float32 logits at positions counted through all rows."""
-        if self._separate_head is None:
+        if self.separate_head is None:
             logits = self.network(input_ids=input_ids, use_cache=False).logits
             return logits.flatten(0, 1).index_select(0, positions).float()
         hidden = self.network.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self._separate_head(hidden.flatten(0, 1).index_select(0, positions)).float()
+        return self.separate_head(hidden.flatten(0, 1).index_select(0, positions)).float()
 
     def next_logits(
         self, input_ids: Int[Tensor, "batch new"], attention_mask: Int[Tensor, "batch seen"], cache: Cache | None
@@ -328,13 +332,18 @@ class AdaptedModel:
         if self._takes_positions:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
             inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
-        if self._separate_head is None:
+        if self.separate_head is None:
             output = self.network(**inputs)
             return output.logits[:, -1].float(), output.past_key_values
         output = self.network.base_model(**inputs)
-        return self._separate_head(output.last_hidden_state[:, -1]).float(), output.past_key_values
+        return self.separate_head(output.last_hidden_state[:, -1]).float(), output.past_key_values
 
-    def _check(self, adapter: AdapterState) -> None:
+    def check(self, adapter: AdapterState) -> None:
+        """Raise unless every module exists and its factors fit it.
+
+        Raises:
+            ModelError: Naming the module.
+        """
         for path, factors in adapter.items():
             shape = self._shape(path)
             if (factors.B.shape[0], factors.A.shape[1]) != shape or factors.A.shape[0] != factors.B.shape[1]:
@@ -363,7 +372,7 @@ class AdaptedModel:
         for path in paths:
             by_layout.setdefault(isinstance(self.network.get_submodule(path), Conv1D), []).append(path)
         for is_transposed, names in by_layout.items():
-            for branch, dropout in ((_TRAINABLE, self._dropout), (_FROZEN, 0.0)):
+            for branch, dropout in ((_TRAINABLE, self.dropout), (_FROZEN, 0.0)):
                 config = LoraConfig(
                     r=1, lora_alpha=1, target_modules=names, lora_dropout=dropout, fan_in_fan_out=is_transposed
                 )

@@ -129,39 +129,59 @@ def train_client(
         TrainingError: If there are no examples, no answer tokens, or nothing to train.
         DivergedError: If a loss is not finite.
     """
-    if not examples:
-        raise TrainingError("a client needs at least one training example; got none")
-    if not any(_num_answer_tokens([example]) for example in examples):
-        raise TrainingError(f"the loss needs at least one answer token; none of {len(examples)} examples has one")
-    if not broadcast.trainable:
-        raise TrainingError("a client needs at least one adapted module; its ranks leave all of them out")
+    check_trainable(broadcast, examples)
     model.load(broadcast)
     parameters = model.trained_parameters()
     optimizer = _optimizer(parameters, settings, learning_rate)
     padding = padding_token(model.tokenizer)
     losses, norms, num_tokens, num_answers = [], [], 0, 0
     with _own_randomness(seed, model.device), model.dropping_out():
-        for batch in _batches(examples, settings, np.random.default_rng(seed)):
-            answer_tokens = _num_answer_tokens(batch)
+        for batch in step_batches(examples, settings, np.random.default_rng(seed)):
+            answer_tokens = num_answer_tokens(batch)
             losses.append(_backward(model, batch, answer_tokens, settings.batch_size, padding))
             norms.append(nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
             optimizer.step()
             optimizer.zero_grad()
             num_tokens += sum(len(example.input_ids) for example in batch)
             num_answers += answer_tokens
+    return model.read(), training_metrics(losses, norms, num_tokens, num_answers)
+
+
+def check_trainable(broadcast: Broadcast, examples: Sequence[EncodedExample]) -> None:
+    """Raise unless there is something to train and something to train on.
+
+    Raises:
+        TrainingError: If there are no examples, no answer tokens, or no adapted module.
+    """
+    if not examples:
+        raise TrainingError("a client needs at least one training example; got none")
+    if not any(num_answer_tokens([example]) for example in examples):
+        raise TrainingError(f"the loss needs at least one answer token; none of {len(examples)} examples has one")
+    if not broadcast.trainable:
+        raise TrainingError("a client needs at least one adapted module; its ranks leave all of them out")
+
+
+def training_metrics(
+    losses: Sequence[Float[Tensor, ""]], norms: Sequence[Float[Tensor, ""]], num_tokens: int, num_answers: int
+) -> dict[str, float]:
+    """Return what ``train_client`` says about a training, from the loss and the gradient's norm of each step.
+
+    Raises:
+        DivergedError: If a loss is not finite.
+    """
     # One transfer at the end: asking for a number in every step would make a GPU wait.
-    values = torch.stack(losses).tolist()
+    values = torch.stack(list(losses)).tolist()
     for step, loss in enumerate(values, start=1):
         if not math.isfinite(loss):
             raise DivergedError(f"the loss must stay finite; it was {loss} at step {step}, lower the learning rate")
-    return model.read(), {
+    return {
         "loss": math.fsum(values) / len(values),
         "first_loss": values[0],
         "last_loss": values[-1],
         "steps": len(values),
         "tokens": num_tokens,
         "answer_tokens": num_answers,
-        "grad_norm": float(torch.stack(norms).mean()),
+        "grad_norm": float(torch.stack(list(norms)).mean()),
     }
 
 
@@ -184,7 +204,7 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _batches(
+def step_batches(
     examples: Sequence[EncodedExample], settings: LocalTraining, rng: np.random.Generator
 ) -> Iterator[list[EncodedExample]]:
     """Yield the examples of each optimiser step: every epoch in a new order, each example once."""
@@ -197,7 +217,8 @@ def _batches(
         left -= len(starts)
 
 
-def _num_answer_tokens(batch: Sequence[EncodedExample]) -> int:
+def num_answer_tokens(batch: Sequence[EncodedExample]) -> int:
+    """Return how many tokens of these examples the loss looks at."""
     return sum(num_labels(example.labels) for example in batch)
 
 
@@ -207,7 +228,7 @@ def _backward(
     """Add the gradient of the mean loss over ``answer_tokens`` and return that loss."""
     total = torch.zeros((), device=model.device)
     for part in _passes(batch, most_per_pass, _PASS_TOKENS.get(model.device.type, 0)):
-        if not _num_answer_tokens(part):
+        if not num_answer_tokens(part):
             continue
         rows, labels = [example.input_ids for example in part], [example.labels for example in part]
         loss = model.answer_losses(rows, labels, padding).sum() / answer_tokens

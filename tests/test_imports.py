@@ -32,7 +32,18 @@ LAYERS = (
         "clock",
         "buffering",
     ),
-    ("training", "evaluation", "rounds", "doctor", "whole_model", "merging", "inspection", "workload", "group_layers"),
+    (
+        "training",
+        "evaluation",
+        "rounds",
+        "doctor",
+        "whole_model",
+        "merging",
+        "inspection",
+        "workload",
+        "group_layers",
+        "group_decoder",
+    ),
     ("group_training",),
     ("engines",),
     ("participants",),
@@ -52,6 +63,7 @@ ALLOWED = {
     ("model", "adapters"),
     ("clock", "devices"),
     ("buffering", "clock"),
+    ("group_decoder", "group_layers"),
 }
 
 

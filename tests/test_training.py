@@ -13,9 +13,9 @@ from flexlora.training import (
     DivergedError,
     LocalTraining,
     TrainingError,
-    _batches,
     _passes,
     learning_rate_at,
+    step_batches,
     train_client,
 )
 
@@ -85,7 +85,7 @@ def assert_close(left, right, tolerance=1e-4):
 )
 def test_training_equals_plain_autograd_one_example_at_a_time(model, broadcast, settings):
     examples = make_examples(11)
-    batches = list(_batches(examples, settings, np.random.default_rng(5)))
+    batches = list(step_batches(examples, settings, np.random.default_rng(5)))
     expected, losses = plain_training(model, broadcast, batches, settings, 0.002)
     trained, metrics = train_client(model, broadcast, examples, settings, 0.002, seed=5)
     assert_close(trained, expected)
@@ -165,7 +165,7 @@ def test_a_bfloat16_base_moves_float32_factors_the_same_way(make_network, tokeni
 def test_every_epoch_shows_every_example_once_in_a_new_order():
     examples = make_examples(10)
     settings = LocalTraining(batch_size=2, gradient_accumulation_steps=2, num_epochs=2.0)
-    steps = list(_batches(examples, settings, np.random.default_rng(0)))
+    steps = list(step_batches(examples, settings, np.random.default_rng(0)))
     assert [len(step) for step in steps] == [4, 4, 2] * 2
     first, second = ([example for step in epoch for example in step] for epoch in (steps[:3], steps[3:]))
     assert first != second
@@ -179,7 +179,7 @@ def test_every_epoch_shows_every_example_once_in_a_new_order():
 def test_the_number_of_steps_follows_epochs_and_limit(num_epochs, max_steps, num_steps):
     settings = LocalTraining(batch_size=2, num_epochs=num_epochs, max_steps=max_steps)
     assert settings.num_steps(9) == num_steps
-    assert len(list(_batches(make_examples(9), settings, np.random.default_rng(0)))) == num_steps
+    assert len(list(step_batches(make_examples(9), settings, np.random.default_rng(0)))) == num_steps
 
 
 def test_batches_of_very_different_lengths_are_computed_in_groups():

@@ -1,9 +1,12 @@
-"""Trains a cohort in this process, one client after the other on one shared base model."""
+"""Trains a cohort in this process: many clients of any ranks in each pass through one shared base model."""
 
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,6 +14,8 @@ import torch
 from flexlora import FlexLoraError
 from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update, stream_seed
 from flexlora.data.prompts import EncodedExample
+from flexlora.group_layers import reason_against_groups
+from flexlora.group_training import GroupJob, TrainedClient, train_group
 from flexlora.lora.factors import AdapterState
 from flexlora.model import AdaptedModel
 from flexlora.training import LocalTraining, train_client
@@ -19,10 +24,12 @@ from flexlora.uplink.wire import WireDtype, decode, decode_broadcast, encode, en
 
 _LONGEST_REASON = 300
 
+_log = logging.getLogger(__name__)
+
 
 @runtime_checkable
 class TrainClient(Protocol):
-    """What trains one client; ``flexlora.training.train_client`` unless a test or an experiment puts in another."""
+    """What trains one client at a time, as ``flexlora.training.train_client`` does."""
 
     def __call__(
         self,
@@ -38,6 +45,15 @@ class TrainClient(Protocol):
 
 
 @dataclass(frozen=True)
+class _Turn:
+    """What a client has received and will train on."""
+
+    client: ClientSpec
+    job: GroupJob
+    down_bytes: int
+
+
+@dataclass(frozen=True)
 class SimulationEngine:
     """An engine whose clients live here; factors still travel as bytes, both ways.
 
@@ -48,8 +64,9 @@ class SimulationEngine:
         learning_rate: Server round -> learning rate.
         seed: Of the run; each client in each round has a stream of its own.
         wire_dtype: Dtype of the factors on their way.
-        train_one: What trains one client.
+        train_one: What trains one client at a time; None trains groups, where the base allows it.
         uplink: The steps whose client ends run on each update before it is encoded.
+        clients_per_group: Most clients in a group; None decides by tokens and memory.
     """
 
     model: AdaptedModel
@@ -58,8 +75,9 @@ class SimulationEngine:
     learning_rate: Callable[[int], float]
     seed: int
     wire_dtype: WireDtype = "float32"
-    train_one: TrainClient = train_client
+    train_one: TrainClient | None = None
     uplink: Sequence[UplinkStep] = ()
+    clients_per_group: int | None = None
 
     def train(
         self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
@@ -70,43 +88,99 @@ class SimulationEngine:
         factors are what the client was asked for is for the server to check.
         """
         packets: dict[RankPlan, bytes] = {}
-        for client in cohort:
-            yield self._take_turn(server_round, client, broadcasts, packets)
+        # Clients that have received and not sent yet, in cohort order.
+        turns: deque[_Turn | ClientFailure] = deque()
 
-    def _take_turn(
+        def jobs() -> Iterator[GroupJob]:
+            for client in cohort:
+                turn = self._receive(server_round, client, broadcasts, packets)
+                turns.append(turn)
+                if isinstance(turn, _Turn):
+                    yield turn.job
+
+        for outcome in self._trained(jobs(), broadcasts):
+            while isinstance(turn := turns.popleft(), ClientFailure):
+                yield turn
+            yield self._send(server_round, turn, outcome)
+        # Nobody is left to train: these have all failed.
+        yield from (turn for turn in turns if isinstance(turn, ClientFailure))
+
+    def _receive(
         self,
         server_round: int,
         client: ClientSpec,
         broadcasts: Mapping[RankPlan, Broadcast],
         packets: dict[RankPlan, bytes],
-    ) -> Update | ClientFailure:
+    ) -> _Turn | ClientFailure:
         stage, down_bytes = "broadcast", 0
         try:
             if client.plan not in packets:
                 packets[client.plan] = encode_broadcast(broadcasts[client.plan], self.wire_dtype)
             broadcast = decode_broadcast(packets[client.plan])
             down_bytes = len(packets[client.plan])
-            stage, start = "train", time.perf_counter()
-            adapter, metrics = self.train_one(
-                self.model,
+            stage = "train"
+            job = GroupJob(
                 broadcast,
                 self.examples_of(client.client_id),
-                self.settings,
                 self.learning_rate(server_round),
                 stream_seed(self.seed, "train", server_round, client.client_id),
             )
-            train_seconds = time.perf_counter() - start
+        except Exception as error:
+            return ClientFailure(client.client_id, stage, _reason(error), down_bytes)
+        return _Turn(client, job, down_bytes)
+
+    def _trained(
+        self, jobs: Iterable[GroupJob], broadcasts: Mapping[RankPlan, Broadcast]
+    ) -> Iterator[TrainedClient | Exception]:
+        train_one = self.train_one
+        if train_one is None and self._objection(broadcasts) is None:
+            return train_group(self.model, jobs, self.settings, self.clients_per_group)
+        return (self._train_alone(train_one or train_client, job) for job in jobs)
+
+    def _objection(self, broadcasts: Mapping[RankPlan, Broadcast]) -> str | None:
+        """Return why clients train one at a time, and say so the first time."""
+        branches = [branch for sent in broadcasts.values() for branch in (sent.trainable, sent.frozen or {})]
+        paths = frozenset(path for branch in branches for path in branch)
+        if paths not in self._objections:
+            reason = reason_against_groups(self.model.network, paths, base_drops_out=self.model.base_drops_out)
+            self._objections[paths] = reason
+            if reason is not None:
+                _log.warning("Clients train one at a time, which is slower: %s.", reason)
+        return self._objections[paths]
+
+    @cached_property
+    def _objections(self) -> dict[frozenset[str], str | None]:
+        return {}
+
+    def _train_alone(self, train_one: TrainClient, job: GroupJob) -> TrainedClient | Exception:
+        start = time.perf_counter()
+        try:
+            adapter, metrics = train_one(
+                self.model, job.broadcast, job.examples, self.settings, job.learning_rate, job.seed
+            )
+        except Exception as error:
+            return error
+        return TrainedClient(adapter, metrics, time.perf_counter() - start)
+
+    def _send(self, server_round: int, turn: _Turn, outcome: TrainedClient | Exception) -> Update | ClientFailure:
+        client = turn.client
+        if isinstance(outcome, Exception):
+            return ClientFailure(client.client_id, "train", _reason(outcome), turn.down_bytes)
+        try:
             # What leaves the client besides its factors: these two numbers and nothing else that was measured.
-            told = {key: metrics[key] for key in ("loss", "steps") if key in metrics}
-            stage = "upload"
+            told = {key: outcome.metrics[key] for key in ("loss", "steps") if key in outcome.metrics}
             rng = torch.Generator().manual_seed(stream_seed(self.seed, "uplink", server_round, client.client_id))
-            update = send(self.uplink, Update(client.client_id, adapter, float(client.num_examples), told), rng)
+            update = send(self.uplink, Update(client.client_id, outcome.adapter, float(client.num_examples), told), rng)
             sent = encode(update.payload, self.wire_dtype)
             payload = decode(sent)
         except Exception as error:
-            return ClientFailure(client.client_id, stage, _reason(error), down_bytes)
+            return ClientFailure(client.client_id, "upload", _reason(error), turn.down_bytes)
         return dataclasses.replace(
-            update, payload=payload, up_bytes=len(sent), down_bytes=down_bytes, train_seconds=train_seconds
+            update,
+            payload=payload,
+            up_bytes=len(sent),
+            down_bytes=turn.down_bytes,
+            train_seconds=outcome.train_seconds,
         )
 
 

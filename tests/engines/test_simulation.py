@@ -71,14 +71,17 @@ def test_updates_have_the_ranks_of_the_plans_and_the_bytes_that_travelled(engine
         assert update.train_seconds > 0
 
 
-def test_a_client_trains_as_it_would_alone(engine, broadcasts, model):
+@pytest.mark.parametrize("clients_per_group", [None, 1, 2])
+def test_a_client_trains_as_it_would_alone(engine, broadcasts, model, clients_per_group):
+    settings = LocalTraining("sgd", batch_size=2)
+    engine = dataclasses.replace(engine, settings=settings, clients_per_group=clients_per_group)
     updates = {update.client_id: update for update in engine.train(2, COHORT, broadcasts)}
     (alone,) = engine.train(2, [COHORT[2]], broadcasts)
     seed = stream_seed(11, "train", 2, "cyd")
-    expected, _ = train_client(model, broadcasts[LARGE], examples_of("cyd"), SETTINGS, 0.005, seed)
+    expected, _ = train_client(model, broadcasts[LARGE], examples_of("cyd"), settings, 0.005, seed)
     for path, factors in expected.items():
-        assert torch.equal(updates["cyd"].payload[path].B, factors.B)
-        assert torch.equal(alone.payload[path].A, factors.A)
+        torch.testing.assert_close(updates["cyd"].payload[path].B, factors.B, rtol=0, atol=1e-4)
+        torch.testing.assert_close(alone.payload[path].A, factors.A, rtol=0, atol=1e-4)
 
 
 def test_rounds_and_clients_have_streams_of_their_own(model, broadcasts):
@@ -157,7 +160,7 @@ def test_a_step_that_fails_at_a_client_fails_that_client(engine, broadcasts):
     ],
 )
 def test_a_failing_client_is_reported_and_the_others_go_on(engine, broadcasts, error, reason):
-    expected = list(engine.train(1, COHORT, broadcasts))
+    expected = list(dataclasses.replace(engine, train_one=train_client).train(1, COHORT, broadcasts))
     broken = dataclasses.replace(engine, train_one=failing_for("bob", error))
     outcomes = list(broken.train(1, COHORT, broadcasts))
     down_bytes = len(encode_broadcast(broadcasts[SMALL], "float32"))
@@ -208,3 +211,13 @@ def test_clients_train_only_when_their_outcome_is_asked_for(model, broadcasts):
     outcomes = engine.train(1, COHORT, broadcasts)
     next(outcomes)
     assert started == [3]
+
+
+def test_a_base_that_does_not_allow_groups_trains_one_by_one_and_says_so_once(engine, broadcasts, caplog, monkeypatch):
+    monkeypatch.setattr(engine.model, "base_drops_out", True)
+    monkeypatch.setattr("flexlora.engines.simulation.train_group", None)
+    for server_round in (1, 2):
+        assert all(isinstance(outcome, Update) for outcome in engine.train(server_round, COHORT, broadcasts))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Clients train one at a time, which is slower: the base model has dropout of its own."
+    ]
