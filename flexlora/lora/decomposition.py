@@ -73,7 +73,7 @@ GRAM_COLUMNS = 4
 SMALL_SIDE = 768
 BLOCK_BYTES = 64 * 2**20
 STACK_BYTES = 256 * 2**20
-"""Size of both stacks up to which they are copied together once instead of once per product."""
+"""Size of both stacks of the small terms up to which they are copied together once instead of once per product."""
 DIRECT_COLUMNS = 128
 """Columns from which on a term is multiplied as it lies."""
 NUM_PROBES = 32
@@ -202,32 +202,29 @@ class Operator:
         return sqrt(float(self.sizes.square().sum()) + dense**2)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield ``left``, ``right`` and the coefficients, some columns at a time, terms in their order.
+        """Yield ``left``, ``right`` and the coefficients, some columns at a time.
 
-        What is yielded must not be changed, and is good until the next block. While the stacks are small they are kept
-        in one piece; otherwise large terms are taken as they lie and small ones gathered in buffers that are used
-        again.
+        What is yielded must not be changed, and is good until the next block. Large terms are taken as they lie, small
+        ones gathered: once for all products while they fit into ``STACK_BYTES``, otherwise each time anew in buffers.
         """
-        if not self.columns:
-            return
-        row_bytes = dtype.itemsize * (self.out_features + self.in_features)
-        if row_bytes * self.columns <= STACK_BYTES:
-            if dtype not in self._kept:
-                self._kept[dtype] = next(self._gathered(self.terms, self._buffers(dtype, self.columns)))
-            yield self._kept[dtype]
-            return
-        size = max(1, BLOCK_BYTES // row_bytes // 64) * 64
-        if dtype not in self._kept:
-            self._kept[dtype] = self._buffers(dtype, size)
         small: list[Term] = []
         for term in self.terms:
             if term.columns < DIRECT_COLUMNS or term.left.dtype != dtype or term.left.device != self.device:
                 small.append(term)
                 continue
-            yield from self._gathered(small, self._kept[dtype])
-            small.clear()
             factors = torch.full((term.columns,), term.coefficient, dtype=dtype, device=self.device)
             yield term.left, term.right, factors
+        columns = sum(term.columns for term in small)
+        if not columns:
+            return
+        row_bytes = dtype.itemsize * (self.out_features + self.in_features)
+        if row_bytes * columns <= STACK_BYTES:
+            if dtype not in self._kept:
+                self._kept[dtype] = next(self._gathered(small, self._buffers(dtype, columns)))
+            yield self._kept[dtype]
+            return
+        if dtype not in self._kept:
+            self._kept[dtype] = self._buffers(dtype, max(1, BLOCK_BYTES // row_bytes // 64) * 64)
         yield from self._gathered(small, self._kept[dtype])
 
     @cached_property
