@@ -1,0 +1,74 @@
+"""How a cohort is cut into chunks, each trained as a group of its own by whichever process is free.
+
+A client's result depends, by rounding, on who shares its passes. So the cut is a function of the cohort, its data and
+the settings, never of the number of processes or of how fast they are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from flexlora.clients import ClientSpec
+from flexlora.data.prompts import EncodedExample
+from flexlora.training import LocalTraining
+
+# Tokens of one optimiser step of a chunk's clients, at least and at most. Fewer would leave passes half empty; more
+# would fill none better, and processes would wait longer for the last chunk.
+_STEP_TOKENS = {"cpu": (512, 2048), "cuda": (8192, 65536)}
+# A chunk is at most such a part of the work that is left, so that the last ones are small.
+_PARTS_OF_THE_REST = 8
+_MOST_CLIENTS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Neighbours in a cohort.
+
+    Attributes:
+        clients: Who they are.
+        examples: Client id -> its training examples; a client whose examples could not be had is missing.
+    """
+
+    clients: Sequence[ClientSpec]
+    examples: dict[str, Sequence[EncodedExample]]
+
+
+def cut_into_chunks(
+    cohort: Sequence[ClientSpec],
+    examples_of: Callable[[str], Sequence[EncodedExample]],
+    settings: LocalTraining,
+    device_type: str,
+) -> Iterator[Chunk]:
+    """Yield the cohort in chunks, in order; each client's examples are asked for once, when its chunk is.
+
+    Chunks are large as long as much is left, and small towards the end.
+
+    Args:
+        cohort: Who trains.
+        examples_of: May raise for a client.
+        settings: Decide how many tokens a step has.
+        device_type: ``cpu`` or ``cuda``.
+    """
+    smallest, largest = _STEP_TOKENS.get(device_type, _STEP_TOKENS["cpu"])
+    size = settings.batch_size * settings.gradient_accumulation_steps
+    rows_left = sum(min(size, client.num_examples) for client in cohort)
+    num_tokens, num_examples = 0, 0
+    clients: list[ClientSpec] = []
+    examples: dict[str, Sequence[EncodedExample]] = {}
+    rows = 0
+    for client in cohort:
+        clients.append(client)
+        try:
+            own = examples[client.client_id] = examples_of(client.client_id)
+        except Exception:  # Who trains the chunk asks again and reports what went wrong.
+            own = ()
+        num_tokens += sum(len(example.input_ids) for example in own)
+        num_examples += len(own)
+        rows += min(size, client.num_examples)
+        per_row = num_tokens / max(1, num_examples)
+        enough = min(max(rows_left * per_row / _PARTS_OF_THE_REST, smallest), largest)
+        if rows * per_row >= enough or len(clients) == _MOST_CLIENTS:
+            yield Chunk(clients, examples)
+            rows_left -= rows
+            clients, examples, rows = [], {}, 0
+    if clients:
+        yield Chunk(clients, examples)

@@ -1,0 +1,163 @@
+"""The child's side of ``workers``: trains chunks for the process that started it, and ends when that does.
+
+Started as ``python -m flexlora.engines.worker SOCKET MEMORY``, two inherited file descriptors. It gets one ``Start``
+and then ``Task`` after ``Task``, each pickled: they come from the process that has started it, over a socket that
+nobody else has. It answers ``READY`` to the start; to a task ``READY`` when it begins, then each client's outcome.
+"""
+
+import dataclasses
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+
+import torch
+
+from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update
+from flexlora.data.prompts import EncodedExample
+from flexlora.engines.shared_model import attach
+from flexlora.engines.simulation import SimulationEngine
+from flexlora.model import AdaptedModel
+from flexlora.uplink.wire import WireDtype, decode, decode_broadcast, encode
+
+READY = b"ready"
+
+# What a worker has of its own, instead of what the engine of the starting process has.
+_OWN_FIELDS = ("model", "examples_of", "learning_rate")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a worker needs once.
+
+    Attributes:
+        description: Of the shared model.
+        device: Where to train.
+        num_threads: CPU threads of tensor work.
+        deterministic: Whether kernels have to add in a fixed order.
+        matmul_precision: As torch names it.
+    """
+
+    description: bytes
+    device: str
+    num_threads: int
+    deterministic: bool
+    matmul_precision: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A chunk to train.
+
+    Attributes:
+        call: Number of the call of ``train`` it belongs to; packets of another are of no more use.
+        server_round: The round.
+        clients: Who trains.
+        examples: Client id -> training examples.
+        packets: Encoded broadcasts of those plans that the worker has not got in this call.
+        learning_rate: Of the round.
+        engine: What ``pickled_settings`` returned.
+    """
+
+    call: int
+    server_round: int
+    clients: Sequence[ClientSpec]
+    examples: Mapping[str, Sequence[EncodedExample]]
+    packets: Mapping[RankPlan, bytes]
+    learning_rate: float
+    engine: bytes
+
+
+def pickled_settings(engine: SimulationEngine) -> bytes:
+    """Return everything that makes ``engine`` train as it does, but for the model, the data and the learning rate."""
+    names = [field.name for field in dataclasses.fields(engine) if field.name not in _OWN_FIELDS]
+    return pickle.dumps({name: getattr(engine, name) for name in names})
+
+
+def packed(outcome: Update | ClientFailure, dtype: WireDtype) -> bytes:
+    """Return an outcome as bytes; its factors are packed as they travelled from the client."""
+    if isinstance(outcome, ClientFailure):
+        return pickle.dumps((outcome, None))
+    return pickle.dumps((dataclasses.replace(outcome, payload={}), encode(outcome.payload, dtype)))
+
+
+def unpacked(data: bytes) -> Update | ClientFailure:
+    """Return the outcome that ``packed`` wrote."""
+    outcome, payload = pickle.loads(data)
+    return outcome if payload is None else dataclasses.replace(outcome, payload=decode(payload))
+
+
+class Trainer:
+    """Trains tasks on one model; what belongs to a call of ``train`` is kept until the next one."""
+
+    def __init__(self, model: AdaptedModel) -> None:
+        self._model = model
+        self._task: Task | None = None
+        self._engine: SimulationEngine | None = None
+        self._broadcasts: dict[RankPlan, Broadcast] = {}
+
+    def take(self, task: Task) -> SimulationEngine:
+        """Return the engine of a task, made ready for it."""
+        if self._task is None or self._task.call != task.call:
+            self._broadcasts.clear()
+        if self._engine is None or self._task is None or self._task.engine != task.engine:
+            self._engine = SimulationEngine(
+                model=self._model,
+                examples_of=self._examples_of,
+                learning_rate=self._learning_rate,
+                **pickle.loads(task.engine),
+            )
+        self._broadcasts |= {plan: decode_broadcast(packet) for plan, packet in task.packets.items()}
+        self._task = task
+        return self._engine
+
+    def outcomes(self, engine: SimulationEngine, task: Task) -> Iterator[bytes]:
+        """Yield the packed outcome of each client."""
+        for outcome in engine.train(task.server_round, task.clients, self._broadcasts):
+            yield packed(outcome, engine.wire_dtype)
+
+    def _examples_of(self, client_id: str) -> Sequence[EncodedExample]:
+        assert self._task is not None
+        return self._task.examples[client_id]
+
+    def _learning_rate(self, server_round: int) -> float:
+        assert self._task is not None
+        return self._task.learning_rate
+
+
+def main() -> None:
+    """Serve the process that has started this one until it closes the socket."""
+    # An interruption from the keyboard reaches both: the other process decides what becomes of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection, inbox = Connection(int(sys.argv[1])), SimpleQueue[bytes]()
+    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+    start: Start = pickle.loads(inbox.get())
+    torch.set_num_threads(start.num_threads)
+    torch.set_float32_matmul_precision(start.matmul_precision)
+    torch.use_deterministic_algorithms(start.deterministic, warn_only=True)
+    trainer = Trainer(attach(int(sys.argv[2]), start.description, start.device))
+    connection.send_bytes(READY)
+    while True:
+        task: Task = pickle.loads(inbox.get())
+        engine = trainer.take(task)
+        connection.send_bytes(READY)
+        for outcome in trainer.outcomes(engine, task):
+            connection.send_bytes(outcome)
+
+
+def _listen(connection: Connection, inbox: "SimpleQueue[bytes]") -> None:
+    """Take messages as they come, and end this process when there is nobody left who could send one."""
+    try:
+        while True:
+            inbox.put(connection.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
