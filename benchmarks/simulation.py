@@ -8,17 +8,27 @@ in each way. Ways take turns, repeat by repeat, so that a busy machine troubles 
 neighbours in time. Reported: median seconds, client-steps and tokens (padding not counted) per second, and the median
 ratio to ``ours`` with its smallest and largest.
 
-    ours         groups of clients share passes; one thread unless --threads says otherwise
+    ours         the engine: groups of clients share passes, in one process a core with one thread each
+    ours-1       the same in one process with one thread
     ours-alone   the same, one client at a time
     swapped      stock PEFT, one client at a time, its factors set by set_peft_model_state_dict; all cores
     swapped-1    the same with one thread
     central      stock PEFT LoRA training of the same tokens as one client in batches of --central-batch; all cores
     central-1    the same with one thread
+    trainer      a transformers.Trainer for each client, as in the code released with the paper; all cores
+    flower       Flower's simulation: the steps of swapped in one actor a core, with one thread, that keeps its models;
+                 needs flwr[simulation] in the environment of --flower-python. A round's time, start-up not counted.
+
+With --cpu-time the ways that use several processes cannot be measured.
 """
 
 import argparse
 import os
+import pickle
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,12 +38,22 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch.nn import functional
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
-from flexlora.clients import Broadcast
+from flexlora.clients import Broadcast, ClientSpec, Update
 from flexlora.config import load_config
 from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.data.prompts import EncodedExample, encode_many
+from flexlora.engines.simulation import SimulationEngine
+from flexlora.engines.workers import Workers, WorkersEngine, plan_processes
 from flexlora.group_training import GroupJob, TrainedClient, train_group
 from flexlora.lora.factors import Scaling
 from flexlora.model import AdaptedModel, load_base_model, target_modules
@@ -44,6 +64,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 HEAD_WIDTH = 32
 LEARNING_RATE = 1e-3
 ALPHA = 2.0
+START_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -52,9 +73,12 @@ class Setting:
 
     make_network: Callable[[], PreTrainedModel]
     model: AdaptedModel
+    clients: Sequence[ClientSpec]
     jobs: Sequence[GroupJob]
     training: LocalTraining
     central_batch: int
+    base: str
+    flower_python: str
 
     @property
     def num_tokens(self) -> int:
@@ -100,7 +124,14 @@ def make_setting(arguments: argparse.Namespace, batch_size: int) -> Setting:
         jobs.append(GroupJob(Broadcast(adapter), encoded, LEARNING_RATE, seed))
     training = LocalTraining("adamw", batch_size=batch_size)
     return Setting(
-        lambda: make_network(arguments.base, arguments.attention), model, jobs, training, arguments.central_batch
+        lambda: make_network(arguments.base, arguments.attention),
+        model,
+        participants.clients[: arguments.clients],
+        jobs,
+        training,
+        arguments.central_batch,
+        arguments.base,
+        arguments.flower_python,
     )
 
 
@@ -109,6 +140,29 @@ def ours(setting: Setting, clients_per_group: int | None) -> Callable[[], None]:
         outcomes = train_group(setting.model, setting.jobs, setting.training, clients_per_group)
         assert all(isinstance(outcome, TrainedClient) for outcome in outcomes)
 
+    return train
+
+
+def engine(setting: Setting) -> Callable[[], None]:
+    examples = {client.client_id: job.examples for client, job in zip(setting.clients, setting.jobs, strict=True)}
+    broadcasts = {client.plan: job.broadcast for client, job in zip(setting.clients, setting.jobs, strict=True)}
+    workers = Workers(
+        setting.model, *plan_processes("cpu", setting.model.num_parameters, None, None), seconds_before_children=0.0
+    )
+    here = SimulationEngine(setting.model, examples.__getitem__, setting.training, lambda _: LEARNING_RATE, seed=0)
+    together = WorkersEngine(here, workers)
+
+    def train() -> None:
+        outcomes = list(together.train(1, setting.clients, broadcasts))
+        assert all(isinstance(outcome, Update) for outcome in outcomes)
+
+    # Children join in when they are ready: wait until all of them have.
+    train()
+    deadline = time.monotonic() + START_SECONDS
+    while not all(child is not None and child.has_worked for child in workers.pool.children):
+        assert time.monotonic() < deadline, "a worker did not start"
+        time.sleep(0.2)
+        train()
     return train
 
 
@@ -153,12 +207,7 @@ def swapped(setting: Setting) -> Callable[[], None]:
         for job in setting.jobs:
             adapter = job.broadcast.trainable
             model = models[tuple((path, factors.rank) for path, factors in adapter.items())]
-            state = {
-                f"base_model.model.{path}.lora_{name}.weight": getattr(factors, name)
-                for path, factors in adapter.items()
-                for name in "AB"
-            }
-            set_peft_model_state_dict(model, state)
+            set_peft_model_state_dict(model, peft_state(job))
             stock_steps(model, job.examples, setting.training.batch_size)
             # What a client would send.
             {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
@@ -176,23 +225,100 @@ def central(setting: Setting) -> Callable[[], None]:
     return lambda: stock_steps(model, examples, setting.central_batch)
 
 
-# Name -> what it does and how many threads it takes; 0 is what --threads says, -1 all cores.
+def trainer(setting: Setting) -> Callable[[], None]:
+    models: dict[tuple[tuple[str, int], ...], PeftModel] = {}
+
+    def collate(batch: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
+        length = max(len(example.input_ids) for example in batch)
+        tokens = torch.tensor([[*row.input_ids, *[0] * (length - len(row.input_ids))] for row in batch])
+        labels = torch.tensor([[*row.labels, *[-100] * (length - len(row.labels))] for row in batch])
+        return {"input_ids": tokens, "attention_mask": (tokens != 0).long(), "labels": labels}
+
+    def train() -> None:
+        for job in setting.jobs:
+            adapter = job.broadcast.trainable
+            ranks = {path: factors.rank for path, factors in adapter.items()}
+            if tuple(ranks.items()) not in models:
+                models[tuple(ranks.items())] = stock(setting.make_network(), ranks)
+            model = models[tuple(ranks.items())]
+            set_peft_model_state_dict(model, peft_state(job))
+            with tempfile.TemporaryDirectory() as folder:
+                arguments = TrainingArguments(
+                    folder,
+                    per_device_train_batch_size=setting.training.batch_size,
+                    num_train_epochs=1,
+                    learning_rate=LEARNING_RATE,
+                    lr_scheduler_type="constant",
+                    weight_decay=0.0,
+                    save_strategy="no",
+                    logging_strategy="no",
+                    report_to="none",
+                    use_cpu=True,
+                    disable_tqdm=True,
+                    remove_unused_columns=False,
+                )
+                one = Trainer(model, arguments, data_collator=collate, train_dataset=list(job.examples))  # type: ignore[arg-type]
+                one.remove_callback(PrinterCallback)
+                one.train()
+
+    return train
+
+
+def flower(setting: Setting) -> Callable[[], None]:
+    folder = Path(tempfile.mkdtemp())
+    go, done = folder / "go", folder / "done"
+    os.mkfifo(go)
+    os.mkfifo(done)
+    job = {
+        "base": setting.base,
+        "clients": [(peft_state(job), list(job.examples)) for job in setting.jobs],
+        "batch_size": setting.training.batch_size,
+    }
+    (folder / "job.pickle").write_bytes(pickle.dumps(job))
+    script = Path(__file__).with_name("flower_round.py")
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([setting.flower_python, script, folder], stdout=log, stderr=log)
+
+    def train() -> None:
+        with go.open("w") as pipe:
+            pipe.write("go")
+        with done.open() as pipe:
+            answer = pipe.read()
+        assert answer == "done", f"{answer}; see {folder / 'log'}, exit code {process.poll()}"
+
+    return train
+
+
+def peft_state(job: GroupJob) -> dict[str, torch.Tensor]:
+    """Return the factors a job starts from as PEFT names them."""
+    return {
+        f"base_model.model.{path}.lora_{name}.weight": getattr(factors, name)
+        for path, factors in job.broadcast.trainable.items()
+        for name in "AB"
+    }
+
+
+# Name -> what it does and how many threads it takes in this process; -1 is all cores.
 METHODS: dict[str, tuple[Callable[[Setting], Callable[[], None]], int]] = {
-    "ours": (lambda setting: ours(setting, None), 0),
-    "ours-alone": (lambda setting: ours(setting, 1), 0),
+    "ours": (engine, 1),
+    "ours-1": (lambda setting: ours(setting, None), 1),
+    "ours-alone": (lambda setting: ours(setting, 1), 1),
     "swapped": (swapped, -1),
     "swapped-1": (swapped, 1),
     "central": (central, -1),
     "central-1": (central, 1),
+    "trainer": (trainer, -1),
+    "flower": (flower, 1),
 }
 
 
-def measure(setting: Setting, names: Sequence[str], repeats: int, threads: int, clock: Callable[[], float]) -> None:
+def measure(setting: Setting, names: Sequence[str], repeats: int, clock: Callable[[], float]) -> None:
     trainers = {name: METHODS[name][0](setting) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats + 1):
         for name, train in trainers.items():
-            torch.set_num_threads({0: threads, -1: os.cpu_count() or 1}.get(METHODS[name][1], METHODS[name][1]))
+            threads = METHODS[name][1]
+            torch.set_num_threads(threads if threads > 0 else os.cpu_count() or 1)
             start = clock()
             train()
             if repeat:  # The first warms up.
@@ -215,10 +341,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps of each client")
     parser.add_argument("--distribution", default="uniform", help="of the four small device types")
-    parser.add_argument("--methods", default="ours,swapped,swapped-1,central,central-1")
+    parser.add_argument("--methods", default="ours,ours-1,swapped,swapped-1,central,central-1")
+    parser.add_argument("--flower-python", default=sys.executable, help="of an environment with flwr[simulation]")
     parser.add_argument("--central-batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
     parser.add_argument("--cpu-time", action="store_true", help="count processor seconds: fairer where others are busy")
     arguments = parser.parse_args()
@@ -229,7 +355,7 @@ def main() -> None:
             f"{arguments.base}, {setting.model.num_parameters:,} parameters; {len(setting.jobs)} clients, "
             f"{arguments.steps} steps of batch {batch_size}, {setting.num_tokens:,} tokens"
         )
-        measure(setting, arguments.methods.split(","), arguments.repeats, arguments.threads, clock)
+        measure(setting, arguments.methods.split(","), arguments.repeats, clock)
 
 
 if __name__ == "__main__":

@@ -58,13 +58,41 @@ class ModelConfig(_Section):
     )
     trust_remote_code: bool = Field(default=False, description="Let a hub repository run its own model code.")
     num_threads: int | None = Field(
-        default=None, ge=1, description="CPU threads for tensor work; null leaves the choice to PyTorch."
+        default=None,
+        ge=1,
+        description=(
+            "CPU threads for tensor work in each process; null leaves the choice to PyTorch, but clients of a base of "
+            "at most 100 million parameters train with one."
+        ),
+    )
+    num_processes: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Processes that train clients, with one copy of the base weights on the CPU; null is one per GPU, or one "
+            "per `model.num_threads` cores where the base has at most 100 million parameters, else 1. Results depend "
+            "on threads, not on this."
+        ),
     )
     clients_per_group: int | None = Field(
         default=None,
         ge=1,
-        description="Most clients that share passes through the base; null decides by tokens and memory, 1 is one by one.",
+        description="Most clients that share passes through the base; null decides by tokens and memory, 1 is one.",
     )
+
+
+class RayConfig(_Section):
+    """Train clients on a Ray cluster instead of this machine's processes (needs the extra `flexlora[ray]`)."""
+
+    address: str | None = Field(
+        default=None,
+        description="Of a running cluster, `auto` for the one this machine belongs to, null to start one here.",
+    )
+    num_actors: int | None = Field(
+        default=None, ge=1, description="Copies of the base that train; null is as many as the cluster has room for."
+    )
+    cpus_per_actor: int = Field(default=1, ge=1, description="Cores, and threads, of an actor.")
+    gpus_per_actor: float = Field(default=0.0, ge=0, description="GPUs of an actor; 0 trains on CPUs.")
 
 
 class LoraConfig(_Section):
@@ -107,8 +135,8 @@ class _DataConfig(_Section):
         default="auto",
         min_length=1,
         description=(
-            "Where examples and their tokens are kept for later runs: a folder, `user` (below `XDG_CACHE_HOME`), `none`, "
-            "or `auto`: `user` for generated data, `none` for all other."
+            "Where examples and their tokens are kept for later runs: a folder, `user` (below `XDG_CACHE_HOME`), "
+            "`none`, or `auto`: `user` for generated data, `none` for all other."
         ),
     )
 
@@ -447,6 +475,13 @@ class Config(_Section):
 
     seed: int = Field(default=0, ge=0, description="Seed of everything random but the generated corpus.")
     model: ModelConfig = Field(default_factory=ModelConfig)
+    ray: RayConfig | None = Field(
+        default=None,
+        description=(
+            "null trains in processes of this machine, a section on a cluster; `model.num_processes` then counts for "
+            "nothing."
+        ),
+    )
     lora: LoraConfig = Field(default_factory=LoraConfig)
     data: DataConfig = Field(default_factory=GeneratedData)
     clients: ClientsConfig = Field(default_factory=ClientsConfig)

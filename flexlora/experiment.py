@@ -32,7 +32,6 @@ from flexlora.config import (
     load_config,
     parse_config,
 )
-from flexlora.data.examples import FederatedCorpus
 from flexlora.model import load_base_model
 from flexlora.participants import Participants, base_name, gather_participants
 from flexlora.references import FEDIT_FOLDER, measure_references
@@ -81,10 +80,11 @@ RUN_ENTRIES = {
     REPORT_FILE,
 }
 EVALUATION_KEYS = (
-    r"data\.(path|test_examples_per_task|max_length)|evaluation\..*|model\.(device|dtype|num_threads|attn_.*)"
+    r"data\.(path|cache|test_examples_per_task|max_length)|evaluation\..*|"
+    r"model\.(device|dtype|num_threads|num_processes|attn_.*)|ray(\..*)?"
 )
-# What a run may need to get past the point where memory ended; scores move by rounding at most.
-RESUMABLE_CHANGES = ("evaluation.batch_size",)
+# What a run may need to get past the point where memory or disk ended; scores move by rounding at most.
+RESUMABLE_CHANGES = ("data.cache", "evaluation.batch_size", "model.num_processes")
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "rouge-score")
 
 
@@ -305,7 +305,7 @@ def _manifest(workbench: Workbench) -> ManifestRecord:
         platform=platform.platform(),
         seed=config.seed,
         config_hash=hashlib.sha256(dump_config(config).encode()).hexdigest(),
-        data_hashes=corpus_hashes(participants.corpus) | _device_hashes(participants),
+        data_hashes={**participants.corpus.hashes, **_device_hashes(participants)},
         base_model=config.model.name_or_path,
         num_parameters=workbench.model.num_parameters,
         method=config.method.name,
@@ -330,17 +330,6 @@ def _device_hashes(participants: Participants) -> dict[str, str]:
     if not participants.devices:
         return {}
     return {"devices": hashlib.sha256(repr(sorted(participants.devices.items())).encode()).hexdigest()}
-
-
-def corpus_hashes(corpus: FederatedCorpus) -> dict[str, str]:
-    """Return a SHA-256 of the clients' examples and one of the unseen tasks'."""
-    hashes = {}
-    for name, owners in (("clients", corpus.clients), ("unseen", corpus.unseen)):
-        digest = hashlib.sha256()
-        for owner, splits in sorted(owners.items()):
-            digest.update(repr((owner, splits)).encode())
-        hashes[name] = digest.hexdigest()
-    return hashes
 
 
 def export_run(run_folder: Path, folder: Path, *, rank: int | None, merged: bool) -> dict[str, Any]:
@@ -412,8 +401,8 @@ def evaluate_run(
     refused = [key for key in changed if not re.fullmatch(EVALUATION_KEYS, key)]
     if refused:
         raise ExperimentError(
-            "eval can change data.path, data.test_examples_per_task, data.max_length, evaluation.* and where the model "
-            f"runs; got {', '.join(refused)}"
+            "eval can change data.path, data.cache, data.test_examples_per_task, data.max_length, evaluation.* and "
+            f"where the model runs; got {', '.join(refused)}"
         )
     aggregator, state, server_ranks = _final_state(config, run_folder)
     top = max(server_ranks.values())
@@ -423,7 +412,7 @@ def evaluate_run(
     manifest = read_manifest(run_folder / MANIFEST_FILE)
     if manifest is not None:
         trained = manifest.data_hashes["clients"]
-        if corpus_hashes(participants.corpus)["clients"] != trained:
+        if participants.corpus.hashes["clients"] != trained:
             raise ExperimentError(
                 "data.path must hold the same data as the run was trained on, or its clients' data could count as "
                 "unseen; hold other data out with a run of its own"

@@ -285,10 +285,11 @@ def _corpus_of(config: Config) -> tuple[FederatedCorpus, tuple[str, ...]]:
     """Return the corpus and warnings about it, as an earlier run has kept them where it could."""
     data, seed, name = config.data, config.seed, config.model.name_or_path
     is_embedded = name == "embedded" or Path(name).expanduser().resolve() == BASE_FOLDER
-    decided_by = {"seed": seed, "is_embedded": is_embedded, "data": data.model_dump(mode="json", exclude=NOT_IN_CORPUS)}
+    decided_by = {"seed": seed, "data": data.model_dump(mode="json", exclude=NOT_IN_CORPUS)}
     files = None if isinstance(data, GeneratedData) else Path(data.path).expanduser()
     if files is not None and files.exists():
         decided_by["files"] = files_state(files) + files_state(BASE_FOLDER / INSTANCES_FILE)
+        decided_by["is_embedded"] = is_embedded
 
     def read(file: ExampleFile) -> tuple[FederatedCorpus, tuple[str, ...]]:
         if isinstance(data, InstructionsData):
@@ -307,9 +308,7 @@ def _cache_folder(data: GeneratedData | NaturalInstructionsData | InstructionsDa
     return user_cache_folder() if data.cache in ("auto", "user") else Path(data.cache).expanduser()
 
 
-def _read_rows(
-    data: InstructionsData, seed: int, file: ExampleFile
-) -> tuple[FederatedCorpus, tuple[str, ...]]:
+def _read_rows(data: InstructionsData, seed: int, file: ExampleFile) -> tuple[FederatedCorpus, tuple[str, ...]]:
     corpus, summary = load_instructions(
         data.path,
         seed,

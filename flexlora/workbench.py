@@ -26,7 +26,10 @@ from flexlora.config import Config
 from flexlora.data.encoded_clients import EncodedClients, encoding_name
 from flexlora.data.examples import Example
 from flexlora.data.prompts import EncodedExample, encode_many
+from flexlora.engines.base import Engine
+from flexlora.engines.ray_cluster import ActorSettings, RayActors, RayEngine
 from flexlora.engines.simulation import SimulationEngine
+from flexlora.engines.workers import Workers, WorkersEngine, plan_processes
 from flexlora.evaluation import Score, answer_loss, combine, evaluate
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.product import Split
@@ -151,14 +154,16 @@ class Workbench:
         return Loop(
             aggregator=aggregator,
             state_types=STATE_TYPES,
-            engine=SimulationEngine(
-                self.model,
-                self.training_examples,
-                local_training(self.config),
-                learning_rate,
-                self.config.seed,
-                rounds.wire_dtype,
-                clients_per_group=self.config.model.clients_per_group,
+            engine=self._engine(
+                SimulationEngine(
+                    self.model,
+                    self.training_examples,
+                    local_training(self.config),
+                    learning_rate,
+                    self.config.seed,
+                    rounds.wire_dtype,
+                    clients_per_group=self.config.model.clients_per_group,
+                )
             ),
             federation=Federation(
                 clients=clients,
@@ -185,13 +190,36 @@ class Workbench:
             clock=clock_of(self.config, self.participants, method["name"], cohort_size(self.config, len(clients))),
         )
 
+    def _engine(self, engine: SimulationEngine) -> Engine:
+        return WorkersEngine(engine, self._workers) if self.config.ray is None else RayEngine(engine, self._actors)
+
+    @cached_property
+    def _actors(self) -> RayActors:
+        settings = self.config.ray
+        assert settings is not None
+        return RayActors(
+            self.model,
+            ActorSettings(settings.address, settings.num_actors, settings.cpus_per_actor, settings.gpus_per_actor),
+        )
+
+    @cached_property
+    def _workers(self) -> Workers:
+        settings = self.config.model
+        device, size = resolve_device(settings.device), self.model.num_parameters
+        return Workers(self.model, *plan_processes(device, size, settings.num_processes, settings.num_threads))
+
     def training_examples(self, client_id: str) -> Sequence[EncodedExample]:
         """Return the tokenised training examples of a client."""
         return self._encoded(client_id)
 
     @cached_property
     def _encoded(self) -> EncodedClients:
-        data, seed, corpus, tokenizer = self.config.data, self.config.seed, self.participants.corpus, self.model.tokenizer
+        data, seed, corpus, tokenizer = (
+            self.config.data,
+            self.config.seed,
+            self.participants.corpus,
+            self.model.tokenizer,
+        )
 
         def encode(client_id: str) -> Sequence[EncodedExample]:
             examples = corpus.clients[client_id].train

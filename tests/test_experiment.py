@@ -7,6 +7,7 @@ import pytest
 
 from flexlora.clients import ClientError, ClientSpec, RankPlan, count_plans
 from flexlora.config import Config, ConfigError, parse_config
+from flexlora.data.corpus_cache import user_cache_folder
 from flexlora.experiment import ExperimentError, _check_folder, run_experiment
 from flexlora.participants import gather_participants
 from flexlora.workbench import WorkbenchError, adapted_shapes, largest_ranks, resolve_device, smallest_ranks
@@ -138,6 +139,42 @@ def test_unseen_tasks_are_no_clients_and_the_validation_set_comes_from_clients()
     }
     scored = [example for splits in participants.corpus.unseen.values() for example in splits.test]
     assert not any((example.instruction, example.input) in trained for example in scored)
+
+
+def test_several_clients_can_own_a_task_and_share_no_example_with_each_other_or_with_unseen_tasks() -> None:
+    data = {"name": "generated", "examples_per_task": 10, "clients_per_task": 3, "num_unseen_tasks": 9}
+    corpus = gather_participants(config_of(data=data)).corpus
+    assert len(corpus.clients) > 5000
+    prompts = [
+        (example.instruction, example.input)
+        for own in (*corpus.clients.values(), *corpus.unseen.values())
+        for part in (own.train, own.validation, own.test)
+        for example in part
+    ]
+    assert len(set(prompts)) == len(prompts)
+    assert not {name.partition(".")[0] for name in corpus.clients} & corpus.unseen.keys()
+    # The first owner of a task is the client that the task is without others, and unseen tasks are the same.
+    alone = gather_participants(config_of(data={**data, "clients_per_task": 1})).corpus
+    assert all(corpus.clients[name] == own for name, own in list(alone.clients.items())[::97])
+    assert dict(corpus.unseen) == dict(alone.unseen)
+
+
+def test_generated_examples_are_kept_by_default_and_those_of_others_only_when_asked(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"instruction": "say {n}", "response": "b {n}"}}\n' for n in range(40)))
+    own = {"name": "instructions", "path": str(rows), "num_clients": 2, "min_examples": 3}
+    generated = {"name": "generated", "num_clients": 20, "examples_per_task": 10}
+    kept = gather_participants(config_of(data=generated)).corpus
+    assert kept.folder is not None and kept.folder.parent == user_cache_folder()
+    assert gather_participants(config_of(data={**generated, "cache": "none"})).corpus.folder is None
+    assert gather_participants(config_of(data=own)).corpus.folder is None
+    asked = {**own, "cache": str(tmp_path / "cache")}
+    first, second = (gather_participants(config_of(data=asked)).corpus for _ in range(2))
+    assert first == second and first.folder == second.folder and second.folder.parent == tmp_path / "cache"
+    rows.write_text(rows.read_text().replace("b 7", "b changed"))
+    changed = gather_participants(config_of(data=asked)).corpus
+    assert changed.hashes["clients"] != first.hashes["clients"] or changed.hashes["unseen"] != first.hashes["unseen"]
+    assert changed.folder != first.folder
 
 
 def test_the_smallest_ranks_are_what_every_client_can_afford() -> None:

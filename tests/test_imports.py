@@ -12,7 +12,7 @@ import flexlora
 
 PACKAGE = Path(__file__).parents[1] / "flexlora"
 ROOT_FILE = PACKAGE / "__init__.py"
-HEAVY = {"torch", "transformers", "peft", "datasets", "flwr", "matplotlib"}
+HEAVY = {"torch", "transformers", "peft", "datasets", "flwr", "matplotlib", "ray"}
 
 # Lowest first; a module imports from lower layers, and inside its own layer only what ALLOWED names.
 LAYERS = (

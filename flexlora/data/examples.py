@@ -1,7 +1,8 @@
 """What a training example is, whatever corpus it came from."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,14 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSplits:
-    """The examples of one owner (a client's task, or an unseen task)."""
+    """The examples of one owner (a client's task, or an unseen task).
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
+    The parts know their lengths; where they are stored in a file, examples are read from it as they are asked for.
+    """
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
     category: str = ""
 
 
@@ -38,7 +42,11 @@ class FederatedCorpus:
     Attributes:
         clients: client id -> its examples.
         unseen: task id -> examples for zero-shot evaluation (their ``test`` part is scored).
+        hashes: SHA-256 of all that ``clients`` and ``unseen`` hold, by these names; empty when it is not stored.
+        folder: Where it is kept for later runs; None when it is not.
     """
 
     clients: Mapping[str, ExampleSplits]
     unseen: Mapping[str, ExampleSplits]
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None

@@ -17,7 +17,6 @@ from typing import Literal
 from flexlora import FlexLoraError
 from flexlora.clients import stream
 from flexlora.data.examples import Example, ExampleSplits, FederatedCorpus
-from flexlora.data.natural_instructions import drop_trained
 from flexlora.partition import Indices, by_id, dirichlet, iid, train_validation_test
 
 PartitionName = Literal["natural", "dirichlet", "iid"]
@@ -127,7 +126,7 @@ def load_instructions(
         raise InstructionDataError(f"{path}: no row is left for clients; hold out fewer labels or a smaller fraction")
     parts, num_too_small, num_not_drawn = _deal(trained, partition, num_clients, dirichlet_alpha, min_examples, seed)
     clients = {name: _split(name, [trained[index] for index in part], seed) for name, part in parts.items()}
-    corpus, num_leaked = drop_trained(FederatedCorpus(clients, unseen))
+    corpus, num_leaked = _drop_trained(FederatedCorpus(clients, unseen))
     return corpus, InstructionSummary(
         num_rows=len(read),
         num_clients=len(corpus.clients),
@@ -529,3 +528,24 @@ def _split(client_id: str, rows: Sequence[Row], seed: int) -> ExampleSplits:
 
 def _flat(rows: Iterable[Row]) -> tuple[Example, ...]:
     return tuple(example for row in rows for example in row.examples)
+
+
+def _drop_trained(corpus: FederatedCorpus) -> tuple[FederatedCorpus, int]:
+    """Return the corpus without validation and test examples whose prompt some client trains on, and their number."""
+    trained = {_prompt(example) for splits in corpus.clients.values() for example in splits.train}
+    num_dropped = 0
+
+    def cleaned(splits: ExampleSplits) -> ExampleSplits:
+        nonlocal num_dropped
+        validation = tuple(example for example in splits.validation if _prompt(example) not in trained)
+        test = tuple(example for example in splits.test if _prompt(example) not in trained)
+        num_dropped += len(splits.validation) + len(splits.test) - len(validation) - len(test)
+        return replace(splits, validation=validation, test=test)
+
+    clients = {name: cleaned(splits) for name, splits in corpus.clients.items()}
+    unseen = {name: cleaned(splits) for name, splits in corpus.unseen.items()}
+    return replace(corpus, clients=clients, unseen=unseen), num_dropped
+
+
+def _prompt(example: Example) -> tuple[tuple[tuple[str, str], ...], str, str]:
+    return example.history, example.instruction, example.input

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flexlora import FlexLoraError
 from flexlora.clients import stream
+from flexlora.data.corpus_file import ExampleFile, Owner, stored_corpus
 from flexlora.data.examples import Example, ExampleSplits, FederatedCorpus
 from flexlora.partition import train_validation_test
 
@@ -46,6 +47,21 @@ class Task:
     languages: frozenset[str] = frozenset()
     num_unanswered: int = 0
     num_repeated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A task that is left after the filters, whose examples have been written.
+
+    Attributes:
+        definition: As of the task.
+        category: As of the task.
+        owners: The clients it could be; the first one is called as the task.
+    """
+
+    definition: str
+    category: str
+    owners: tuple[Owner, ...]
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,7 @@ def load_natural_instructions(
     num_clients: int | None = None,
     exclude: Exclude | None = None,
     languages: Sequence[str] = (),
+    file: ExampleFile | None = None,
 ) -> tuple[FederatedCorpus, CorpusSummary]:
     """Return the corpus in a folder of task files; see ``federate`` for the arguments."""
     return federate(
@@ -125,6 +142,7 @@ def load_natural_instructions(
         num_clients=num_clients,
         exclude=exclude,
         languages=languages,
+        file=file,
     )
 
 
@@ -237,13 +255,16 @@ def federate(
     fraction: float = 1.0,
     max_examples: int | None = None,
     min_examples: int = 10,
+    examples_per_client: int | None = None,
     num_clients: int | None = None,
     exclude: Exclude | None = None,
     languages: Sequence[str] = (),
+    file: ExampleFile | None = None,
 ) -> tuple[FederatedCorpus, CorpusSummary]:
     """Return every task as a client or as an unseen task, and what was left out.
 
     A client's examples are split 80/10/10; all examples of an unseen task are in its ``test`` part, in random order.
+    Nothing but the names of tasks, their definitions and where their examples are is in memory at any time.
 
     Args:
         tasks: Read once, in any order; the result does not depend on the order.
@@ -251,16 +272,21 @@ def federate(
         fraction: Share of the examples kept inside each task; the paper keeps 0.1.
         max_examples: Upper limit of examples per task after that.
         min_examples: Tasks with fewer are left out; 3 or more, so that no part is empty.
+        examples_per_client: A task with more of them belongs to several clients, each with so many of its examples,
+            the last one perhaps with fewer; the first is called as the task, the others ``TASK.2``, ``TASK.3`` and so
+            on. An unseen task has so many, too. None gives a client all examples of its task.
         num_clients: Keep this many clients, drawn by the seed; None keeps all.
         exclude: Called with definition and inputs of every task; true leaves the task out.
         languages: Leave out tasks that name a language outside this list; tasks without the fields stay.
+        file: Where examples are written; None takes a file that is gone with the process.
 
     Raises:
         NaturalInstructionsError: Two tasks of one name, a name, category or language that no task has, or too few
             tasks.
     """
     _check_limits(fraction, max_examples, min_examples, num_clients)
-    kept: dict[str, Task] = {}
+    file = file or ExampleFile()
+    kept: dict[str, _Kept] = {}
     category_of: dict[str, str] = {}
     known_languages: set[str] = set()
     left_out = {"pretraining": 0, "small": 0, "language": 0, "unanswered": 0, "repeated": 0}
@@ -280,22 +306,27 @@ def federate(
             if len(sample.examples) < min_examples:
                 left_out["small"] += 1
             else:
-                kept[task.task_id] = sample
+                kept[task.task_id] = _written(sample, seed, examples_per_client, min_examples, file)
     if known_languages:
         _check_known("data.languages", set(languages), known_languages)
     asked = _asked_for(hold_out, category_of)
-    unseen = _choose_unseen(hold_out.num_tasks, asked, kept, seed)
-    trained = _draw_clients(sorted(set(kept) - unseen), num_clients, seed)
-    corpus, num_leaked = drop_trained(
-        FederatedCorpus(
-            clients={task_id: split_task(kept[task_id], seed) for task_id in trained},
-            unseen={
-                task_id: ExampleSplits((), (), _in_random_order(kept[task_id], seed), kept[task_id].category)
-                for task_id in sorted(unseen)
-            },
-        )
+    unseen = _choose_unseen(hold_out.num_tasks, asked, {name: task.category for name, task in kept.items()}, seed)
+    candidates = sorted(
+        (owner for name, task in kept.items() if name not in unseen for owner in task.owners),
+        key=lambda owner: owner.name,
     )
-    clients = corpus.clients.values()
+    clients = _draw_clients(candidates, num_clients, seed)
+    held_out = [
+        replace(task.owners[0], num_validation=0, num_test=task.owners[0].record.num_examples)
+        for name, task in kept.items()
+        if name in unseen
+    ]
+    dropped = _find_trained(kept.values(), [*clients, *held_out], file)
+    clients, held_out = ([_without(owner, dropped) for owner in owners] for owners in (clients, held_out))
+    corpus = stored_corpus(file, clients, held_out)
+    train, validation, test = (
+        sum(map(len, parts)) for parts in zip(*map(_parts, corpus.clients.values()), strict=True)
+    )
     return corpus, CorpusSummary(
         num_tasks=len(category_of),
         num_clients=len(corpus.clients),
@@ -303,42 +334,64 @@ def federate(
         num_seen_in_pretraining=left_out["pretraining"],
         num_too_small=left_out["small"],
         num_other_language=left_out["language"],
-        num_not_drawn=len(kept) - len(unseen) - len(trained),
+        num_not_drawn=len(candidates) - len(clients),
         num_unanswered=left_out["unanswered"],
         num_repeated=left_out["repeated"],
-        num_leaked=num_leaked,
-        num_train=sum(len(splits.train) for splits in clients),
-        num_validation=sum(len(splits.validation) for splits in clients),
-        num_test=sum(len(splits.test) for splits in clients),
+        num_leaked=sum(map(len, dropped.values())),
+        num_train=train,
+        num_validation=validation,
+        num_test=test,
         num_unseen_test=sum(len(splits.test) for splits in corpus.unseen.values()),
         unseen_left_out=tuple(sorted(asked - set(kept))),
     )
 
 
-def drop_trained(corpus: FederatedCorpus) -> tuple[FederatedCorpus, int]:
-    """Return the corpus without validation and test examples whose prompt some client trains on, and their number."""
-    trained = {_prompt(example) for splits in corpus.clients.values() for example in splits.train}
-    num_dropped = 0
-
-    def cleaned(splits: ExampleSplits) -> ExampleSplits:
-        nonlocal num_dropped
-        validation = tuple(example for example in splits.validation if _prompt(example) not in trained)
-        test = tuple(example for example in splits.test if _prompt(example) not in trained)
-        num_dropped += len(splits.validation) + len(splits.test) - len(validation) - len(test)
-        return replace(splits, validation=validation, test=test)
-
-    clients = {name: cleaned(splits) for name, splits in corpus.clients.items()}
-    unseen = {name: cleaned(splits) for name, splits in corpus.unseen.items()}
-    return replace(corpus, clients=clients, unseen=unseen), num_dropped
+def _parts(splits: ExampleSplits) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:
+    return splits.train, splits.validation, splits.test
 
 
-def _prompt(example: Example) -> tuple[tuple[tuple[str, str], ...], str, str]:
-    return example.history, example.instruction, example.input
+def _written(task: Task, seed: int, examples_per_client: int | None, min_examples: int, file: ExampleFile) -> _Kept:
+    """Write the examples of each client that a task could be: those for validation, then for testing and training."""
+    size, owners = examples_per_client or len(task.examples), []
+    for number, start in enumerate(range(0, len(task.examples), size), start=1):
+        examples = task.examples[start : start + size]
+        if number == 1 or len(examples) >= min_examples:
+            name = task.task_id if number == 1 else f"{task.task_id}.{number}"
+            train, validation, test = train_validation_test(len(examples), stream(seed, "task-split", name))
+            record = file.append([examples[index] for part in (validation, test, train) for index in part.tolist()])
+            owners.append(Owner(name, task.category, record, len(validation), len(test)))
+    return _Kept(task.definition, task.category, tuple(owners))
 
 
-def _in_random_order(task: Task, seed: int) -> tuple[Example, ...]:
-    order = stream(seed, "task-split", task.task_id).permutation(len(task.examples))
-    return tuple(task.examples[index] for index in order)
+def _find_trained(kept: Iterable[_Kept], owners: Iterable[Owner], file: ExampleFile) -> dict[str, tuple[int, ...]]:
+    """Return name -> positions of its validation and test examples whose prompt some client trains on.
+
+    Inputs of one task differ, so only tasks that share their definition can share a prompt: these are read again.
+    """
+    taking_part = {owner.name: owner for owner in owners}
+    tasks_of: dict[str, list[_Kept]] = {}
+    for task in kept:
+        tasks_of.setdefault(task.definition, []).append(task)
+    dropped = {}
+    for tasks in tasks_of.values():
+        if len(tasks) == 1:
+            continue
+        group = [taking_part[own.name] for task in tasks for own in task.owners if own.name in taking_part]
+        trained = {
+            example.input
+            for owner in group
+            for example in file.read(owner.record)[owner.num_validation + owner.num_test :]
+        }
+        for owner in group:
+            tested = file.read(owner.record)[: owner.num_validation + owner.num_test]
+            found = tuple(position for position, example in enumerate(tested) if example.input in trained)
+            if found:
+                dropped[owner.name] = found
+    return dropped
+
+
+def _without(owner: Owner, dropped: Mapping[str, tuple[int, ...]]) -> Owner:
+    return replace(owner, dropped=dropped[owner.name]) if owner.name in dropped else owner
 
 
 def _texts(fields: Mapping[str, object], key: str, place: str) -> list[str]:
@@ -392,13 +445,17 @@ def _check_known(key: str, asked: set[str], known: set[str]) -> None:
     )
 
 
-def _choose_unseen(num_tasks: int, asked: set[str], kept: Mapping[str, Task], seed: int) -> set[str]:
-    """Return the held-out tasks that are left: those asked for, and ``num_tasks`` drawn, one per category in turn."""
+def _choose_unseen(num_tasks: int, asked: set[str], kept: Mapping[str, str], seed: int) -> set[str]:
+    """Return the held-out tasks that are left: those asked for, and ``num_tasks`` drawn, one per category in turn.
+
+    Args:
+        kept: Task -> its category.
+    """
     rng = stream(seed, "unseen-tasks")
     unseen = asked & set(kept)
     by_category: dict[str, list[str]] = {}
     for task_id in sorted(set(kept) - unseen):
-        by_category.setdefault(kept[task_id].category, []).append(task_id)
+        by_category.setdefault(kept[task_id], []).append(task_id)
     pools = [by_category[category] for category in sorted(by_category)]
     pools = [[pools[i][j] for j in rng.permutation(len(pools[i]))] for i in rng.permutation(len(pools))]
     num_left = sum(map(len, pools))
@@ -417,7 +474,7 @@ def _choose_unseen(num_tasks: int, asked: set[str], kept: Mapping[str, Task], se
     return unseen
 
 
-def _draw_clients(candidates: list[str], num_clients: int | None, seed: int) -> list[str]:
+def _draw_clients(candidates: list[Owner], num_clients: int | None, seed: int) -> list[Owner]:
     if not candidates:
         raise NaturalInstructionsError(
             "no task is left to be a client: hold out fewer, lower data.min_examples, or keep tasks seen in pretraining"

@@ -7,14 +7,16 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexlora.data.generated import GeneratedTask, all_tasks, as_natural_instructions, split_of
+from flexlora.data.generated import GeneratedTask, _QuickRandom, all_tasks, as_natural_instructions, split_of
 from flexlora.data.generated.lexicon import CATEGORIES, LANGUAGES, NOUNS, TRANSLATABLE, invented_words
 from flexlora.data.generated.recipe import FEWEST_INPUTS
+from flexlora.data.natural_instructions import parse_task
 
 
 @cache
@@ -106,6 +108,21 @@ def test_instances_are_a_function_of_the_seed_and_the_task(place: int, seed: int
     task = all_tasks()[place]
     assert task.instances(12, seed) == task.instances(12, seed)
     assert task.instances(5, seed) == task.instances(12, seed)[:5]
+
+
+def test_quick_choices_are_those_of_the_standard_generator() -> None:
+    quick, standard = _QuickRandom("seed"), Random("seed")
+    for size in [*range(1, 40), 1000]:
+        assert [quick.choice(range(size)) for _ in range(9)] == [standard.choice(range(size)) for _ in range(9)]
+    assert quick.random() == standard.random()
+
+
+def test_texts_are_as_they_are_read_from_files_of_the_same_tasks() -> None:
+    for task in all_tasks()[::9]:
+        parsed = parse_task(task.task_id, as_natural_instructions(task, num=30, seed=0))
+        drawn = task.draw(30, seed=0)
+        assert [(e.input, *e.outputs) for e in parsed.examples] == list(drawn.items())
+        assert (parsed.definition, parsed.category) == (task.definition, task.category)
 
 
 def test_another_seed_gives_other_instances_and_other_wordings() -> None:

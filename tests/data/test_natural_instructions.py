@@ -251,6 +251,23 @@ def test_the_number_of_clients_can_be_limited():
     assert summary.num_not_drawn == 6
 
 
+def test_a_large_task_belongs_to_several_clients_that_share_nothing():
+    many = [parse_task("big", fields(55)), parse_task("small", fields(24, definition="Do it.")), *tasks(2, num=20)]
+    corpus, summary = federate(many, 3, hold_out=HoldOut(tasks=("small",)), examples_per_client=20)
+    assert list(corpus.clients) == ["big", "big.2", "big.3", "task000", "task001"]
+    sizes = [sum(map(len, (own.train, own.validation, own.test))) for own in corpus.clients.values()]
+    assert sizes == [20, 20, 15, 20, 20] and len(corpus.unseen["small"].test) == 20
+    owned = [
+        {e.input for part in (own.train, own.validation, own.test) for e in part} for own in corpus.clients.values()
+    ]
+    assert len(set.union(*owned[:3])) == 55 and summary.num_leaked == 0
+    # The first client has what it would have had alone, whoever else is there.
+    alone, _ = federate([parse_task("big", fields(20))], 3, hold_out=HoldOut(), examples_per_client=20)
+    assert alone.clients["big"] == corpus.clients["big"]
+    drawn, summary = federate(many, 3, hold_out=HoldOut(tasks=("small",)), examples_per_client=20, num_clients=2)
+    assert len(drawn.clients) == 2 and summary.num_not_drawn == 3
+
+
 def test_prompts_that_another_client_trains_on_leave_test_and_unseen_parts():
     # Twins: the same definition and inputs under two names; whatever one trains on must not be scored for the other.
     twins = [parse_task(name, fields(40)) for name in ("a", "b", "c")]

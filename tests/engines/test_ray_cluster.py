@@ -1,0 +1,102 @@
+"""Expected outcomes come from the engine of one machine, to the bit; Ray is the real one, with two actors."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from flexlora.clients import Broadcast, ClientFailure, ClientSpec, Update, four_types
+from flexlora.data.pretraining import BASE_FOLDER
+from flexlora.data.prompts import EncodedExample
+from flexlora.engines.ray_cluster import ActorSettings, RayActors, RayEngine, RayError
+from flexlora.engines.simulation import SimulationEngine
+from flexlora.engines.workers import Workers, WorkersEngine
+from flexlora.lora.factors import Scaling
+from flexlora.model import AdaptedModel, load_base_model, target_modules
+from flexlora.training import LocalTraining
+
+ray = pytest.importorskip("ray")
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("default"),
+]
+
+
+@pytest.fixture(scope="module")
+def engine() -> SimulationEngine:
+    network, tokenizer = load_base_model(str(BASE_FOLDER), dtype="float32", device="cpu", attn_implementation="eager")
+    return SimulationEngine(
+        AdaptedModel(network, tokenizer), examples_of, LocalTraining(batch_size=2), lambda _: 1e-2, seed=3
+    )
+
+
+def examples_of(client_id: str) -> list[EncodedExample]:
+    if client_id == "broken":
+        raise ValueError("its disk is gone")
+    number = int(client_id[1:])
+    ids = tuple(range(5 + number, 25 + number))
+    return [EncodedExample(ids, (-100,) * 10 + ids[10:])] * 4
+
+
+@pytest.fixture(scope="module")
+def clients() -> list[ClientSpec]:
+    plans = list(four_types(1, 2, 4).values())
+    return [ClientSpec(f"c{number:02d}", plans[number % 4], 4) for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def broadcasts(engine: SimulationEngine, clients: list[ClientSpec]) -> dict:
+    shapes = target_modules(engine.model.network, "all-linear")
+    scaling = Scaling("rslora", 2.0)
+    return {
+        client.plan: Broadcast(engine.model.initial_adapter(client.plan.resolve(shapes), scaling, 0))
+        for client in clients
+    }
+
+
+@pytest.fixture(scope="module")
+def actors(engine: SimulationEngine) -> Iterator[RayActors]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield RayActors(engine.model, ActorSettings())
+    ray.shutdown()
+
+
+def test_outcomes_are_those_of_one_machine_in_cohort_order(engine, clients, broadcasts, actors):
+    cohort = [*clients[:20], ClientSpec("broken", clients[0].plan, 4), *clients[20:]]
+    here = list(WorkersEngine(engine, Workers(engine.model, [], 1)).train(1, cohort, broadcasts))
+    there = list(RayEngine(engine, actors).train(1, cohort, broadcasts))
+    assert [outcome.client_id for outcome in there] == [client.client_id for client in cohort]
+    for one, other in zip(here, there, strict=True):
+        assert type(one) is type(other)
+        if isinstance(one, ClientFailure):
+            assert one == other
+            continue
+        assert (one.weight, one.metrics, one.up_bytes, one.down_bytes) == (
+            other.weight,
+            other.metrics,
+            other.up_bytes,
+            other.down_bytes,
+        )
+        for module, factors in one.payload.items():
+            assert torch.equal(factors.A, other.payload[module].A)
+            assert torch.equal(factors.B, other.payload[module].B)
+
+
+def test_an_actor_that_dies_loses_its_chunks_only_and_is_replaced(engine, clients, broadcasts, actors):
+    together = RayEngine(engine, actors)
+    process = ray.get(actors.started()[0].pid.remote())
+    outcomes = together.train(2, clients, broadcasts)
+    os.kill(process, signal.SIGKILL)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, ClientFailure)]
+    assert 0 < len(failed) < len(clients)
+    assert all("actor" in failure.reason and failure.stage == "train" for failure in failed)
+    assert all(isinstance(outcome, Update) for outcome in together.train(3, clients, broadcasts))
+
+
+def test_an_actor_that_does_not_fit_is_refused_by_name(engine, actors):
+    actors.started()
+    with pytest.raises(RayError, match=r"ray\.cpus_per_actor"):
+        RayActors(engine.model, ActorSettings(cpus=64)).started()
