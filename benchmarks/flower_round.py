@@ -9,6 +9,7 @@ each set of ranks, and sends them back.
 import os
 import pickle
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def train(message: Message, context: Context) -> Message:
 def main(grid: Grid, context: Context) -> None:
     """Run a round for each line that comes through the pipe, until it brings none."""
     folder, clients = Path(FOLDER), job()["clients"]
-    while (nodes := sorted(grid.get_node_ids())) and len(nodes) < len(clients):
-        pass
+    while len(nodes := sorted(grid.get_node_ids())) < len(clients):
+        time.sleep(0.1)
     while (folder / "go").read_text():
         messages = [
             Message(

@@ -279,12 +279,27 @@ def flower(setting: Setting) -> Callable[[], None]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([setting.flower_python, script, folder], stdout=log, stderr=log)
 
+    def opened(pipe: Path, flags: int) -> int:
+        while process.poll() is None:
+            try:
+                return os.open(pipe, flags | os.O_NONBLOCK)
+            except OSError:  # Nobody reads yet.
+                time.sleep(0.001)
+        raise RuntimeError(f"Flower's simulation has ended: see {folder / 'log'}")
+
     def train() -> None:
-        with go.open("w") as pipe:
-            pipe.write("go")
-        with done.open() as pipe:
-            answer = pipe.read()
-        assert answer == "done", f"{answer}; see {folder / 'log'}, exit code {process.poll()}"
+        descriptor = opened(go, os.O_WRONLY)
+        os.write(descriptor, b"go")
+        os.close(descriptor)
+        descriptor, answer = opened(done, os.O_RDONLY), b""
+        while not answer and process.poll() is None:
+            try:
+                answer = os.read(descriptor, 1000)
+            except BlockingIOError:
+                pass
+            time.sleep(0.001)
+        os.close(descriptor)
+        assert answer == b"done", f"{answer.decode()}; see {folder / 'log'}"
 
     return train
 
