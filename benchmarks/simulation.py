@@ -23,8 +23,10 @@ With --cpu-time the ways that use several processes cannot be measured.
 """
 
 import argparse
+import atexit
 import os
 import pickle
+import signal
 import statistics
 import subprocess
 import sys
@@ -277,7 +279,11 @@ def flower(setting: Setting) -> Callable[[], None]:
     (folder / "job.pickle").write_bytes(pickle.dumps(job))
     script = Path(__file__).with_name("flower_round.py")
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([setting.flower_python, script, folder], stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [setting.flower_python, script, folder], stdout=log, stderr=log, start_new_session=True
+        )
+    # Ray's processes end with the one that started them.
+    atexit.register(os.killpg, process.pid, signal.SIGTERM)
 
     def opened(pipe: Path, flags: int) -> int:
         while process.poll() is None:

@@ -13,9 +13,9 @@ from flexlora.training import LocalTraining
 
 # Tokens of one optimiser step of a chunk's clients, at least and at most. Fewer would leave passes half empty; more
 # would fill none better, and processes would wait longer for the last chunk.
-_STEP_TOKENS = {"cpu": (512, 2048), "cuda": (8192, 65536)}
+_STEP_TOKENS = {"cpu": (768, 4096), "cuda": (8192, 65536)}
 # A chunk is at most such a part of the work that is left, so that the last ones are small.
-_PARTS_OF_THE_REST = 8
+_PARTS_OF_THE_REST = 4
 _MOST_CLIENTS = 256
 
 

@@ -34,20 +34,20 @@ def test_chunks_are_the_cohort_in_order_with_its_examples():
 
 
 def test_a_step_of_a_chunk_fills_passes_and_the_last_chunks_are_small():
-    # 4 rows of 64 tokens are 256 tokens a client: 2 clients are the least that fills a pass, 8 the most.
+    # 4 rows of 64 tokens are 256 tokens a client: 3 clients are the least that fills a pass, 16 the most.
     found = sizes(cohort_of(200), examples_of_length(64))
-    assert found[0] == 8
-    assert found[-2] == 2
+    assert found[0] == 16
+    assert found[-2] == 3
     assert found == sorted(found, reverse=True)
 
 
 def test_long_clients_are_chunks_of_their_own():
-    assert sizes(cohort_of(5), examples_of_length(512)) == [1] * 5
+    assert sizes(cohort_of(5), examples_of_length(1024)) == [1] * 5
 
 
 def test_gradient_accumulation_and_few_examples_count_towards_a_step():
     accumulating = dataclasses.replace(SETTINGS, gradient_accumulation_steps=2)
-    assert sizes(cohort_of(4), examples_of_length(64), accumulating) == [1] * 4
+    assert sizes(cohort_of(4), examples_of_length(96), accumulating) == [1] * 4
     assert sizes(cohort_of(4, 2), examples_of_length(64, 2)) == [4]
 
 
@@ -56,7 +56,7 @@ def test_examples_are_asked_for_once_and_only_when_their_chunk_is():
 
     def examples_of(client_id):
         asked.append(client_id)
-        return examples_of_length(512)(client_id)
+        return examples_of_length(1024)(client_id)
 
     chunks = cut_into_chunks(cohort_of(3), examples_of, SETTINGS, "cpu")
     next(chunks)
