@@ -14,6 +14,7 @@ import torch
 
 from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update
 from flexlora.data.prompts import EncodedExample
+from flexlora.engines import chunks
 from flexlora.engines import workers as workers_module
 from flexlora.engines.base import Engine
 from flexlora.engines.simulation import SimulationEngine
@@ -62,6 +63,13 @@ class Stuck:
         (Path(self.folder) / str(os.getpid())).touch()
         time.sleep(3600)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_client_is_a_chunk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "_STEP_TOKENS", {"cpu": (512, 512)})
+        yield
 
 
 def examples_of(client_id):
