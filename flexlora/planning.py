@@ -11,6 +11,7 @@ from flexlora.clients import ClientSpec, RankPlan, compact_ranks
 from flexlora.config import Config, FlexLoraMethod
 from flexlora.costs import BaseShape, ClientCost, measure_flops_per_second
 from flexlora.devices import Budget, DeviceCost, DeviceProfile, exceeded
+from flexlora.engines.workers import plan_processes
 from flexlora.model import load_empty_model
 from flexlora.participants import (
     Participants,
@@ -110,9 +111,9 @@ def plan_experiment(config: Config) -> Plan:
     check_length(base.config, config.data.max_length)
     shapes = adapted_shapes(workload.shapes, participants.plans.values())
     device = resolve_device(config.model.device)
-    if config.model.num_threads is not None:
-        torch.set_num_threads(config.model.num_threads)
-    shape, tokens = workload.base, int(workload.batch_tokens)
+    shape, tokens, model = workload.base, int(workload.batch_tokens), config.model
+    children, threads = plan_processes(device, shape.num_parameters, model.num_processes, model.num_threads)
+    torch.set_num_threads(threads)
     rate = measure_flops_per_second(shape.hidden_size, shape.intermediate_size, tokens, device)
     server_ranks = largest_ranks(participants.plans.values(), shapes)
     if isinstance(config.method, FlexLoraMethod) and config.method.server_rank is not None:
@@ -127,7 +128,7 @@ def plan_experiment(config: Config) -> Plan:
         down_bytes = cost.transfer_bytes + workload.tail_bytes(ranks, folded_ranks)
         rows.append(PlanRow(name, compact_ranks(ranks, shapes), len(own), cost, down_bytes))
     per_round = cohort_size(config, len(participants.clients))
-    facts = _plan_facts(config, participants, shape, rows, per_round)
+    facts = _plan_facts(config, participants, shape, rows, per_round, 1 + len(children))
     devices = _device_rows(config, participants, workload, shapes, folded_ranks) if participants.devices else []
     return Plan(facts, rows, participants.warnings + PLAN_NOTES + (DEVICE_NOTES if devices else ()), devices)
 
@@ -187,7 +188,12 @@ def _mean_examples(clients: Sequence[ClientSpec]) -> float:
 
 
 def _plan_facts(
-    config: Config, participants: Participants, shape: BaseShape, rows: Sequence[PlanRow], per_round: int
+    config: Config,
+    participants: Participants,
+    shape: BaseShape,
+    rows: Sequence[PlanRow],
+    per_round: int,
+    processes: int,
 ) -> list[tuple[str, str]]:
     num_clients, num_rounds = len(participants.clients), config.rounds.num_rounds
 
@@ -195,6 +201,8 @@ def _plan_facts(
         return num_rounds * per_round * sum(row.num_clients * value(row) for row in rows) / num_clients
 
     examples = sum(client.num_examples for client in participants.clients)
+    seconds = per_run(lambda row: row.cost.train_seconds) / (processes if config.ray is None else 1)
+    where = "on this machine" if processes == 1 else f"on this machine, by {processes} processes"
     return [
         ("Base model", f"{config.model.name_or_path}, {shape.num_parameters:,} parameters, {config.model.dtype}"),
         ("Method", config.method.name),
@@ -203,6 +211,6 @@ def _plan_facts(
         ("Traffic of the run", f"{bytes_text(per_run(lambda row: row.down_bytes + row.cost.transfer_bytes))}"),
         (
             "Local training of the run",
-            f"about {seconds_text(per_run(lambda row: row.cost.train_seconds))} on this machine",
+            f"about {seconds_text(seconds)} {where if config.ray is None else 'divided by the actors of the cluster'}",
         ),
     ]

@@ -508,6 +508,7 @@ def _train_cohort(
     by_id = {client.client_id: client for client in loop.federation.clients if client.client_id in due}
     ranks = {plan: plan.resolve(shapes) for plan in {client.plan for client in by_id.values()}}
     clients: list[ClientRecord] = []
+    recorded: set[str] = set()
 
     def outcomes() -> Iterator[Update | ClientFailure]:
         for batch in work.batches:
@@ -518,7 +519,7 @@ def _train_cohort(
                 if outcome is None:
                     break
                 yield outcome
-        for client_id in sorted(batch_of.keys() - {client.client_id for client in clients}):
+        for client_id in sorted(batch_of.keys() - recorded):
             yield ClientFailure(client_id, "train", "the engine gave no outcome for this client")
 
     def note(client: ClientSpec, outcome: Update | ClientFailure) -> None:
@@ -527,12 +528,13 @@ def _train_cohort(
         if trip is not None:
             record = record.model_copy(update=_on_the_clock(client, trip, server_round))
         clients.append(record)
+        recorded.add(client.client_id)
         loop.notify(RoundEvent("client", server_round, work.num_clients, client=record))
 
     def survivors() -> Iterator[Update]:
         for outcome in outcomes():
             client = by_id.get(str(outcome.client_id))
-            if client is None or any(client.client_id == known.client_id for known in clients):
+            if client is None or client.client_id in recorded:
                 log.warning("round %d: dropped an outcome of %r, who is not due", server_round, outcome.client_id)
                 continue
             if isinstance(outcome, Update):
