@@ -106,7 +106,10 @@ class RayActors:
                     f"ray.address must be that of a running Ray cluster, auto, or null to start one here; got "
                     f"{settings.address!r}: {' '.join(str(error).split())[:300]}"
                 ) from error
-        number = settings.num_actors or _room(ray.cluster_resources(), settings)
+        room = _room(ray.cluster_resources(), settings)
+        number = settings.num_actors or room
+        if number > room:
+            raise RayError(f"ray.num_actors must be at most what the cluster has room for, {room} here; got {number}")
         shared = share(self._model)
         shared.memory.seek(0)
         memory = ray.put(np.frombuffer(shared.memory.read(), dtype=np.uint8))

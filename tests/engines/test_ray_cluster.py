@@ -100,3 +100,5 @@ def test_an_actor_that_does_not_fit_is_refused_by_name(engine, actors):
     actors.started()
     with pytest.raises(RayError, match=r"ray\.cpus_per_actor"):
         RayActors(engine.model, ActorSettings(cpus=64)).started()
+    with pytest.raises(RayError, match=r"ray\.num_actors.*2 here; got 3"):
+        RayActors(engine.model, ActorSettings(num_actors=3)).started()
