@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flexlora.engines.base import Engine
     from flexlora.experiment import RunResult, evaluate_run, export_run, run_experiment
     from flexlora.inspection import inspect_adapter
-    from flexlora.lora.decomposition import Certificate
+    from flexlora.lora.certificate import Certificate
     from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
     from flexlora.lora.product import ProductSum, Spectrum, add_product, certified_decomposition
     from flexlora.merging import MergeResult, merge

@@ -29,7 +29,7 @@ from flexlora.adapter_group import (
     open_adapters,
 )
 from flexlora.adapters import AdapterDtype, appearing_whole, peft_config, write_config
-from flexlora.lora.decomposition import Accuracy, Certificate
+from flexlora.lora.certificate import Accuracy, Certificate
 from flexlora.lora.factors import LoraFactors
 from flexlora.lora.product import ProductError, ProductSum, Spectrum, add_product, certified_decomposition
 from flexlora.report.tables import layer_order

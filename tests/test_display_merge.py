@@ -9,7 +9,7 @@ from rich.console import Console
 
 from flexlora.display_merge import bar, module_progress, print_inspection, print_merge, spark
 from flexlora.inspection import Inspection, ModuleSpectrum
-from flexlora.lora.decomposition import Certificate
+from flexlora.lora.certificate import Certificate
 from flexlora.merging import MergedModule, MergeResult
 
 

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from flexlora.aggregators.base import AggregationError, weighed
 from flexlora.clients import Broadcast, Change, Update
-from flexlora.lora.decomposition import Accuracy
+from flexlora.lora.certificate import Accuracy
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import (
     ProductSum,

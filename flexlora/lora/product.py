@@ -20,15 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flexlora import FlexLoraError
-from flexlora.lora.decomposition import (
-    Accuracy,
-    Certificate,
-    DecompositionError,
-    Operator,
-    Term,
-    truncated_svd,
-)
+from flexlora.lora.certificate import Accuracy, Certificate
+from flexlora.lora.decomposition import truncated_svd
 from flexlora.lora.factors import FactorsError, LoraFactors
+from flexlora.lora.linalg import DecompositionError
+from flexlora.lora.operator import Operator, Term
 
 Split = Literal["b", "balanced"]
 
@@ -251,7 +247,9 @@ def _compressed(total: ProductSum) -> ProductSum:
 
 def _norms(matrix: Tensor, dim: int) -> Tensor:
     """Return the Euclidean norms along ``dim`` in float64, from float32 sums where these cannot leave its range."""
-    quick = matrix.float().square().sum(dim).double().sqrt()
+    # Along rows the library's norm is the quicker of two ways, along columns the sum of squares is.
+    flat = matrix.float()
+    quick = (torch.linalg.vector_norm(flat, dim=1) if dim else flat.square().sum(0).sqrt()).double()
     if bool(((quick > 1e-15) & (quick < 1e15)).all()):
         return quick.cpu()
     return torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64).cpu()

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexlora.lora import decomposition
-from flexlora.lora.decomposition import FLOOR, TOLERANCE
+from flexlora.lora import decomposition, subspace
+from flexlora.lora.certificate import FLOOR, TOLERANCE
 from flexlora.lora.factors import LoraFactors
 from flexlora.lora.product import ProductSum, add_product, certified_decomposition
 
@@ -18,7 +18,8 @@ SHAPES = [(90, 80), (80, 100), (84, 84), (240, 72)]
 def small_sides_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets sizes at which tests are quick take the ways meant for large ones."""
     monkeypatch.setattr(decomposition, "SMALL_SIDE", 8)
-    monkeypatch.setattr(decomposition, "LEAST_OVERSAMPLING", 12)
+    monkeypatch.setattr(subspace, "LEAST_OVERSAMPLING", 12)
+    monkeypatch.setattr(decomposition, "_products_worth", lambda *_: float(subspace.MOST_PRODUCTS))
 
 
 def matrix_of(S: np.ndarray, shape: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +77,7 @@ def check_certificate(shape, clients, k, accuracy, **options):
     np.testing.assert_allclose(spectrum.U.T @ spectrum.U, np.eye(kept), atol=1e-8)
     np.testing.assert_allclose(spectrum.Vh @ spectrum.Vh.T, np.eye(kept), atol=1e-8)
     if certificate.method == "subspace":
-        assert certificate.failure_probability == decomposition.FAILURE_PROBABILITY
+        assert certificate.failure_probability == subspace.FAILURE_PROBABILITY
     else:
         assert certificate.failure_probability == 0
         assert certificate.tail == pytest.approx(error, rel=1e-3, abs=noise + certificate.rounding)
