@@ -28,7 +28,17 @@ import torch
 from torch import Tensor
 
 from flexlora.lora.certificate import Accuracy, Certificate, lost_to_rounding, verdict_on
-from flexlora.lora.linalg import STEEP, Triple, cholesky, eigenvectors, gram, thin_svd, top_eigenvectors
+from flexlora.lora.linalg import (
+    SERIAL_SIDE,
+    STEEP,
+    Triple,
+    cholesky,
+    eigenvectors,
+    gram,
+    one_thread,
+    thin_svd,
+    top_eigenvectors,
+)
 from flexlora.lora.operator import Operator, Term
 from flexlora.lora.subspace import MOST_PRODUCTS, block_size, by_subspace
 
@@ -37,6 +47,8 @@ GRAM_SHARE = 0.75
 GRAM_COLUMNS = 4
 """Columns per direction asked for above which iterating costs less than Gram matrices of all of them."""
 SMALL_SIDE = 768
+SERIAL_WORK = 10**8
+"""Operations on both stacks up to which one thread does it all."""
 MODERATE = 1e10
 """Largest size, and inverse of the smallest, of what float32 is trusted with."""
 
@@ -59,7 +71,8 @@ def truncated_svd(
         DecompositionError: If LAPACK finds no decomposition.
     """
     operator, unit = _tamed(operator)
-    (U, S, Vh), certificate = _by_cheapest(operator, k, accuracy, start)
+    with one_thread(_is_little(operator)):
+        (U, S, Vh), certificate = _by_cheapest(operator, k, accuracy, start)
     return (U, S * unit, Vh), certificate.scaled(unit)
 
 
@@ -103,6 +116,12 @@ def _by_cheapest(
             return found
         notes.append("the spectrum is too steep for a Gram matrix")
     return _by_dense_svd(operator, "; ".join(notes) or f"{wanted} of {side} directions are asked for")
+
+
+def _is_little(operator: Operator) -> bool:
+    """Return whether the whole is less work than several threads cost."""
+    m, n, columns = operator.out_features, operator.in_features, operator.columns
+    return max(m, n) <= SERIAL_SIDE or (operator.dense is None and (m + n) * columns**2 <= SERIAL_WORK)
 
 
 def _is_cheaper_formed(operator: Operator, size: int) -> bool:

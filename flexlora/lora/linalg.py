@@ -4,14 +4,34 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportConstantRedefinition=false
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from scipy.linalg import LinAlgError, eigh  # pyright: ignore[reportMissingTypeStubs]
+from scipy.linalg import eigh  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
 STEEP = 1e-6
 """Singular value over the largest below which its vectors are not taken from a Gram matrix."""
+
+SERIAL_SIDE = 768
+"""Side up to which LAPACK is given one thread: it cuts its work into steps too small to share among several."""
+
+
+@contextmanager
+def one_thread(is_small: bool = True) -> Iterator[None]:
+    """Let torch compute on one thread meanwhile, if ``is_small``."""
+    before = torch.get_num_threads()
+    if not is_small or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class DecompositionError(ArithmeticError):
@@ -28,7 +48,8 @@ def thin_svd(matrix: Tensor) -> Triple:
         DecompositionError: If neither converges.
     """
     try:
-        return tuple(torch.linalg.svd(matrix, full_matrices=False))
+        with one_thread(max(matrix.shape) <= SERIAL_SIDE):
+            return tuple(torch.linalg.svd(matrix, full_matrices=False))
     except torch.linalg.LinAlgError:
         norm = matrix.norm()
     Q, R = torch.linalg.qr(matrix / norm)
@@ -108,18 +129,8 @@ def cholesky(matrix: Tensor) -> Tensor | None:
 
 
 def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues of a symmetric matrix, descending, and their vectors; on a CPU by SciPy's quicker solver.
-
-    Raises:
-        DecompositionError: If it does not converge.
-    """
-    if matrix.device.type == "cpu":
-        try:
-            values, vectors = eigh(matrix.numpy(), driver="evd", check_finite=False)
-        except LinAlgError as error:
-            raise DecompositionError(f"eigenvalues of a matrix of shape {tuple(matrix.shape)}: {error}") from error
-        theta, V = torch.from_numpy(values), torch.from_numpy(vectors)
-    else:
+    """Return the eigenvalues of a symmetric matrix, descending, and their vectors."""
+    with one_thread(matrix.shape[0] <= SERIAL_SIDE):
         theta, V = torch.linalg.eigh(matrix)
     return theta.flip(0), V.flip(1)
 
@@ -127,7 +138,7 @@ def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def top_eigenvectors(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the ``k`` largest eigenvalues, descending, and their vectors."""
     size = matrix.shape[0]
-    if matrix.device.type == "cpu" and 4 * k < size:
+    if matrix.device.type == "cpu" and 4 * k < size and size > SERIAL_SIDE:
         values, vectors = eigh(matrix.numpy(), subset_by_index=[size - k, size - 1], driver="evr", check_finite=False)
         # Of many equal eigenvalues LAPACK's selection has been seen to find fewer than it was asked for.
         if len(values) == k:
