@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from flexlora.inspection import inspect_adapter
     from flexlora.lora.certificate import Certificate
     from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
-    from flexlora.lora.product import ProductSum, Spectrum, add_product, certified_decomposition
+    from flexlora.lora.product import (
+        ProductSum,
+        Spectrum,
+        add_product,
+        certified_decomposition,
+        certified_decompositions,
+    )
     from flexlora.merging import MergeResult, merge
     from flexlora.planning import Plan, plan_experiment
     from flexlora.report.page import write_report
@@ -57,6 +63,7 @@ __all__ = [
     "__version__",
     "add_product",
     "certified_decomposition",
+    "certified_decompositions",
     "dump_config",
     "evaluate_run",
     "export_run",
@@ -83,7 +90,13 @@ _NAMES = {
     "flexlora.inspection": ("inspect_adapter",),
     "flexlora.lora.decomposition": ("Certificate",),
     "flexlora.lora.factors": ("AdapterState", "LoraFactors", "Scaling"),
-    "flexlora.lora.product": ("ProductSum", "Spectrum", "add_product", "certified_decomposition"),
+    "flexlora.lora.product": (
+        "ProductSum",
+        "Spectrum",
+        "add_product",
+        "certified_decomposition",
+        "certified_decompositions",
+    ),
     "flexlora.merging": ("MergeResult", "merge"),
     "flexlora.planning": ("Plan", "plan_experiment"),
     "flexlora.report.page": ("write_report",),

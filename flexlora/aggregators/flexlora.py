@@ -52,7 +52,7 @@ from flexlora.lora.product import (
     Split,
     add_product,
     add_spectrum,
-    certified_decomposition,
+    certified_decompositions,
     spectrum_of,
 )
 
@@ -171,13 +171,12 @@ class FlexLora:
     ) -> FlexLoraState:
         """Return the state of ``sums / total``; ``ranks`` are those that a round brought, module by module."""
         max_ranks = {module: self.server_rank or max([state.max_ranks[module], *ranks[module]]) for module in sums}
-        spectra = {
-            # The directions of the round before are where this round's are, more or less.
-            module: certified_decomposition(
-                sums[module], max_ranks[module], total, self.accuracy, start=state.spectra[module].Vh
-            )[0]
-            for module in sums
-        }
+        # Where the factors are gone, the directions of the round before are where this round's are, more or less.
+        starts = [None if sums[module].dense is None else state.spectra[module].Vh for module in sums]
+        found = certified_decompositions(
+            list(sums.values()), list(max_ranks.values()), total, self.accuracy, starts=starts
+        )
+        spectra = {module: spectrum for module, (spectrum, _) in zip(sums, found, strict=True)}
         return FlexLoraState(spectra, state.initial_rows, max_ranks)
 
     def broadcast(self, state: FlexLoraState, ranks: Mapping[str, int]) -> Broadcast:

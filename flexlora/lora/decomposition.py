@@ -21,6 +21,7 @@ tolerance hands over to the next one down the table.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportConstantRedefinition=false
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import frexp, ldexp, sqrt
 
@@ -49,31 +50,99 @@ GRAM_COLUMNS = 4
 SMALL_SIDE = 768
 SERIAL_WORK = 10**8
 """Operations on both stacks up to which one thread does it all."""
+BATCH_BYTES = 2**30
+"""Size of the float64 stacks of sums that are computed together."""
 MODERATE = 1e10
 """Largest size, and inverse of the smallest, of what float32 is trusted with."""
 
 
-def truncated_svd(
-    operator: Operator, k: int | None, accuracy: Accuracy = "exact", start: Tensor | None = None
-) -> tuple[Triple, Certificate]:
-    """Return ``U``, ``S``, ``Vh`` (float64) of the leading directions and their certificate.
+def truncated_svds(
+    operators: Sequence[Operator],
+    ks: Sequence[int | None],
+    accuracy: Accuracy = "exact",
+    starts: Sequence[Tensor | None] | None = None,
+) -> list[tuple[Triple, Certificate]]:
+    """Return ``U``, ``S``, ``Vh`` (float64) of the leading directions of each sum, and their certificates.
 
-    More than ``k`` directions may come back where a method finds them anyway.
+    Sums of one shape, total rank and ``k`` for which QR or Gram matrices do are computed as one batch where a launch or
+    a call costs more than the work: on an accelerator, and for small ones everywhere. More than ``k`` directions may
+    come back where a method finds them anyway.
 
     Args:
-        operator: The sum; all its numbers finite.
-        k: Directions asked for; None is all of them.
+        operators: The sums; all their numbers finite.
+        ks: Directions asked for; None is all of them.
         accuracy: Which ``TOLERANCE`` to meet.
-        start: Shape (in_features, any), directions to begin from, such as the right singular vectors of the last
+        starts: Shape (in_features, any) each, directions to begin from, such as the right singular vectors of the last
             round. They cannot make the answer worse, only quicker.
 
     Raises:
         DecompositionError: If LAPACK finds no decomposition.
     """
-    operator, unit = _tamed(operator)
-    with one_thread(_is_little(operator)):
-        (U, S, Vh), certificate = _by_cheapest(operator, k, accuracy, start)
-    return (U, S * unit, Vh), certificate.scaled(unit)
+    starts = [None] * len(operators) if starts is None else starts
+    tamed = [_tamed(operator) for operator in operators]
+    found: list[tuple[Triple, Certificate] | None] = [None] * len(operators)
+    for members in _batches([operator for operator, _ in tamed], ks):
+        chosen = [tamed[index][0] for index in members]
+        with one_thread(_is_little(chosen[0])):
+            if len(members) > 1:
+                batch = _by_stacks(chosen, _wanted(chosen[0], ks[members[0]]), accuracy)
+            else:
+                batch = [_by_cheapest(chosen[0], ks[members[0]], accuracy, starts[members[0]])]
+        for index, (triple, certificate) in zip(members, batch, strict=True):
+            U, S, Vh = triple
+            unit = tamed[index][1]
+            found[index] = (U, S * unit, Vh), certificate.scaled(unit)
+    return [answer for answer in found if answer is not None]
+
+
+def _batches(operators: Sequence[Operator], ks: Sequence[int | None]) -> list[list[int]]:
+    """Return the positions of the sums, those that are computed together side by side."""
+    batches: list[list[int]] = []
+    open_batches: dict[tuple[object, ...], list[int]] = {}
+    for index, (operator, k) in enumerate(zip(operators, ks, strict=True)):
+        wanted = _wanted(operator, k)
+        is_launched = operator.device.type != "cpu" or _is_little(operator)
+        if not (is_launched and wanted and _stacks_do(operator, wanted)):
+            batches.append([index])
+            continue
+        m, n, columns = operator.out_features, operator.in_features, operator.columns
+        key = (m, n, columns, wanted, operator.device)
+        batch = open_batches.get(key)
+        if batch is None or (len(batch) + 1) * 8 * (m + n) * columns > BATCH_BYTES:
+            batch = open_batches[key] = []
+            batches.append(batch)
+        batch.append(index)
+    return batches
+
+
+def _wanted(operator: Operator, k: int | None) -> int:
+    side = min(operator.out_features, operator.in_features)
+    top = operator.columns if operator.dense is None else side
+    return min(side, top) if k is None else min(k, side, top)
+
+
+def _stacks_do(operator: Operator, wanted: int) -> bool:
+    """Return whether both stacks are small enough to work with themselves."""
+    side, columns = min(operator.out_features, operator.in_features), operator.columns
+    if operator.dense is not None:
+        return False
+    if columns <= QR_COLUMNS:
+        return True
+    return columns <= GRAM_SHARE * side and (
+        wanted >= min(columns, side) or columns <= GRAM_COLUMNS * wanted or side <= SMALL_SIDE
+    )
+
+
+def _by_stacks(operators: Sequence[Operator], wanted: int, accuracy: Accuracy) -> list[tuple[Triple, Certificate]]:
+    """Decompose sums of one shape and total rank by QR, or by Gram matrices where their precision does."""
+    side, columns = min(operators[0].out_features, operators[0].in_features), operators[0].columns
+    if columns <= QR_COLUMNS or wanted >= min(columns, side):
+        return _by_qr(operators, f"total rank {columns} is small")
+    reason = f"total rank {columns} is below the shorter side {side}"
+    steep = f"{reason}; the spectrum is too steep for Gram matrices"
+    found = _by_gram(operators, wanted, accuracy, reason)
+    pairs = zip(operators, found, strict=True)
+    return [_by_qr([operator], steep)[0] if answer is None else answer for operator, answer in pairs]
 
 
 def _by_cheapest(
@@ -81,22 +150,14 @@ def _by_cheapest(
 ) -> tuple[Triple, Certificate]:
     """Decompose by the first method in the module's table that is worth trying and keeps the tolerance."""
     m, n = operator.out_features, operator.in_features
-    side, columns = min(m, n), operator.columns
-    top = columns if operator.dense is None else side
-    wanted = min(side, top) if k is None else min(k, side, top)
+    side, columns, wanted = min(m, n), operator.columns, _wanted(operator, k)
     if wanted == 0:
         empty = torch.zeros(0, dtype=torch.float64, device=operator.device)
         triple = (empty.reshape(m, 0), empty, empty.reshape(0, n))
         return triple, Certificate("none", "there is nothing to decompose", 0.0, 0.0)
+    if _stacks_do(operator, wanted):
+        return _by_stacks([operator], wanted, accuracy)[0]
     notes: list[str] = []
-    if operator.dense is None:
-        if columns <= QR_COLUMNS or (wanted >= min(columns, side) and columns <= GRAM_SHARE * side):
-            return _by_qr(operator, f"total rank {columns} is small")
-        if columns <= GRAM_SHARE * side and (columns <= GRAM_COLUMNS * wanted or side <= SMALL_SIDE):
-            reason = f"total rank {columns} is below the shorter side {side}"
-            if (found := _by_gram(operator, wanted, accuracy, reason)) is not None:
-                return found
-            return _by_qr(operator, f"{reason}; the spectrum is too steep for Gram matrices")
     formed = None
     size = block_size(wanted)
     if 2 * size <= side and side > SMALL_SIDE:
@@ -107,9 +168,8 @@ def _by_cheapest(
         if found is not None:
             return found
     if operator.dense is None and columns <= GRAM_SHARE * side:
-        if (found := _by_gram(operator, wanted, accuracy, "; ".join(notes))) is not None:
-            return found
-        return _by_qr(operator, "; ".join(notes))
+        answer = _by_gram([operator], wanted, accuracy, "; ".join(notes))[0]
+        return _by_qr([operator], "; ".join(notes))[0] if answer is None else answer
     if 4 * wanted <= 3 * side:
         reason = "; ".join(notes) or f"the shorter side {side} is small"
         if (found := _by_dense_gram(operator, wanted, accuracy, reason, formed)) is not None:
@@ -148,52 +208,69 @@ def _products_worth(operator: Operator, wanted: int, accuracy: Accuracy, is_form
     return (forming + 2 * side * m * n + 8 * side**3) / product
 
 
-def _by_qr(operator: Operator, reason: str) -> tuple[Triple, Certificate]:
-    """Decompose through QR of both stacks: exact to float64, small singular values included."""
-    left, right = operator.stacked()
+def _by_qr(operators: Sequence[Operator], reason: str) -> list[tuple[Triple, Certificate]]:
+    """Decompose sums of one shape and total rank through QR of both stacks: exact to float64, however small a value."""
+    left, right = _stacks(operators)
     Q1, R1 = torch.linalg.qr(left)
-    Q2, R2 = torch.linalg.qr(right.T)
-    U, S, Vh = thin_svd(R1 @ R2.T)
-    rounding = _double_rounding(operator)
-    return (Q1 @ U, S, Vh @ Q2.T), Certificate("qr", reason, float(S.norm()), 0.0, 0.0, rounding)
+    Q2, R2 = torch.linalg.qr(right.mT)
+    found: list[tuple[Triple, Certificate]] = []
+    for operator, before, core, after in zip(operators, Q1, R1 @ R2.mT, Q2, strict=True):
+        U, S, Vh = thin_svd(core)
+        certificate = Certificate("qr", reason, float(S.norm()), 0.0, 0.0, _double_rounding(operator))
+        found.append(((before @ U, S, Vh @ after.T), certificate))
+    return found
 
 
-def _by_gram(operator: Operator, k: int, accuracy: Accuracy, reason: str) -> tuple[Triple, Certificate] | None:
-    """Decompose through float64 Gram matrices of both stacks; None where their precision does not do.
+def _by_gram(
+    operators: Sequence[Operator], k: int, accuracy: Accuracy, reason: str
+) -> list[tuple[Triple, Certificate] | None]:
+    """Decompose sums of one shape and total rank through float64 Gram matrices of both stacks.
 
-    With ``L^T L = C1 C1^T`` and ``R R^T = C2 C2^T`` the singular values of ``L R`` are those of ``C1^T C2``. Its right
-    singular vectors ``W`` give ``U S = L C2 W`` and ``Vh = W^T C2^-1 R``; nothing is divided by a singular value but
-    the columns of ``U S``.
+    None where their precision does not do. With ``L^T L = C1 C1^T`` and ``R R^T = C2 C2^T`` the singular values of ``L
+    R`` are those of ``C1^T C2``. Its right singular vectors ``W`` give ``U S = L C2 W`` and ``Vh = W^T C2^-1 R``;
+    nothing is divided by a singular value but the columns of ``U S``.
     """
-    left, right = operator.stacked()
-    lengths = right.norm(dim=1).clamp_min(1e-300)
-    right /= lengths[:, None]
-    left *= lengths
-    G1, G2 = gram(left), gram(right.T)
-    C1, C2 = cholesky(G1), cholesky(G2)
-    if C1 is None or C2 is None:
-        return None
-    core = C1.T @ C2
-    theta, W = eigenvectors(core.T @ core)
-    theta, W = theta.clamp_min(0), W[:, :k]
-    total, largest = float(theta.sum()), float(theta[0])
-    tail2 = float(theta[k:].sum())
-    columns = operator.columns
+    left, right = _stacks(operators)
+    lengths = right.norm(dim=-1).clamp_min(1e-300)
+    right /= lengths[..., None]
+    left *= lengths[..., None, :]
+    G1, G2 = gram(left), gram(right.mT)
+    (C1, is_first), (C2, is_second) = cholesky(G1), cholesky(G2)
+    is_possible = is_first & is_second
+    if not bool(is_possible.any()):
+        return [None] * len(operators)
+    core = torch.where(is_possible[:, None, None], C1.mT @ C2, 0.0)
+    theta, W = eigenvectors(gram(core))
+    theta, W = theta.clamp_min(0), W[..., :k]
+    S = theta[:, :k].sqrt()
+    U = left @ (C2 @ W) / S[:, None, :]
+    V = torch.linalg.solve_triangular(C2.mT, W, upper=True).mT @ right
+    one = torch.eye(k).to(U)
+    off = torch.maximum((gram(U) - one).abs().amax((-2, -1)), (gram(V.mT) - one).abs().amax((-2, -1)))
     # What the Gram matrices and the eigenvalue solver may have got wrong in the k leading eigenvalues together.
-    spread = float(torch.linalg.matrix_norm(G1)) * float(torch.linalg.matrix_norm(G2))
-    missed = 64 * torch.finfo(torch.float64).eps * sqrt(k) * (spread + sqrt(columns) * largest)
-    verdict = verdict_on(missed, tail2, total, accuracy)
-    S = theta[:k].sqrt()
-    if verdict is None or float(S[-1]) <= 10 * STEEP * float(S[0]):
-        return None
-    US = left @ (C2 @ W)
-    V = torch.linalg.solve_triangular(C2.T, W, upper=True).T @ right
-    U = US / S
-    off = max(float((U.T @ U - torch.eye(k).to(U)).abs().max()), float((V @ V.T - torch.eye(k).to(V)).abs().max()))
-    if off > 1e-9:
-        return None
-    excess, rounding = verdict
-    return (U, S, V), Certificate("gram", reason, sqrt(total), sqrt(tail2), excess, rounding)
+    spread = torch.linalg.matrix_norm(G1) * torch.linalg.matrix_norm(G2) + theta[:, 0] * sqrt(operators[0].columns)
+    missed = (64 * torch.finfo(torch.float64).eps * sqrt(k) * spread).tolist()
+    found: list[tuple[Triple, Certificate] | None] = []
+    for index in range(len(operators)):
+        total, tail2 = float(theta[index].sum()), float(theta[index, k:].sum())
+        is_steep = not float(S[index, -1]) > 10 * STEEP * float(S[index, 0])
+        verdict = None if is_steep else verdict_on(missed[index], tail2, total, accuracy)
+        if verdict is None or not bool(is_possible[index]) or not float(off[index]) <= 1e-9:
+            found.append(None)
+            continue
+        excess, rounding = verdict
+        certificate = Certificate("gram", reason, sqrt(total), sqrt(tail2), excess, rounding)
+        found.append(((U[index], S[index], V[index]), certificate))
+    return found
+
+
+def _stacks(operators: Sequence[Operator]) -> tuple[Tensor, Tensor]:
+    """Return both stacks of every sum, shapes (sums, out_features, columns) and (sums, columns, in_features)."""
+    if len(operators) == 1:
+        left, right = operators[0].stacked()
+        return left[None], right[None]
+    pairs = [operator.stacked() for operator in operators]
+    return torch.stack([left for left, _ in pairs]), torch.stack([right for _, right in pairs])
 
 
 def _by_dense_gram(

@@ -4,7 +4,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportConstantRedefinition=false
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,7 @@ SERIAL_SIDE = 768
 
 
 @contextmanager
-def one_thread(is_small: bool = True) -> Iterator[None]:
+def one_thread(is_small: bool = True) -> Generator[None]:
     """Let torch compute on one thread meanwhile, if ``is_small``."""
     before = torch.get_num_threads()
     if not is_small or before == 1:
@@ -107,32 +107,33 @@ def orthonormal(Y: Tensor, inner: Tensor | None = None) -> tuple[Tensor, Tensor]
 
 
 def gram(X: Tensor) -> Tensor:
-    """Return ``X.T @ X``, the lower part mirrored from the upper one, which alone is computed."""
-    size, step = X.shape[1], 128
-    result = torch.empty(size, size, dtype=X.dtype, device=X.device)
+    """Return ``X.mT @ X``, the lower part mirrored from the upper one, which alone is computed."""
+    size, step = X.shape[-1], 128
+    result = torch.empty(*X.shape[:-2], size, size, dtype=X.dtype, device=X.device)
     for start in range(0, size, step):
         stop = min(size, start + step)
-        result[start:stop, start:] = X[:, start:stop].T @ X[:, start:]
-        result[stop:, start:stop] = result[start:stop, stop:].T
+        result[..., start:stop, start:] = X[..., start:stop].mT @ X[..., start:]
+        result[..., stop:, start:stop] = result[..., start:stop, stop:].mT
     return result
 
 
-def cholesky(matrix: Tensor) -> Tensor | None:
-    """Return the lower factor of a Gram matrix that may be singular, with jitter at the level of its rounding."""
-    lengths = matrix.diagonal().sqrt()
-    if not bool((lengths > 0).all()):
-        return None
-    scaled = matrix / (lengths[:, None] * lengths)
-    scaled.diagonal().add_(1e-14)
+def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower factors of Gram matrices that may be singular, with jitter at the level of their rounding.
+
+    And, for each, whether there is one.
+    """
+    lengths = matrix.diagonal(dim1=-2, dim2=-1).sqrt()
+    scaled = matrix / (lengths[..., :, None] * lengths[..., None, :])
+    scaled.diagonal(dim1=-2, dim2=-1).add_(1e-14)
     lower, info = torch.linalg.cholesky_ex(scaled)
-    return lower * lengths[:, None] if int(info) == 0 else None
+    return lower * lengths[..., :, None], (info == 0) & (lengths > 0).all(-1)
 
 
 def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues of a symmetric matrix, descending, and their vectors."""
-    with one_thread(matrix.shape[0] <= SERIAL_SIDE):
+    """Return the eigenvalues of symmetric matrices, descending, and their vectors."""
+    with one_thread(matrix.shape[-1] <= SERIAL_SIDE):
         theta, V = torch.linalg.eigh(matrix)
-    return theta.flip(0), V.flip(1)
+    return theta.flip(-1), V.flip(-1)
 
 
 def top_eigenvectors(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:

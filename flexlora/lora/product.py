@@ -11,6 +11,7 @@ live rounds in which even one dense matrix per module is too much.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import hypot, isfinite
 from typing import Literal
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from flexlora import FlexLoraError
 from flexlora.lora.certificate import Accuracy, Certificate
-from flexlora.lora.decomposition import truncated_svd
+from flexlora.lora.decomposition import truncated_svds
 from flexlora.lora.factors import FactorsError, LoraFactors
-from flexlora.lora.linalg import DecompositionError
+from flexlora.lora.linalg import DecompositionError, Triple
 from flexlora.lora.operator import Operator, Term
 
 Split = Literal["b", "balanced"]
@@ -170,15 +171,49 @@ def certified_decomposition(
     Raises:
         ProductError: If a factor or weight was NaN or infinite, or if LAPACK finds no decomposition.
     """
-    if not isfinite(total.magnitude):
+    return certified_decompositions([total], [max_rank], divisor, accuracy, starts=[start], device=device)[0]
+
+
+def certified_decompositions(
+    totals: Sequence[ProductSum],
+    max_ranks: Sequence[int | None],
+    divisor: float = 1.0,
+    accuracy: Accuracy = "exact",
+    *,
+    starts: Sequence[Float[Tensor, "_ _"] | None] | None = None,
+    device: torch.device | str | None = None,
+) -> list[tuple[Spectrum, Certificate]]:
+    """Return what ``certified_decomposition`` does for every module of a model.
+
+    Modules of one shape, total rank and maximal rank are computed as one batch where that is quicker.
+
+    Raises:
+        ProductError: If a factor or weight was NaN or infinite, or if LAPACK finds no decomposition.
+    """
+    if not all(isfinite(total.magnitude) for total in totals):
         raise ProductError("factors, scalings and weights must be finite; a sum of products became NaN or infinite")
-    operator = Operator(
-        total.out_features, total.in_features, total.terms, total.dense, _device(total, device), total.magnitude
-    )
+    operators = [
+        Operator(
+            total.out_features, total.in_features, total.terms, total.dense, _device(total, device), total.magnitude
+        )
+        for total in totals
+    ]
+    columns = None if starts is None else [None if start is None else start.T for start in starts]
     try:
-        (U, S, Vh), certificate = truncated_svd(operator, max_rank, accuracy, None if start is None else start.T)
+        answers = truncated_svds(operators, max_ranks, accuracy, columns)
     except (DecompositionError, torch.linalg.LinAlgError) as error:
         raise ProductError(str(error)) from error
+    return [
+        _as_spectrum(total, triple, certificate, max_rank, divisor)
+        for total, (triple, certificate), max_rank in zip(totals, answers, max_ranks, strict=True)
+    ]
+
+
+def _as_spectrum(
+    total: ProductSum, triple: Triple, certificate: Certificate, max_rank: int | None, divisor: float
+) -> tuple[Spectrum, Certificate]:
+    """Return the directions above the noise, with their signs fixed, and the certificate of what is left out."""
+    U, S, Vh = triple
     noise = 4 * torch.finfo(torch.float64).eps * max(total.out_features, total.in_features) ** 0.5 * total.magnitude
     kept = int((S > noise).sum())
     left_out = float(S[kept:max_rank].norm())

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from flexlora.lora import decomposition, subspace
 from flexlora.lora.certificate import FLOOR, TOLERANCE
 from flexlora.lora.factors import LoraFactors
-from flexlora.lora.product import ProductSum, add_product, certified_decomposition
+from flexlora.lora.operator import Operator
+from flexlora.lora.product import ProductSum, add_product, certified_decomposition, certified_decompositions
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SHAPES = [(90, 80), (80, 100), (84, 84), (240, 72)]
 
 
@@ -269,3 +271,75 @@ def test_a_sum_that_keeps_few_directions_says_how_much_it_lost(most_directions):
     assert total.discarded >= 0.9 * np.linalg.norm(S[2 * most_directions :])
     if most_directions == 40:
         assert error == pytest.approx(np.linalg.norm(S[k:]), rel=1e-6)
+
+
+def devices() -> list[object]:
+    return ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])]
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("accuracy", ["exact", "fast"])
+def test_the_modules_of_a_model_are_decomposed_as_each_would_be_alone(device, accuracy):
+    """Equal ones side by side, among them a steep one, one of nothing, and others in shape, rank and method."""
+    rng = np.random.default_rng(7)
+    steep, smooth = np.geomspace(1, 1e-30, 120), np.geomspace(1, 1e-2, 120)
+    modules = [
+        ((200, 180), smooth, 30),
+        ((200, 180), steep, 30),
+        ((200, 180), smooth, 30),
+        ((200, 180), np.zeros(120), 30),
+        ((200, 180), smooth, 31),
+        ((200, 180), smooth[:20], 30),
+        ((200, 180), smooth[:20], 30),
+        ((180, 200), smooth[:20], None),
+        ((900, 800), np.geomspace(1, 1e-4, 700), 10),
+        ((50, 40), np.ones(40), 35),
+    ]
+    totals, sums = [], []
+    for shape, S, _ in modules:
+        left, right = matrix_of(S, shape, rng)
+        factors = LoraFactors(torch.tensor(right), torch.tensor(left), 1.5)
+        totals.append(add_product(ProductSum(*shape, keep_factors=True), factors, 2.0))
+        sums.append(3.0 * left @ right)
+    ks = [k for _, _, k in modules]
+    answers = certified_decompositions(totals, ks, 2.0, accuracy, device=device)
+    methods = [certificate.method for _, certificate in answers]
+    assert methods[:7] == ["gram", "qr", "gram", "qr", "gram", "qr", "qr"]
+    for (spectrum, certificate), expected, k in zip(answers, sums, ks, strict=True):
+        assert spectrum.U.device.type == device
+        S = np.linalg.svd(expected, compute_uv=False)
+        best = np.linalg.norm(S[k:]) if k else 0.0
+        error = np.linalg.norm(expected - 2.0 * spectrum.delta().cpu().numpy())
+        bound = (1 + certificate.excess) * best + 2.0 * certificate.rounding
+        assert error <= bound + 1e-13 * np.linalg.norm(S)
+        np.testing.assert_allclose(2.0 * spectrum.S.cpu(), S[: len(spectrum.S)], atol=1e-3 * max(S[0], 1e-9))
+
+
+def test_sums_that_are_computed_together_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(8)
+    left, right = matrix_of(np.ones(10), (60, 50), rng)
+    factors = LoraFactors(torch.tensor(right), torch.tensor(left), 1.0)
+    totals = [add_product(ProductSum(60, 50), factors, float(weight)) for weight in range(1, 8)]
+    monkeypatch.setattr(decomposition, "BATCH_BYTES", 3 * 8 * 110 * 10)
+    operators = [Operator(60, 50, total.terms, None, torch.device("cpu"), total.magnitude) for total in totals]
+    assert decomposition._batches(operators, [5] * 7) == [[0, 1, 2], [3, 4, 5], [6]]
+    for weight, (spectrum, _) in enumerate(certified_decompositions(totals, [None] * 7), start=1):
+        np.testing.assert_allclose(spectrum.S, np.full(10, float(weight)), rtol=1e-12)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_needs_no_help_from_the_processor(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(9)
+    left, right = matrix_of(np.geomspace(1, 1e-4, 900), (1200, 1000), rng)
+    total, expected = ProductSum(1200, 1000, keep_factors=True), np.zeros((1200, 1000))
+    for factors, weight in split_into_clients(left, right, 4, rng, dtype):
+        expected += weight * factors.scaling * factors.B.double().numpy() @ factors.A.double().numpy()
+        on_gpu = LoraFactors(factors.A.cuda(), factors.B.cuda(), factors.scaling)
+        total = add_product(total, on_gpu, weight)
+    spectrum, certificate = certified_decomposition(total, 20, accuracy="fast")
+    assert spectrum.U.device.type == "cuda" and certificate.method == "subspace"
+    best = np.linalg.norm(np.linalg.svd(expected, compute_uv=False)[20:])
+    error = np.linalg.norm(expected - spectrum.delta().cpu().numpy())
+    assert error <= (1 + certificate.excess) * best + certificate.rounding + 1e-13 * total.magnitude
