@@ -88,7 +88,7 @@ _NAMES = {
     "flexlora.engines.base": ("Engine",),
     "flexlora.experiment": ("RunResult", "evaluate_run", "export_run", "run_experiment"),
     "flexlora.inspection": ("inspect_adapter",),
-    "flexlora.lora.decomposition": ("Certificate",),
+    "flexlora.lora.certificate": ("Certificate",),
     "flexlora.lora.factors": ("AdapterState", "LoraFactors", "Scaling"),
     "flexlora.lora.product": (
         "ProductSum",
