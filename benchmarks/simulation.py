@@ -19,7 +19,9 @@ ratio to ``ours`` with its smallest and largest.
     flower       Flower's simulation: the steps of swapped in one actor a core, with one thread, that keeps its models;
                  needs flwr[simulation] in the environment of --flower-python. A round's time, start-up not counted.
 
-With --cpu-time the ways that use several processes cannot be measured.
+With --cpu-time the ways that use several processes cannot be measured. With --profile the ways with one thread are also
+run under torch's profiler: the share of each kind of work, and the rate of the matrix products as a share of what one
+thread reaches on this machine with large matrices.
 """
 
 import argparse
@@ -40,6 +42,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -354,6 +357,74 @@ def measure(setting: Setting, names: Sequence[str], repeats: int, clock: Callabl
         print(line, flush=True)
 
 
+def matrix_peak() -> float:
+    """Return floating-point operations per second of one thread in a large product of float32 matrices."""
+    torch.set_num_threads(1)
+    A = torch.randn(1536, 1536)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        A @ A
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1536**3 / min(seconds)
+
+
+# Kind of work -> parts of the names of torch's operators that do it; the first that fits counts.
+KINDS = {
+    "matrix products": ("mm", "linear", "matmul"),
+    "attention": ("scaled_dot_product", "softmax_backward", "_softmax"),
+    "loss": ("nll_loss", "log_softmax", "cross_entropy"),
+    "optimiser, clipping": ("adam", "sgd", "linalg_vector_norm", "foreach"),
+    "copies, gathering": (
+        "copy",
+        "cat",
+        "index",
+        "stack",
+        "clone",
+        "embedding",
+        "contiguous",
+        "fill",
+        "zero",
+        "repeat",
+    ),
+    "elementwise": ("mul", "add", "div", "silu", "sub", "rsqrt", "sum", "mean", "pow", "neg", "cos", "sin", "exp"),
+}
+
+
+def profile(setting: Setting, names: Sequence[str]) -> None:
+    """Print where the time of a way with one thread goes, and how near its products come to the machine's best."""
+    peak = matrix_peak()
+    print(f"  one thread reaches {peak / 1e9:.0f} GFLOP/s in a large product")
+    for name in names:
+        train = METHODS[name][0](setting)
+        torch.set_num_threads(1)
+        train()
+        with FlopCounterMode(display=False) as counter:
+            train()
+        start = time.perf_counter()
+        train()
+        seconds = time.perf_counter() - start
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            train()
+        of_kind = dict.fromkeys(KINDS, 0.0)
+        other = 0.0
+        for event in profiler.key_averages():
+            kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), None)
+            if kind is None:
+                other += event.self_cpu_time_total
+            else:
+                of_kind[kind] += event.self_cpu_time_total
+        in_torch = other + sum(of_kind.values())
+        work = counter.get_total_flops()
+        share = work / seconds / peak
+        print(
+            f"  {name}: {seconds:.2f} s, {work / 1e9:.1f} GFLOP in products, {work / seconds / 1e9:.0f} GFLOP/s, "
+            f"{share:.0%} of the peak; {share / (of_kind['matrix products'] / in_torch):.0%} within the products"
+        )
+        parts = [*of_kind.items(), ("other operators", other)]
+        print("    " + ", ".join(f"{kind} {spent / in_torch:.0%}" for kind, spent in parts), flush=True)
+
+
 def main() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -368,6 +439,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
     parser.add_argument("--cpu-time", action="store_true", help="count processor seconds: fairer where others are busy")
+    parser.add_argument("--profile", action="store_true", help="where the time of the ways with one thread goes")
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     for batch_size in map(int, arguments.batch_sizes.split(",")):
@@ -376,7 +448,10 @@ def main() -> None:
             f"{arguments.base}, {setting.model.num_parameters:,} parameters; {len(setting.jobs)} clients, "
             f"{arguments.steps} steps of batch {batch_size}, {setting.num_tokens:,} tokens"
         )
-        measure(setting, arguments.methods.split(","), arguments.repeats, clock)
+        names = arguments.methods.split(",")
+        measure(setting, names, arguments.repeats, clock)
+        if arguments.profile:
+            profile(setting, [name for name in names if METHODS[name][1] == 1 and name not in ("ours", "flower")])
 
 
 if __name__ == "__main__":
