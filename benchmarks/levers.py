@@ -55,7 +55,7 @@ def through_autograd(setting: Setting, attention: str, dtype: torch.dtype = torc
     model = AdaptedModel(network, setting.model.tokenizer)
 
     def train() -> float:
-        with swapped(group_training, written_out=lambda _: None):
+        with swapped(group_training, decoder_of=lambda _: None):
             return train_with(setting, model)
 
     return train

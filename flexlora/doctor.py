@@ -11,8 +11,9 @@ from pathlib import Path
 from flexlora import __version__
 from flexlora.data.pretraining import BASE_FOLDER
 
-REQUIRED = ("torch", "transformers", "peft", "safetensors", "rouge-score", "pydantic")
-OPTIONAL = {"datasets": "flexlora[hub]"}
+REQUIRED = ("torch", "transformers", "peft", "safetensors", "scipy", "rouge-score", "pydantic", "matplotlib")
+# Package -> the extra that brings it, and what it is for.
+OPTIONAL = {"datasets": ("flexlora[hub]", "parquet and hub data sets"), "ray": ("flexlora[ray]", "clusters")}
 LITTLE_DISK_BYTES = 2 * 10**9
 
 
@@ -45,7 +46,7 @@ def examine() -> list[Finding]:
         Finding("flexlora", __version__),
         _python(),
         *(_package(name) for name in REQUIRED),
-        *(_optional(name, extra) for name, extra in OPTIONAL.items()),
+        *(_optional(name, *what) for name, what in OPTIONAL.items()),
         _device(),
         _threads(),
         _hub(),
@@ -65,9 +66,9 @@ def _package(name: str) -> Finding:
         return Finding(name, "not installed", False, f"pip install {name}", True)
 
 
-def _optional(name: str, extra: str) -> Finding:
+def _optional(name: str, extra: str, purpose: str) -> Finding:
     if importlib.util.find_spec(name) is None:
-        return Finding(name, "not installed", False, f"pip install '{extra}', for parquet and hub data sets")
+        return Finding(name, "not installed", False, f"pip install '{extra}', for {purpose}")
     return Finding(name, importlib.metadata.version(name))
 
 

@@ -9,6 +9,7 @@ differentiated below the lowest module that has factors. A network is taken only
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 from jaxtyping import Float, Int
@@ -259,8 +260,18 @@ class GroupDecoder:
 
     def __init__(self, network: PreTrainedModel, layers: Sequence[_Layer]) -> None:
         """Take the layers of ``network`` as ``written_out`` found them."""
-        self._network, self._layers = network, layers
+        # Weakly, because ``_tried`` keeps the decoder for as long as there is the network.
+        self._network: Any = proxy(network)
+        self._layers = layers
         self.paths = frozenset(module.path for layer in layers for module in layer.modules.values())
+
+    def still_has_weights_of(self, network: PreTrainedModel) -> bool:
+        """Return whether these are the very weights that ``network`` has now."""
+        return network.dtype == torch.float32 and all(
+            getattr(base_linear(network, module.path), "weight", None) is module.weight
+            for layer in self._layers
+            for module in layer.modules.values()
+        )
 
     def forward(
         self, input_ids: Int[Tensor, "rows length"], chosen: Int[Tensor, "rows chosen"], shares: Sequence[Share]
@@ -318,6 +329,20 @@ class GroupDecoder:
             assert gradient is not None
             at, own = kept.pop()
             gradient = self._layers[number].backward(gradient, at, shares, own, wanted=number > lowest)
+
+
+# Trying a network out takes as long as some steps of a small one.
+_tried: WeakKeyDictionary[PreTrainedModel, GroupDecoder] = WeakKeyDictionary()
+
+
+def decoder_of(network: PreTrainedModel) -> GroupDecoder | None:
+    """Return what ``written_out`` does, for a network with nothing put into it, which is tried once for its weights."""
+    decoder = _tried.get(network)
+    if decoder is None or not decoder.still_has_weights_of(network):
+        decoder = written_out(network)
+        if decoder is not None:
+            _tried[network] = decoder
+    return decoder
 
 
 def written_out(network: PreTrainedModel) -> GroupDecoder | None:

@@ -22,7 +22,7 @@ from torch.optim.sgd import sgd
 
 from flexlora.clients import Broadcast, stream_seed
 from flexlora.data.prompts import EncodedExample, padding_token
-from flexlora.group_decoder import GroupDecoder, written_out
+from flexlora.group_decoder import GroupDecoder, decoder_of
 from flexlora.group_layers import FactorBank, GroupLayers, RowMasks, Share, Trained
 from flexlora.lora.factors import AdapterState
 from flexlora.model import IGNORED, AdaptedModel
@@ -185,7 +185,7 @@ class _Pool:
         self._padding = padding_token(model.tokenizer)
         with model.without_adapter():
             fast = model.separate_head is not None and not model.dropout
-            self._decoder = written_out(model.network) if fast else None
+            self._decoder = decoder_of(model.network) if fast else None
 
     def has_room(self, job: GroupJob) -> bool:
         if not self.clients or self._most_clients is not None:

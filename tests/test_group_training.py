@@ -1,4 +1,7 @@
+import copy
 import dataclasses
+import gc
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from transformers import (
 
 from flexlora.clients import Broadcast
 from flexlora.data.prompts import EncodedExample
-from flexlora.group_decoder import written_out
+from flexlora.group_decoder import decoder_of, written_out
 from flexlora.group_layers import FactorBank, RowMasks, reason_against_groups
 from flexlora.group_training import GroupJob, TrainedClient, _cut_into_segments, _passes, _Pool, _Row, train_group
 from flexlora.lora.factors import LoraFactors, Scaling
@@ -411,3 +414,17 @@ def test_padding_of_ranks_stays_zero(model, make_broadcast):
     assert distance(bank.leave(0, large.trainable), large.trainable) == 0.0
     assert bank.enter(small.trainable) == 0
     assert all(float(A[0, 3:].abs().sum() + B[0, :, 3:].abs().sum()) == 0.0 for A, B in bank.factors.values())
+
+
+def test_a_written_out_decoder_lasts_as_long_as_its_network_has_its_weights(model):
+    network = copy.deepcopy(model.network)
+    first = decoder_of(network)
+    assert first is not None and decoder_of(network) is first
+    layer = network.get_submodule(sorted(first.paths)[0])
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    second = decoder_of(network)
+    assert second is not None and second is not first
+    gone = ref(network)
+    del network, layer
+    gc.collect()
+    assert gone() is None

@@ -20,7 +20,7 @@ from flexlora.lora.factors import AdapterState
 from flexlora.model import AdaptedModel
 from flexlora.training import LocalTraining, train_client
 from flexlora.uplink.base import UplinkStep, send
-from flexlora.uplink.wire import WireDtype, decode, decode_broadcast, encode, encode_broadcast
+from flexlora.uplink.wire import WireDtype, decode_broadcast, encode_broadcast, encoded_size, received
 
 _LONGEST_REASON = 300
 
@@ -87,13 +87,12 @@ class SimulationEngine:
         Anything that goes wrong with a client becomes its ``ClientFailure``; only interruptions pass. Whether the
         factors are what the client was asked for is for the server to check.
         """
-        packets: dict[RankPlan, bytes] = {}
         # Clients that have received and not sent yet, in cohort order.
         turns: deque[_Turn | ClientFailure] = deque()
 
         def jobs() -> Iterator[GroupJob]:
             for client in cohort:
-                turn = self._receive(server_round, client, broadcasts, packets)
+                turn = self._receive(server_round, client, broadcasts)
                 turns.append(turn)
                 if isinstance(turn, _Turn):
                     yield turn.job
@@ -110,14 +109,10 @@ class SimulationEngine:
         server_round: int,
         client: ClientSpec,
         broadcasts: Mapping[RankPlan, Broadcast],
-        packets: dict[RankPlan, bytes],
     ) -> _Turn | ClientFailure:
         stage, down_bytes = "broadcast", 0
         try:
-            if client.plan not in packets:
-                packets[client.plan] = encode_broadcast(broadcasts[client.plan], self.wire_dtype)
-            broadcast = decode_broadcast(packets[client.plan])
-            down_bytes = len(packets[client.plan])
+            broadcast, down_bytes = self._sent(client.plan, broadcasts[client.plan])
             stage = "train"
             job = GroupJob(
                 broadcast,
@@ -128,6 +123,18 @@ class SimulationEngine:
         except Exception as error:
             return ClientFailure(client.client_id, stage, _reason(error), down_bytes)
         return _Turn(client, job, down_bytes)
+
+    def _sent(self, plan: RankPlan, broadcast: Broadcast) -> tuple[Broadcast, int]:
+        """Return what arrives of a broadcast, the same for all clients of a plan, and its bytes; nobody changes it."""
+        last = self._last_sent.get(plan)
+        if last is None or last[0] is not broadcast:
+            packet = encode_broadcast(broadcast, self.wire_dtype)
+            last = self._last_sent[plan] = broadcast, decode_broadcast(packet), len(packet)
+        return last[1:]
+
+    @cached_property
+    def _last_sent(self) -> dict[RankPlan, tuple[Broadcast, Broadcast, int]]:
+        return {}
 
     def _trained(
         self, jobs: Iterable[GroupJob], broadcasts: Mapping[RankPlan, Broadcast]
@@ -171,14 +178,14 @@ class SimulationEngine:
             told = {key: outcome.metrics[key] for key in ("loss", "steps") if key in outcome.metrics}
             rng = torch.Generator().manual_seed(stream_seed(self.seed, "uplink", server_round, client.client_id))
             update = send(self.uplink, Update(client.client_id, outcome.adapter, float(client.num_examples), told), rng)
-            sent = encode(update.payload, self.wire_dtype)
-            payload = decode(sent)
+            payload = received(update.payload, self.wire_dtype)
+            up_bytes = encoded_size(payload, self.wire_dtype)
         except Exception as error:
             return ClientFailure(client.client_id, "upload", _reason(error), turn.down_bytes)
         return dataclasses.replace(
             update,
             payload=payload,
-            up_bytes=len(sent),
+            up_bytes=up_bytes,
             down_bytes=turn.down_bytes,
             train_seconds=outcome.train_seconds,
         )

@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 
 from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update
 from flexlora.data.prompts import EncodedExample
 from flexlora.engines.shared_model import attach
 from flexlora.engines.simulation import SimulationEngine
+from flexlora.lora.factors import LoraFactors
 from flexlora.model import AdaptedModel
-from flexlora.uplink.wire import WireDtype, decode, decode_broadcast, encode
+from flexlora.uplink.wire import decode_broadcast
 
 READY = b"ready"
 
@@ -79,17 +81,36 @@ def pickled_settings(engine: SimulationEngine) -> bytes:
     return pickle.dumps({name: getattr(engine, name) for name in names})
 
 
-def packed(outcome: Update | ClientFailure, dtype: WireDtype) -> bytes:
-    """Return an outcome as bytes; its factors are packed as they travelled from the client."""
+def packed(outcome: Update | ClientFailure) -> bytes:
+    """Return an outcome as bytes, its factors in the type in which they have travelled from the client."""
     if isinstance(outcome, ClientFailure):
         return pickle.dumps((outcome, None))
-    return pickle.dumps((dataclasses.replace(outcome, payload={}), encode(outcome.payload, dtype)))
+    # As integers of the same width, because not every type has a counterpart in numpy, whose arrays pickle quickly.
+    factors = {
+        module: (
+            str(one.A.dtype).removeprefix("torch."),
+            *(_as_integers(factor) for factor in (one.A, one.B)),
+            one.scaling,
+        )
+        for module, one in outcome.payload.items()
+    }
+    return pickle.dumps((dataclasses.replace(outcome, payload={}), factors), protocol=5)
 
 
 def unpacked(data: bytes) -> Update | ClientFailure:
     """Return the outcome that ``packed`` wrote."""
-    outcome, payload = pickle.loads(data)
-    return outcome if payload is None else dataclasses.replace(outcome, payload=decode(payload))
+    outcome, factors = pickle.loads(data)
+    if factors is None:
+        return outcome
+    payload: dict[str, LoraFactors] = {}
+    for module, (name, A, B, scaling) in factors.items():
+        dtype = getattr(torch, name)
+        payload[module] = LoraFactors(torch.from_numpy(A).view(dtype), torch.from_numpy(B).view(dtype), scaling)
+    return dataclasses.replace(outcome, payload=payload)
+
+
+def _as_integers(factor: torch.Tensor) -> np.ndarray:
+    return factor.view(torch.int16 if factor.element_size() == 2 else torch.int32).numpy()
 
 
 class Trainer:
@@ -119,7 +140,7 @@ class Trainer:
     def outcomes(self, engine: SimulationEngine, task: Task) -> Iterator[bytes]:
         """Yield the packed outcome of each client."""
         for outcome in engine.train(task.server_round, task.clients, self._broadcasts):
-            yield packed(outcome, engine.wire_dtype)
+            yield packed(outcome)
 
     def _examples_of(self, client_id: str) -> Sequence[EncodedExample]:
         assert self._task is not None

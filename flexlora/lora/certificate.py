@@ -15,6 +15,10 @@ TOLERANCE: dict[Accuracy, float] = {"exact": 1e-6, "fast": 1e-3}
 FLOOR: dict[Accuracy, float] = {"exact": 1e-9, "fast": 1e-5}
 """Additive error, relative to the norm of the change, that is accepted where the best error is nearly zero."""
 
+ROUNDING = 12
+"""Units in the last place that a product with the sum is trusted to, relative to the root of the sum of the squares of
+its terms. Errors of different terms are taken as independent; those of some thousand equal terms stay within it too."""
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -29,6 +33,7 @@ class Certificate:
         excess: Upper bound of the relative distance to the best approximation of the same rank.
         rounding: Upper bound of what limited precision adds, absolute.
         failure_probability: Chance that the bound does not hold; 0 where nothing random was used.
+        spread: How much larger than ``tail`` what was discarded may be, where that is an estimate.
     """
 
     method: Method
@@ -38,11 +43,12 @@ class Certificate:
     excess: float = 0.0
     rounding: float = 0.0
     failure_probability: float = 0.0
+    spread: float = 0.0
 
     @property
     def error(self) -> float:
-        """Discarded part with rounding: upper bound of the distance, as far as ``tail`` is exact."""
-        return self.tail + self.rounding
+        """Upper bound of the norm of what was discarded, rounding included."""
+        return self.tail + self.spread + self.rounding
 
     @property
     def optimal(self) -> float:
@@ -56,7 +62,8 @@ class Certificate:
 
     def scaled(self, factor: float) -> "Certificate":
         """Return the certificate of the change times ``factor`` > 0."""
-        return replace(self, norm=self.norm * factor, tail=self.tail * factor, rounding=self.rounding * factor)
+        scaled = {name: getattr(self, name) * factor for name in ("norm", "tail", "rounding", "spread")}
+        return replace(self, **scaled)
 
 
 def verdict_on(missed: float, tail2: float, total: float, accuracy: Accuracy) -> tuple[float, float] | None:
@@ -92,8 +99,14 @@ def lost_to_rounding(theta: Tensor, k: int, rounding2: float) -> float:
     """
     here = float(theta[k - 1])
     following = float(theta[k]) if k < theta.shape[0] else 0.0
-    size = sqrt(rounding2)
+    size, gap = sqrt(rounding2), sqrt(here) - sqrt(following)
     linear = rounding2 + 4 * k * sqrt(here) * size
-    if sqrt(here) - sqrt(following) <= 4 * size:
+    if gap <= 4 * size:
         return linear
-    return min(linear, rounding2 * (1 + 8 * here / (here - following)))
+    mixing = 2 * (gap / (gap - 2 * size)) ** 2 * here / (here - following)
+    return min(linear, rounding2 * (1 + mixing))
+
+
+def together(missed: float, lost: float) -> float:
+    """Return what is missed at most if two causes turn the answer the same way."""
+    return (sqrt(missed) + sqrt(lost)) ** 2

@@ -28,13 +28,14 @@ from math import frexp, ldexp, sqrt
 import torch
 from torch import Tensor
 
-from flexlora.lora.certificate import Accuracy, Certificate, lost_to_rounding, verdict_on
+from flexlora.lora.certificate import ROUNDING, Accuracy, Certificate, lost_to_rounding, together, verdict_on
 from flexlora.lora.linalg import (
     SERIAL_SIDE,
     STEEP,
     Triple,
     cholesky,
     eigenvectors,
+    full_precision,
     gram,
     one_thread,
     thin_svd,
@@ -83,7 +84,7 @@ def truncated_svds(
     found: list[tuple[Triple, Certificate] | None] = [None] * len(operators)
     for members in _batches([operator for operator, _ in tamed], ks):
         chosen = [tamed[index][0] for index in members]
-        with one_thread(_is_little(chosen[0])):
+        with full_precision(), one_thread(_is_little(chosen[0])):
             if len(members) > 1:
                 batch = _by_stacks(chosen, _wanted(chosen[0], ks[members[0]]), accuracy)
             else:
@@ -286,13 +287,13 @@ def _by_dense_gram(
         if formed is None or dtype == torch.float64:
             formed = operator.formed(dtype)
         assert formed.dense is not None
-        rounding2 = (8 * torch.finfo(dtype).eps) ** 2 * scale2
+        rounding2 = (ROUNDING * torch.finfo(dtype).eps) ** 2 * scale2
         W = formed.dense.to(torch.float64)
         W = W.T if m < n else W
         theta, V = top_eigenvectors(gram(W), k + 1)
         total = float(torch.linalg.vector_norm(W)) ** 2
         theta = theta.clamp_min(0)
-        missed = 16 * eps * (sqrt(k) + sqrt(min(m, n))) * total + lost_to_rounding(theta, k, rounding2)
+        missed = together(16 * eps * (sqrt(k) + sqrt(min(m, n))) * total, lost_to_rounding(theta, k, rounding2))
         theta, V = theta[:k], V[:, :k]
         tail2 = max(0.0, total - float(theta.sum()))
         verdict = verdict_on(missed, tail2, total, accuracy)

@@ -34,6 +34,20 @@ def one_thread(is_small: bool = True) -> Generator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def full_precision() -> Generator[None]:
+    """Let products of float32 matrices have its precision meanwhile, whatever is set for training."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class DecompositionError(ArithmeticError):
     """No decomposition was found."""
 

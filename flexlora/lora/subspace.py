@@ -23,21 +23,31 @@ vectors. So for any ``j <= k`` with ``s_j^2 > eta``
 ``||N G||^2 >= ||P_d||^(2 d) |g|^2`` in spectral norms, where ``|g|^2`` is chi-squared and exceeds a value that is not
 small except with a chance of our choice. The first two factors ride along with products that are needed anyway; more of
 them, which cost little for so few columns, make the bound tighter. The first one also gives the energy of ``P_d``
-(Laurent and Massart 2000, lemma 1). The chance is shared out: the ``t``-th block gets ``1 / (t (t + 1))`` of it; half
-of that goes to the two bounds of the energy, and ``1 / (d (d - 1))`` of the other half to the bound with ``d`` factors.
+(Laurent and Massart 2000, lemma 1). The chance is shared out: the ``t``-th block, which may be any of ``t`` depending
+on when float32 was given up, gets ``1 / (t^2 (t + 1))`` of it for each of them; half of that goes to the two bounds of
+the energy, and ``1 / (d (d - 1))`` of the other half to the bound with ``d`` factors.
 """
 
 # torch.linalg carries no type information.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportConstantRedefinition=false
 
+from hashlib import blake2b
 from math import acosh, ceil, exp, inf, lgamma, log, sqrt
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from flexlora.lora.certificate import FLOOR, TOLERANCE, Accuracy, Certificate, lost_to_rounding, verdict_on
+from flexlora.lora.certificate import (
+    FLOOR,
+    ROUNDING,
+    TOLERANCE,
+    Accuracy,
+    Certificate,
+    lost_to_rounding,
+    together,
+    verdict_on,
+)
 from flexlora.lora.linalg import Triple, gram, orthonormal, ritz
 from flexlora.lora.operator import Operator
 
@@ -96,13 +106,13 @@ def by_subspace(
         images = operator.apply_transposed(columns.to(dtype)).to(torch.float64)
         Z, probed = images[:, : left.shape[1]], images[:, left.shape[1] :] if probed is None else probed
         theta, rotation, (basis, mixture) = ritz(Z, gram(Z))
-        rounding2 = (8 * torch.finfo(dtype).eps) ** 2 * (scale2 + float(theta.sum()))
+        rounding2 = (ROUNDING * torch.finfo(dtype).eps) ** 2 * (scale2 + float(theta.sum()))
         if float(theta[0]) <= rounding2:
             notes.append("the sum cancels to nothing but rounding")
             return None
         left, right = left @ rotation, basis @ mixture
         num_blocks += 1
-        chance = FAILURE_PROBABILITY / (num_blocks * (num_blocks + 1))
+        chance = FAILURE_PROBABILITY / (num_blocks**2 * (num_blocks + 1))
         rest = _Remainder(operator, dtype, k, theta, left, right, rounding2, chance)
         image = rest.examine(probes, probed)
         products += 2
@@ -136,7 +146,9 @@ def by_subspace(
     kept = min(k, int((S > S[0] * torch.finfo(dtype).eps).sum()))
     triple = (basis @ mixture[:, :kept], S[:kept], (right @ rotation[:, :kept]).T)
     reason = f"{reason}; {products} products with it"
-    return triple, Certificate("subspace", reason, sqrt(rest.total), rest.tail, excess, rounding, FAILURE_PROBABILITY)
+    rounding += float(S[kept:k].norm())
+    chance = FAILURE_PROBABILITY
+    return triple, Certificate("subspace", reason, sqrt(rest.total), rest.tail, excess, rounding, chance, rest.spread)
 
 
 class _Remainder:
@@ -201,15 +213,19 @@ class _Remainder:
     def tail(self) -> float:
         """Estimate of the norm of what the answer leaves out."""
         beyond = slice(self._k, self.kept)
-        return sqrt(max(0.0, float(self._theta[beyond].sum() + self._strays[beyond].sum()) + self.energy))
+        return sqrt(float(self._theta[beyond].sum() + self._strays[beyond].sum()) + self.energy)
+
+    @property
+    def spread(self) -> float:
+        """How much larger than ``tail`` the norm of what the answer leaves out may be."""
+        return sqrt(self.tail**2 - self.energy + self._energy_bounds()[1]) - self.tail
 
     def verdict(self, lost: float, accuracy: Accuracy, most_factors: int) -> tuple[float, float] | None:
         """Return excess and rounding as ``verdict_on`` does, after as many products with ``G`` as are worth it."""
         while True:
             low, high = self._energy_bounds()
-            missed = min(self._missed(self.eta), high)
-            tail2 = max(0.0, float(self._theta[self._k : self.kept].sum()) + low - 2 * self._rounding2)
-            found = verdict_on(missed + lost, tail2 + lost, self.total, accuracy)
+            missed = together(min(self._missed(self.eta), high), lost)
+            found = verdict_on(missed, self._best2(low) + missed, self.total, accuracy)
             is_met = found is not None and found[1] == 0.0
             is_hopeless = max(lost, 2 * self.hoped()) > (self._share(accuracy) if found else self.allowed(accuracy))
             if is_met or is_hopeless or self._num_factors >= most_factors:
@@ -227,8 +243,12 @@ class _Remainder:
 
     def _share(self, accuracy: Accuracy) -> float:
         """Return how much of the best error's square may be missed."""
-        best2 = float(self._theta[self._k : self.kept].sum()) + self._energy_bounds()[0] - 2 * self._rounding2
-        return ((1 + TOLERANCE[accuracy]) ** 2 - 1) * best2
+        return ((1 + TOLERANCE[accuracy]) ** 2 - 1) * self._best2(self._energy_bounds()[0])
+
+    def _best2(self, energy: float) -> float:
+        """Return a lower bound of what the answer leaves out when ``P_d`` has this energy, rounding allowed for."""
+        left_out = float(self._theta[self._k : self.kept].sum()) + energy
+        return max(0.0, sqrt(left_out) - sqrt(self._rounding2)) ** 2
 
     def _missed(self, eta: float) -> float:
         """Return the bound of what the answer misses."""
@@ -328,10 +348,19 @@ def _first_block(exact: Operator, operator: Operator, k: int, start: Tensor | No
     known = torch.zeros(operator.in_features, 0) if start is None else start[:, :k]
     known = torch.nan_to_num(known.to(operator.device, torch.float64), 0.0, 0.0, 0.0)
     known = (known / known.abs().amax(0).clamp_min(1e-300)).to(torch.float32) if known.shape[1] else known.float()
-    seed = crc32(known.cpu().contiguous().numpy().tobytes(), crc32(exact.sizes.cpu().numpy().tobytes()))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_seed(exact, known))
     others = torch.randn(known.shape[0], block_size(k) - known.shape[1], generator=generator).to(operator.device)
     probes = torch.randn(operator.out_features, NUM_PROBES, generator=generator, dtype=torch.float64)
     block = torch.cat([known, others], 1)
     left, _ = orthonormal(block if is_left else operator.apply(block))
     return left, probes.to(operator.device), 0 if is_left else 1
+
+
+def _seed(operator: Operator, known: Tensor) -> int:
+    """Return a number that every part of the sum has a say in, and the directions to begin with."""
+    digest = blake2b(known.cpu().contiguous().numpy().tobytes(), digest_size=8)
+    digest.update(operator.sizes.cpu().numpy().tobytes())
+    if operator.dense is not None:
+        for dim in (0, 1):
+            digest.update(operator.dense.sum(dim, dtype=torch.float64).cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()) >> 1

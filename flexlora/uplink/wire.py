@@ -8,6 +8,7 @@ bit. Equal content gives equal bytes.
 import json
 import zlib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Literal, cast
 
 import safetensors
@@ -41,6 +42,28 @@ class UpdateError(FlexLoraError, ValueError):
 def encode(adapter: AdapterState, dtype: WireDtype) -> bytes:
     """Return ``adapter`` as bytes with both factors in ``dtype``; beyond 65504 a float16 becomes infinite."""
     return _pack({"adapter": adapter}, dtype, {})
+
+
+def encoded_size(adapter: AdapterState, dtype: WireDtype) -> int:
+    """Return the number of bytes that ``encode`` takes: they depend on modules, shapes and scalings, not on values."""
+    return _size_of(tuple((name, *one.shape, one.rank, one.scaling) for name, one in sorted(adapter.items())), dtype)
+
+
+@lru_cache
+def _size_of(modules: tuple[tuple[str, int, int, int, float], ...], dtype: WireDtype) -> int:
+    adapter = {
+        name: LoraFactors(torch.zeros(rank, in_features), torch.zeros(out_features, rank), scaling)
+        for name, out_features, in_features, rank, scaling in modules
+    }
+    return len(encode(adapter, dtype))
+
+
+def received(adapter: AdapterState, dtype: WireDtype) -> AdapterState:
+    """Return what ``decode`` makes of what ``encode`` makes of ``adapter``, without the bytes in between."""
+    return {
+        name: LoraFactors(_on_wire(one.A, dtype), _on_wire(one.B, dtype), float(one.scaling))
+        for name, one in sorted(adapter.items())
+    }
 
 
 def decode(data: bytes) -> AdapterState:
@@ -156,12 +179,15 @@ def _pack(branches: Mapping[str, AdapterState], dtype: WireDtype, fields: Mappin
         scalings[branch] = {module: float(adapter[module].scaling) for module in sorted(adapter)}
         for module in sorted(adapter):
             for name, factor in (("A", adapter[module].A), ("B", adapter[module].B)):
-                on_wire = factor.detach().to(device="cpu", dtype=_DTYPES[dtype])
-                tensors[f"{branch}/{module}.{name}"] = on_wire.contiguous()
+                tensors[f"{branch}/{module}.{name}"] = _on_wire(factor, dtype)
     content: dict[str, object] = {"version": _VERSION, "scalings": scalings, "fields": dict(sorted(fields.items()))}
     content["checksum"] = _checksum(content, tensors)
     # One entry only: safetensors writes several metadata entries in an order that changes from run to run.
     return safetensors.torch.save(tensors, {_METADATA_KEY: json.dumps(content, sort_keys=True)})
+
+
+def _on_wire(factor: Tensor, dtype: WireDtype) -> Tensor:
+    return factor.detach().to(device="cpu", dtype=_DTYPES[dtype]).contiguous()
 
 
 def _unpack(data: bytes) -> tuple[dict[str, dict[str, LoraFactors]], dict[str, str]]:

@@ -152,6 +152,14 @@ def test_report_and_plan_and_doctor_work_on_their_own(finished: Path) -> None:
     assert json.loads(flexlora("doctor", "--json").stdout)
 
 
+def test_a_ray_cluster_leaves_the_same_behind(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    done = flexlora("run", "configs/demo.yaml", *SMALL, "ray.num_actors=1", "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert records_of(tmp_path / "run") == records_of(finished)
+    assert adapters_of(tmp_path / "run") == adapters_of(finished)
+
+
 def test_a_folder_with_a_run_is_neither_overwritten_nor_mixed(finished: Path, tmp_path: Path) -> None:
     done = flexlora("run", "configs/demo.yaml", *SMALL, "--out", str(finished))
     assert done.returncode == 2

@@ -1,5 +1,7 @@
 """Expected values come from numpy: a dense float64 sum and numpy.linalg.svd."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -343,3 +345,59 @@ def test_a_gpu_needs_no_help_from_the_processor(monkeypatch: pytest.MonkeyPatch,
     best = np.linalg.norm(np.linalg.svd(expected, compute_uv=False)[20:])
     error = np.linalg.norm(expected - spectrum.delta().cpu().numpy())
     assert error <= (1 + certificate.excess) * best + certificate.rounding + 1e-13 * total.magnitude
+
+
+def test_probes_depend_on_every_part_of_a_sum(small_sides_are_large):
+    """Whoever could tell them in advance could hide from them: neither part, nor where to begin, is enough."""
+    rng = np.random.default_rng(10)
+    shape = (60, 50)
+
+    def operator(dense: float, weight: float) -> Operator:
+        left, right = rng.standard_normal((60, 4)), rng.standard_normal((4, 50))
+        factors = LoraFactors(torch.tensor(right), torch.tensor(left), 1.0)
+        total = add_product(ProductSum(*shape, keep_factors=True), factors, weight)
+        terms = total.terms if weight else ()
+        return Operator(*shape, terms, dense * torch.tensor(left @ right), torch.device("cpu"), 1.0)
+
+    start = torch.tensor(rng.standard_normal((50, 5)))
+    sums = [operator(1.0, 0.0), operator(1.0, 0.0), operator(1.0, 1.0), operator(2.0, 0.0)]
+    probes = [subspace._first_block(one, one, 5, given)[1] for one in sums for given in (None, start)]
+    for first, second in itertools.combinations(probes, 2):
+        assert float((first - second).abs().min()) > 0
+    again = subspace._first_block(sums[0], sums[0], 5, None)[1]
+    assert torch.equal(again, probes[0])
+
+
+def test_rounding_of_equal_terms_which_all_err_alike_is_allowed_for(small_sides_are_large):
+    rng = np.random.default_rng(11)
+    copies, shape = 1500, (200, 200)
+    left, right = matrix_of(np.array([1.0, 0.5]), shape, rng)
+    one = LoraFactors(torch.tensor(right).float(), torch.tensor(left).float(), 1.0)
+    total = ProductSum(*shape, keep_factors=True)
+    for _ in range(copies):
+        total = add_product(total, one, 1.0 / copies)
+    expected = one.B.double().numpy() @ one.A.double().numpy()
+    spectrum, certificate = certified_decomposition(total, 4, accuracy="fast")
+    error = np.linalg.norm(expected - spectrum.delta().numpy())
+    assert error <= certificate.rounding + 1e-13
+    assert certificate.rounding <= FLOOR["fast"] * certificate.norm
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_have_full_precision_whatever_is_set_for_training(monkeypatch, precision):
+    seen: list[str] = []
+    apply = Operator.apply
+    monkeypatch.setattr(
+        Operator, "apply", lambda *args: (seen.append(torch.get_float32_matmul_precision()), apply(*args))[1]
+    )
+    rng = np.random.default_rng(12)
+    left, right = matrix_of(np.geomspace(1, 1e-4, 800), (900, 800), rng)
+    total = add_product(ProductSum(900, 800), LoraFactors(torch.tensor(right), torch.tensor(left), 1.0), 1.0)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        certified_decomposition(total, 10, accuracy="fast")
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen and set(seen) == {"highest"}
