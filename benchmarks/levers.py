@@ -34,7 +34,9 @@ Trainer = Callable[[], float]
 def train_with(setting: Setting, model: AdaptedModel) -> float:
     """Train everyone and return the mean training loss."""
     outcomes = list(train_group(model, setting.jobs, setting.training))
-    assert all(isinstance(outcome, TrainedClient) for outcome in outcomes)
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
     return statistics.mean(outcome.metrics["loss"] for outcome in outcomes if isinstance(outcome, TrainedClient))
 
 
@@ -97,9 +99,14 @@ def measure(setting: Setting, names: list[str], repeats: int, clock: Callable[[]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     losses: dict[str, float] = {}
     for _ in range(repeats + 1):
-        for name, train in trainers.items():
+        for name, train in list(trainers.items()):
             start = clock()
-            losses[name] = train()
+            try:
+                losses[name] = train()
+            except Exception as error:
+                print(f"  {name:16s} failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                del trainers[name], seconds[name]
+                continue
             seconds[name].append(clock() - start)
     for name, (first, *later) in seconds.items():
         median = statistics.median(later)
