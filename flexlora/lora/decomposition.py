@@ -176,6 +176,7 @@ def _by_cheapest(
         if (found := _by_dense_gram(operator, wanted, accuracy, reason, formed)) is not None:
             return found
         notes.append("the spectrum is too steep for a Gram matrix")
+    formed = None  # It would lie in memory beside the largest of all decompositions.
     return _by_dense_svd(operator, "; ".join(notes) or f"{wanted} of {side} directions are asked for")
 
 
@@ -312,6 +313,7 @@ def _by_dense_svd(operator: Operator, reason: str) -> tuple[Triple, Certificate]
     """Decompose the sum, multiplied out in float64."""
     dense = operator.formed(torch.float64).dense
     assert dense is not None
+    operator.forget_copies()
     U, S, Vh = thin_svd(dense)
     return (U, S, Vh), Certificate("dense_svd", reason, float(S.norm()), 0.0, 0.0, _double_rounding(operator))
 

@@ -136,6 +136,11 @@ class Operator:
         if filled:
             yield lefts[:, :filled], rights[:filled], factors[:filled]
 
+    def forget_copies(self) -> None:
+        """Free what was gathered or converted for products; the next one does it anew."""
+        self._kept.clear()
+        self._dense_in.clear()
+
     def _dense_as(self, dtype: torch.dtype) -> Tensor:
         assert self.dense is not None
         if dtype not in self._dense_in:
