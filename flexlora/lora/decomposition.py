@@ -21,7 +21,7 @@ tolerance hands over to the next one down the table.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportConstantRedefinition=false
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import frexp, ldexp, sqrt
 
@@ -62,12 +62,12 @@ def truncated_svds(
     ks: Sequence[int | None],
     accuracy: Accuracy = "exact",
     starts: Sequence[Tensor | None] | None = None,
-) -> list[tuple[Triple, Certificate]]:
-    """Return ``U``, ``S``, ``Vh`` (float64) of the leading directions of each sum, and their certificates.
+) -> Iterator[tuple[int, Triple, Certificate]]:
+    """Yield the position of each sum, ``U``, ``S``, ``Vh`` (float64) of its leading directions, and its certificate.
 
     Sums of one shape, total rank and ``k`` for which QR or Gram matrices do are computed as one batch where a launch or
     a call costs more than the work: on an accelerator, and for small ones everywhere. More than ``k`` directions may
-    come back where a method finds them anyway.
+    come back where a method finds them anyway: keep no more of an answer than is needed, before the next is asked for.
 
     Args:
         operators: The sums; all their numbers finite.
@@ -80,20 +80,18 @@ def truncated_svds(
         DecompositionError: If LAPACK finds no decomposition.
     """
     starts = [None] * len(operators) if starts is None else starts
-    tamed = [_tamed(operator) for operator in operators]
-    found: list[tuple[Triple, Certificate] | None] = [None] * len(operators)
-    for members in _batches([operator for operator, _ in tamed], ks):
-        chosen = [tamed[index][0] for index in members]
+    for members in _batches(operators, ks):
+        tamed = [_tamed(operators[index]) for index in members]
+        chosen, k = [operator for operator, _ in tamed], ks[members[0]]
         with full_precision(), one_thread(_is_little(chosen[0])):
             if len(members) > 1:
-                batch = _by_stacks(chosen, _wanted(chosen[0], ks[members[0]]), accuracy)
+                batch = _by_stacks(chosen, _wanted(chosen[0], k), accuracy)
             else:
-                batch = [_by_cheapest(chosen[0], ks[members[0]], accuracy, starts[members[0]])]
-        for index, (triple, certificate) in zip(members, batch, strict=True):
-            U, S, Vh = triple
-            unit = tamed[index][1]
-            found[index] = (U, S * unit, Vh), certificate.scaled(unit)
-    return [answer for answer in found if answer is not None]
+                batch = [_by_cheapest(chosen[0], k, accuracy, starts[members[0]])]
+        for operator in chosen:
+            operator.forget_copies()
+        for index, ((U, S, Vh), certificate), (_, unit) in zip(members, batch, tamed, strict=True):
+            yield index, (U, S * unit, Vh), certificate.scaled(unit)
 
 
 def _batches(operators: Sequence[Operator], ks: Sequence[int | None]) -> list[list[int]]:

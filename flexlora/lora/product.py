@@ -199,14 +199,13 @@ def certified_decompositions(
         for total in totals
     ]
     columns = None if starts is None else [None if start is None else start.T for start in starts]
+    found: dict[int, tuple[Spectrum, Certificate]] = {}
     try:
-        answers = truncated_svds(operators, max_ranks, accuracy, columns)
+        for index, triple, certificate in truncated_svds(operators, max_ranks, accuracy, columns):
+            found[index] = _as_spectrum(totals[index], triple, certificate, max_ranks[index], divisor)
     except (DecompositionError, torch.linalg.LinAlgError) as error:
         raise ProductError(str(error)) from error
-    return [
-        _as_spectrum(total, triple, certificate, max_rank, divisor)
-        for total, (triple, certificate), max_rank in zip(totals, answers, max_ranks, strict=True)
-    ]
+    return [found[index] for index in range(len(totals))]
 
 
 def _as_spectrum(

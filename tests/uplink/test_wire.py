@@ -20,6 +20,8 @@ from flexlora.uplink.wire import (
     decode_broadcast,
     encode,
     encode_broadcast,
+    encoded_size,
+    received,
 )
 
 SHAPES = {"layers.0.q_proj": (6, 9), "layers.10.down_proj": (4, 7)}
@@ -257,3 +259,23 @@ def test_errors_are_of_the_common_base_and_value_errors():
     for error in (WireError, UpdateError):
         assert issubclass(error, FlexLoraError)
         assert issubclass(error, ValueError)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_received_without_bytes_is_what_comes_out_of_them(dtype):
+    generator = torch.Generator().manual_seed(0)
+    adapter = {
+        "b": LoraFactors(torch.randn(6, 3, generator=generator).T, torch.randn(5, 3, generator=generator), 1 / 3),
+        "a": LoraFactors(
+            torch.randn(2, 4, generator=generator).double(), torch.randn(7, 2, generator=generator).double(), 2
+        ),
+    }
+    data = encode(adapter, dtype)
+    arrived, expected = received(adapter, dtype), decode(data)
+    assert encoded_size(arrived, dtype) == len(data)
+    assert list(arrived) == list(expected)
+    for module, factors in expected.items():
+        assert arrived[module].scaling == factors.scaling
+        for name in "AB":
+            assert torch.equal(getattr(arrived[module], name), getattr(factors, name))
+            assert getattr(arrived[module], name).dtype == getattr(factors, name).dtype
