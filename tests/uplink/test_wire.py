@@ -267,7 +267,7 @@ def test_what_is_received_without_bytes_is_what_comes_out_of_them(dtype):
     adapter = {
         "b": LoraFactors(torch.randn(6, 3, generator=generator).T, torch.randn(5, 3, generator=generator), 1 / 3),
         "a": LoraFactors(
-            torch.randn(2, 4, generator=generator).double(), torch.randn(7, 2, generator=generator).double(), 2
+            torch.randn(2, 4, generator=generator).double(), torch.randn(7, 2, generator=generator).double(), 2.0
         ),
     }
     data = encode(adapter, dtype)
