@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.adamw import adamw
@@ -184,8 +185,10 @@ class _Pool:
         self._layers, self._banks = GroupLayers(model.network), list[FactorBank]()
         self._padding = padding_token(model.tokenizer)
         with model.without_adapter():
-            fast = model.separate_head is not None and not model.dropout
-            self._decoder = decoder_of(model.network) if fast else None
+            head = model.separate_head
+            self._head = head.get_base_layer() if isinstance(head, LoraLayer) else head
+            is_simple = self._head is not None and not model.dropout
+            self._decoder = decoder_of(model.network) if is_simple else None
 
     def has_room(self, job: GroupJob) -> bool:
         if not self.clients or self._most_clients is not None:
@@ -289,7 +292,7 @@ class _Pool:
         if self._decoder is not None and all(share.bank.shapes.keys() <= self._decoder.paths for share in shares):
             losses = self._backward_written_out(self._decoder, rows, weights, shares)
         else:
-            with self._layers.meeting(shares):
+            with self._model.without_adapter(), self._layers.meeting(shares):
                 losses = weights * self._model.answer_losses(
                     [row.example.input_ids for row in rows], [row.example.labels for row in rows], self._padding
                 )
@@ -320,8 +323,8 @@ class _Pool:
             )
         hidden.requires_grad_()
         labelled = hidden.flatten(0, 1).index_select(0, torch.tensor(places, device=device))
-        assert self._model.separate_head is not None
-        logits = self._model.separate_head(decoder.last_norm(labelled)).float()
+        assert self._head is not None
+        logits = self._head(decoder.last_norm(labelled)).float()
         nats = functional.cross_entropy(logits, targets, reduction="none")
         losses = weights * nats.new_zeros(len(rows)).index_add(0, owners, nats)
         (gradient,) = torch.autograd.grad(losses.sum(), hidden)

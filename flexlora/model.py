@@ -173,7 +173,6 @@ class AdaptedModel:
         tokenizer: Its tokenizer.
         dropout: Probability that an input of the trained factors is dropped while training.
         base_drops_out: Whether the base draws random numbers of its own while training.
-        separate_head: The output layer, if logits are that of the last hidden states and no more.
     """
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, dropout: float = 0.0) -> None:
@@ -186,13 +185,23 @@ class AdaptedModel:
         self._layers: dict[str, LoraLayer] = {}
         self._broadcast = Broadcast(trainable={})
         self._drops_out = dropout > 0 or self.base_drops_out
-        self.separate_head = _separate_head(network)
+        self._head = _separate_head(network)
         self._takes_positions = "position_ids" in inspect.signature(network.forward).parameters
 
     @property
     def device(self) -> torch.device:
         """Where the base model is."""
         return self.network.device
+
+    @property
+    def separate_head(self) -> nn.Module | None:
+        """The output layer with its adapter, if logits are that of the last hidden states, of any of them, and no more.
+
+        None too while a group of clients has something stand in for it, which has to see whole rows.
+        """
+        head = self.network.get_output_embeddings()
+        own = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        return cast("nn.Module", head) if own is self._head else None
 
     @property
     def num_parameters(self) -> int:
@@ -312,11 +321,12 @@ class AdaptedModel:
         self, input_ids: Int[Tensor, "rows length"], positions: Int[Tensor, " chosen"]
     ) -> Float[Tensor, "chosen vocab"]:
         """Return float32 logits at positions counted through all rows."""
-        if self.separate_head is None:
+        head = self.separate_head
+        if head is None:
             logits = self.network(input_ids=input_ids, use_cache=False).logits
             return logits.flatten(0, 1).index_select(0, positions).float()
         hidden = self.network.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.separate_head(hidden.flatten(0, 1).index_select(0, positions)).float()
+        return head(hidden.flatten(0, 1).index_select(0, positions)).float()
 
     def next_logits(
         self, input_ids: Int[Tensor, "batch new"], attention_mask: Int[Tensor, "batch seen"], cache: Cache | None
@@ -332,11 +342,12 @@ class AdaptedModel:
         if self._takes_positions:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
             inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
-        if self.separate_head is None:
+        head = self.separate_head
+        if head is None:
             output = self.network(**inputs)
             return output.logits[:, -1].float(), output.past_key_values
         output = self.network.base_model(**inputs)
-        return self.separate_head(output.last_hidden_state[:, -1]).float(), output.past_key_values
+        return head(output.last_hidden_state[:, -1]).float(), output.past_key_values
 
     def check(self, adapter: AdapterState) -> None:
         """Raise unless every module exists and its factors fit it.
@@ -379,6 +390,8 @@ class AdaptedModel:
                 with warnings.catch_warnings():
                     # A second adapter is what we want: the frozen branch lives beside the trained one.
                     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+                    # So is an output layer whose embedding stays as it is; merging into the base refuses it by name.
+                    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
                     inject_adapter_in_model(config, self.network, branch)
         for path in paths:
             self._layers[path] = cast("LoraLayer", self.network.get_submodule(path))

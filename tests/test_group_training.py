@@ -147,11 +147,13 @@ def test_frozen_branches_of_any_rank_are_added_and_stay(model, make_broadcast):
     assert distance(alone(model, without, SGD)[0], outcomes[0].adapter) > 1e-4
 
 
-def test_a_group_equals_stock_peft_with_a_stock_optimiser(make_network, tokenizer, random_adapter):
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "lm_head"]])
+def test_a_group_equals_stock_peft_with_a_stock_optimiser(make_network, tokenizer, random_adapter, targets):
     """Independent of train_client: get_peft_model, state dicts, transformers' own loss, one example after the other."""
     rank, alpha, settings = 4, 6, LocalTraining("adamw", batch_size=3, max_grad_norm=None, weight_decay=0.01)
     model = AdaptedModel(make_network(), tokenizer)
-    shapes = target_modules(model.network, ["q_proj", "down_proj"])
+    shapes = target_modules(model.network, targets)
     jobs = [
         GroupJob(
             Broadcast(
@@ -163,7 +165,7 @@ def test_a_group_equals_stock_peft_with_a_stock_optimiser(make_network, tokenize
         )
         for seed in range(3)
     ]
-    peft = get_peft_model(make_network(), LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "down_proj"]))
+    peft = get_peft_model(make_network(), LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
     for job, outcome in zip(jobs, train_group(model, jobs, settings), strict=True):
         state = {
             f"base_model.model.{path}.lora_{name}.weight": getattr(factors, name)
@@ -288,6 +290,19 @@ def test_the_model_is_as_before_between_outcomes(model, jobs):
     outcomes.close()
     assert distance(model.read(), before) == 0.0
     assert all(parameter.grad is None for parameter in model.network.parameters())
+
+
+@pytest.mark.parametrize("targets", [["v_proj"], ["v_proj", "lm_head"]])
+def test_what_was_loaded_before_has_no_part_in_a_group(make_network, tokenizer, random_adapter, scaling, targets):
+    fresh, used = (AdaptedModel(make_network(), tokenizer) for _ in range(2))
+    others = target_modules(used.network, ["q_proj", "lm_head"])
+    used.load(Broadcast(random_adapter(others, dict.fromkeys(others, 3), scaling, 1)))
+    shapes = target_modules(fresh.network, targets)
+    job = GroupJob(
+        Broadcast(random_adapter(shapes, dict.fromkeys(shapes, 2), scaling, 2)), make_examples(3), 4e-3, seed=0
+    )
+    (expected,), (outcome,) = train_group(fresh, [job], SGD), train_group(used, [job], SGD)
+    assert distance(expected.adapter, outcome.adapter) < 1e-7
 
 
 def test_a_bfloat16_base_gives_float32_factors_that_move_the_same_way(make_network, tokenizer, make_broadcast):

@@ -232,10 +232,21 @@ def stock_losses(network):
         )
 
 
-def test_losses_of_padded_rows_are_those_of_transformers_one_by_one(model, random_adapter, scaling):
-    shapes = target_modules(model.network, "all-linear")
+@pytest.mark.parametrize("selection", ["all-linear", ["q_proj", "lm_head"]])
+def test_losses_of_padded_rows_are_those_of_transformers_one_by_one(model, random_adapter, scaling, selection):
+    shapes = target_modules(model.network, selection)
     model.load(Broadcast(random_adapter(shapes, {path: 2 for path in shapes}, scaling)))
     torch.testing.assert_close(model.answer_losses(ROWS, LABELS, 0).detach(), stock_losses(model.network))
+
+
+@pytest.mark.parametrize("selection", ["all-linear", ["q_proj", "lm_head"]])
+def test_the_next_logits_are_those_of_transformers(model, random_adapter, scaling, selection):
+    shapes = target_modules(model.network, selection)
+    model.load(Broadcast(random_adapter(shapes, {path: 2 for path in shapes}, scaling)))
+    tokens = torch.tensor(ROWS[:1])
+    with torch.no_grad():
+        found, _ = model.next_logits(tokens, torch.ones_like(tokens), None)
+        torch.testing.assert_close(found, model.network(input_ids=tokens).logits[:, -1])
 
 
 def test_models_that_cap_their_logits_are_noticed_and_computed_whole(tokenizer):
