@@ -308,11 +308,18 @@ def _by_dense_gram(
 
 
 def _by_dense_svd(operator: Operator, reason: str) -> tuple[Triple, Certificate]:
-    """Decompose the sum, multiplied out in float64."""
+    """Decompose the sum, multiplied out in float64; QR of the longer side first, or LAPACK works on copies of it."""
     dense = operator.formed(torch.float64).dense
     assert dense is not None
     operator.forget_copies()
-    U, S, Vh = thin_svd(dense)
+    m, n = dense.shape
+    if m == n:
+        U, S, Vh = thin_svd(dense)
+    else:
+        Q, R = torch.linalg.qr(dense if m > n else dense.T)
+        del dense
+        U, S, Vh = thin_svd(R)
+        U, Vh = (Q @ U, Vh) if m > n else (Vh.T, (Q @ U).T)
     return (U, S, Vh), Certificate("dense_svd", reason, float(S.norm()), 0.0, 0.0, _double_rounding(operator))
 
 
