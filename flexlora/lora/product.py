@@ -281,9 +281,9 @@ def _compressed(total: ProductSum) -> ProductSum:
 
 def _norms(matrix: Tensor, dim: int) -> Tensor:
     """Return the Euclidean norms along ``dim`` in float64, from float32 sums where these cannot leave its range."""
-    # Along rows the library's norm is the quicker of two ways, along columns the sum of squares is.
+    # Along rows the library's norm is the quicker of two ways, along columns the product with itself is.
     flat = matrix.float()
-    quick = (torch.linalg.vector_norm(flat, dim=1) if dim else flat.square().sum(0).sqrt()).double()
+    quick = (torch.linalg.vector_norm(flat, dim=1) if dim else torch.linalg.vecdot(flat, flat, dim=0).sqrt()).double()
     if bool(((quick > 1e-15) & (quick < 1e15)).all()):
         return quick.cpu()
     return torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64).cpu()
