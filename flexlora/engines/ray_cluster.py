@@ -24,7 +24,7 @@ from flexlora import FlexLoraError
 from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update
 from flexlora.engines.chunks import Chunk, cut_into_chunks
 from flexlora.engines.shared_model import attach, share
-from flexlora.engines.simulation import SimulationEngine
+from flexlora.engines.simulation import SimulationEngine, reason_of
 from flexlora.engines.worker import Start, Task, Trainer, pickled_settings, unpacked
 from flexlora.model import AdaptedModel
 from flexlora.uplink.wire import encode_broadcast
@@ -190,8 +190,8 @@ class RayEngine:
         sent: dict[RankPlan, Any] = {}
         waiting: deque[tuple[Chunk, Any]] = deque()
         loads = dict.fromkeys(range(len(actors)), 0)
-        actor_of: dict[Any, int] = {}
-        numbers, replaced = itertools.count(), set[int]()
+        actor_of: dict[Any, tuple[int, Any]] = {}
+        numbers = itertools.count()
         try:
             while True:
                 while len(waiting) < _CHUNKS_PER_ACTOR * len(actors) and (chunk := next(chunks, None)) is not None:
@@ -211,7 +211,7 @@ class RayEngine:
                     task = pickle.dumps(self._task(server_round, chunk, next(numbers)))
                     future = actors[actor].train.remote(task, plans, *(sent[plan] for plan in plans))
                     loads[actor] += 1
-                    actor_of[future] = actor
+                    actor_of[future] = actor, actors[actor]
                     waiting.append((chunk, future))
                 if not waiting:
                     return
@@ -220,14 +220,15 @@ class RayEngine:
                     # What is missing makes failures of its clients here, with their reasons.
                     yield from self.engine.train(server_round, chunk.clients, broadcasts)
                     continue
-                actor = actor_of.pop(future)
+                actor, asked = actor_of.pop(future)
                 try:
                     outcomes = [unpacked(outcome) for outcome in ray.get(future)]
                 except ray.exceptions.RayError as error:
-                    outcomes = _failures(chunk, packets, error)
-                    if isinstance(error, ray.exceptions.RayActorError) and actor not in replaced:
+                    is_lost = isinstance(error, ray.exceptions.RayActorError)
+                    # What else it had to do fails with the same actor, whose place another one has by then.
+                    if is_lost and actors[actor] is asked:
                         self.actors.replace(actor)
-                        replaced.add(actor)
+                    outcomes = _failures(chunk, packets, error if is_lost else getattr(error, "cause", error), is_lost)
                 loads[actor] -= 1
                 yield from outcomes
         finally:
@@ -254,9 +255,9 @@ class RayEngine:
 
 
 def _failures(
-    chunk: Chunk, packets: Mapping[RankPlan, bytes | Exception], error: Exception
+    chunk: Chunk, packets: Mapping[RankPlan, bytes | Exception], error: Exception, is_lost: bool
 ) -> list[Update | ClientFailure]:
-    reason = f"the actor that was to train it was lost: {type(error).__name__}"
-    _log.warning("%d clients are lost with an actor: %s", len(chunk.clients), " ".join(str(error).split())[:300])
+    reason = f"the actor that was to train it was lost: {type(error).__name__}" if is_lost else reason_of(error)
+    _log.warning("%d clients of a chunk are lost: %s", len(chunk.clients), " ".join(str(error).split())[:300])
     sizes = {plan: len(packet) for plan, packet in packets.items() if isinstance(packet, bytes)}
     return [ClientFailure(client.client_id, "train", reason, sizes.get(client.plan, 0)) for client in chunk.clients]

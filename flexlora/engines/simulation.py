@@ -121,7 +121,7 @@ class SimulationEngine:
                 stream_seed(self.seed, "train", server_round, client.client_id),
             )
         except Exception as error:
-            return ClientFailure(client.client_id, stage, _reason(error), down_bytes)
+            return ClientFailure(client.client_id, stage, reason_of(error), down_bytes)
         return _Turn(client, job, down_bytes)
 
     def _sent(self, plan: RankPlan, broadcast: Broadcast) -> tuple[Broadcast, int]:
@@ -172,7 +172,7 @@ class SimulationEngine:
     def _send(self, server_round: int, turn: _Turn, outcome: TrainedClient | Exception) -> Update | ClientFailure:
         client = turn.client
         if isinstance(outcome, Exception):
-            return ClientFailure(client.client_id, "train", _reason(outcome), turn.down_bytes)
+            return ClientFailure(client.client_id, "train", reason_of(outcome), turn.down_bytes)
         try:
             # What leaves the client besides its factors: these two numbers and nothing else that was measured.
             told = {key: outcome.metrics[key] for key in ("loss", "steps") if key in outcome.metrics}
@@ -181,7 +181,7 @@ class SimulationEngine:
             payload = received(update.payload, self.wire_dtype)
             up_bytes = encoded_size(payload, self.wire_dtype)
         except Exception as error:
-            return ClientFailure(client.client_id, "upload", _reason(error), turn.down_bytes)
+            return ClientFailure(client.client_id, "upload", reason_of(error), turn.down_bytes)
         return dataclasses.replace(
             update,
             payload=payload,
@@ -191,7 +191,7 @@ class SimulationEngine:
         )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return one line for a person; our own messages need no class name in front."""
     text = " ".join(str(error).split()) or "no message"
     line = text if isinstance(error, FlexLoraError) else f"{type(error).__name__}: {text}"

@@ -96,6 +96,28 @@ def test_an_actor_that_dies_loses_its_chunks_only_and_is_replaced(engine, client
     assert all(isinstance(outcome, Update) for outcome in together.train(3, clients, broadcasts))
 
 
+def test_every_actor_that_dies_is_replaced_even_twice_in_a_round(engine, clients, broadcasts, actors):
+    together = RayEngine(engine, actors)
+    outcomes = iter(together.train(4, clients * 4, broadcasts))
+    for _ in range(2):
+        handle = actors.started()[0]
+        os.kill(ray.get(handle.pid.remote()), signal.SIGKILL)
+        while actors.started()[0] is handle:
+            next(outcomes)
+    assert any(isinstance(outcome, Update) for outcome in outcomes)
+    assert all(isinstance(outcome, Update) for outcome in together.train(5, clients, broadcasts))
+
+
+def test_what_goes_wrong_within_an_actor_is_the_reason(engine, clients, broadcasts, actors):
+    class Garbled(RayEngine):
+        def _task(self, server_round, chunk, number):
+            return 3
+
+    outcomes = list(Garbled(engine, actors).train(6, clients, broadcasts))
+    assert len(outcomes) == len(clients)
+    assert all(failure.reason.startswith("TypeError: vars()") for failure in outcomes)
+
+
 def test_an_actor_that_does_not_fit_is_refused_by_name(engine, actors):
     actors.started()
     with pytest.raises(RayError, match=r"ray\.cpus_per_actor"):
