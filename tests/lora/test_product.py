@@ -1,5 +1,8 @@
 """Expected values come from numpy: a dense float64 sum and numpy.linalg.svd."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -353,3 +356,29 @@ def test_the_spectrum_of_one_change_may_be_cut_and_then_stores_no_more_than_it_k
     assert torch.equal(cut.S, whole.S[:1])
     assert cut.tail == pytest.approx(float(whole.S[1:].norm()))
     assert cut.U.untyped_storage().nbytes() == cut.U.nbytes
+
+
+MODULES_IN_TURN = """
+import resource
+import torch
+from flexlora.lora.factors import LoraFactors
+from flexlora.lora.product import ProductSum, add_product, certified_decompositions
+
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+left, right = torch.randn(1600, 20, generator=generator), torch.randn(20, 1600, generator=generator)
+total = ProductSum(1600, 1600, keep_factors=True)
+for _ in range(12):
+    A = torch.randn(200, 20, generator=generator) @ right + torch.randn(200, 1600, generator=generator) / 40
+    total = add_product(total, LoraFactors(A, left @ torch.randn(20, 200, generator=generator), 1.0), 1.0)
+for number in (2, 8):
+    certified_decompositions([total] * number, [20] * number, accuracy="fast")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_modules():
+    # The factors are the same ones each time: copies of them, 31 MB a module, are all that could add up.
+    run = subprocess.run([sys.executable, "-c", MODULES_IN_TURN], capture_output=True, text=True, check=True)
+    of_two, of_eight = map(int, run.stdout.split())
+    assert of_eight - of_two < 62
