@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -13,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from flexlora.data.prompts import EncodedExample
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.model import AdaptedModel
 
@@ -102,5 +104,20 @@ def random_adapter() -> Callable[..., AdapterState]:
             )
             for path, rank in sorted(ranks.items())
         }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_examples() -> Callable[..., list[EncodedExample]]:
+    """Returns a maker of examples of random tokens; prompts and answers of different lengths."""
+
+    def make(num_examples: int, seed: int = 0, longest: int = 30) -> list[EncodedExample]:
+        rng = np.random.default_rng(seed)
+        examples: list[EncodedExample] = []
+        for _ in range(num_examples):
+            prompt, answer = (rng.integers(3, 259, rng.integers(2, longest)).tolist() for _ in range(2))
+            examples.append(EncodedExample((1, *prompt, *answer, 2), (*[-100] * (1 + len(prompt)), *answer, 2)))
+        return examples
 
     return make

@@ -32,16 +32,6 @@ from flexlora.training import DivergedError, LocalTraining, TrainingError, step_
 SGD = LocalTraining("sgd", batch_size=2)
 
 
-def make_examples(num_examples, seed=0, longest=30):
-    """Random tokens; prompts and answers of different lengths."""
-    rng = np.random.default_rng(seed)
-    examples = []
-    for _ in range(num_examples):
-        prompt, answer = (rng.integers(3, 259, rng.integers(2, longest)).tolist() for _ in range(2))
-        examples.append(EncodedExample((1, *prompt, *answer, 2), (*[-100] * (1 + len(prompt)), *answer, 2)))
-    return examples
-
-
 @pytest.fixture
 def make_broadcast(model, random_adapter, scaling):
     """Returns a maker of adapters whose ranks go round ``ranks``; 0 leaves a module out."""
@@ -59,7 +49,7 @@ def make_broadcast(model, random_adapter, scaling):
 
 
 @pytest.fixture
-def jobs(make_broadcast):
+def jobs(make_broadcast, make_examples):
     """Six clients that differ in whatever clients can differ in, at rates that keep a random network from chaos."""
     broadcasts = [
         make_broadcast(3),
@@ -123,7 +113,7 @@ def test_adamw_in_a_group_is_adamw_alone(model, jobs, batch_size):
 
 
 @pytest.mark.parametrize("train_factors", ["A", "B"])
-def test_one_factor_can_be_trained_beside_clients_that_train_both(model, make_broadcast, train_factors):
+def test_one_factor_can_be_trained_beside_clients_that_train_both(model, make_broadcast, train_factors, make_examples):
     broadcasts = [
         make_broadcast(3, train_factors=train_factors),
         make_broadcast(3),
@@ -138,7 +128,7 @@ def test_one_factor_can_be_trained_beside_clients_that_train_both(model, make_br
         assert torch.equal(getattr(factors, kept), getattr(broadcasts[0].trainable[path], kept))
 
 
-def test_frozen_branches_of_any_rank_are_added_and_stay(model, make_broadcast):
+def test_frozen_branches_of_any_rank_are_added_and_stay(model, make_broadcast, make_examples):
     broadcasts = [make_broadcast(3, frozen=(2, 0, 5)), make_broadcast(3), make_broadcast(2, 0, frozen=(7,), seed=3)]
     jobs = [GroupJob(broadcast, make_examples(5, seed), 0.02, seed) for seed, broadcast in enumerate(broadcasts)]
     outcomes = list(train_group(model, jobs, SGD))
@@ -149,7 +139,9 @@ def test_frozen_branches_of_any_rank_are_added_and_stay(model, make_broadcast):
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "lm_head"]])
-def test_a_group_equals_stock_peft_with_a_stock_optimiser(make_network, tokenizer, random_adapter, targets):
+def test_a_group_equals_stock_peft_with_a_stock_optimiser(
+    make_network, tokenizer, random_adapter, targets, make_examples
+):
     """Independent of train_client: get_peft_model, state dicts, transformers' own loss, one example after the other."""
     rank, alpha, settings = 4, 6, LocalTraining("adamw", batch_size=3, max_grad_norm=None, weight_decay=0.01)
     model = AdaptedModel(make_network(), tokenizer)
@@ -249,7 +241,7 @@ def test_a_client_that_diverges_or_cannot_train_fails_alone(model, jobs):
     assert_as_alone(model, fine, [outcomes[0], outcomes[5]], settings)
 
 
-def test_a_step_without_answers_moves_nothing(model, make_broadcast):
+def test_a_step_without_answers_moves_nothing(model, make_broadcast, make_examples):
     silent = [dataclasses.replace(example, labels=(-100,) * len(example.labels)) for example in make_examples(2)]
     jobs = [
         GroupJob(make_broadcast(2), [*silent, make_examples(1)[0]], 0.01, 0),
@@ -293,7 +285,9 @@ def test_the_model_is_as_before_between_outcomes(model, jobs):
 
 
 @pytest.mark.parametrize("targets", [["v_proj"], ["v_proj", "lm_head"]])
-def test_what_was_loaded_before_has_no_part_in_a_group(make_network, tokenizer, random_adapter, scaling, targets):
+def test_what_was_loaded_before_has_no_part_in_a_group(
+    make_network, tokenizer, random_adapter, scaling, targets, make_examples
+):
     fresh, used = (AdaptedModel(make_network(), tokenizer) for _ in range(2))
     others = target_modules(used.network, ["q_proj", "lm_head"])
     used.load(Broadcast(random_adapter(others, dict.fromkeys(others, 3), scaling, 1)))
@@ -305,7 +299,9 @@ def test_what_was_loaded_before_has_no_part_in_a_group(make_network, tokenizer, 
     assert distance(expected.adapter, outcome.adapter) < 1e-7
 
 
-def test_a_bfloat16_base_gives_float32_factors_that_move_the_same_way(make_network, tokenizer, make_broadcast):
+def test_a_bfloat16_base_gives_float32_factors_that_move_the_same_way(
+    make_network, tokenizer, make_broadcast, make_examples
+):
     job = GroupJob(make_broadcast(2), make_examples(8), 0.01, 0)
     moved = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -360,7 +356,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_other_architectures_train_in_groups_too(name, tokenizer, random_adapter, scaling):
+def test_other_architectures_train_in_groups_too(name, tokenizer, random_adapter, scaling, make_examples):
     config_class, own = CONFIGS[name]
     sizes = {
         "num_attention_heads": 4,

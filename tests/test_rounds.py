@@ -235,6 +235,21 @@ class Killed(BaseException):
     """Stands for a process that ends between two statements."""
 
 
+def assert_resumes_to(whole, cut, moment):
+    """Cut a run off at the event of a kind and round, resume it, and compare what it comes to, to the bit."""
+
+    def kill(event):
+        if (event.kind, event.server_round) == moment:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_rounds(dataclasses.replace(cut, notify=kill))
+    resumed = run_rounds(cut)
+    for module, spectrum in whole.state.spectra.items():
+        for name in ("U", "S", "Vh"):
+            assert torch.equal(getattr(spectrum, name), getattr(resumed.state.spectra[module], name))
+
+
 @pytest.mark.parametrize("checkpoint_every", [1, 3])
 @pytest.mark.parametrize(
     "moment", [("client", 2), ("evaluating", 0), ("evaluating", 3), ("evaluating", 5), ("done", 0), ("done", 3)]
@@ -244,18 +259,8 @@ def test_a_run_cut_off_anywhere_resumes_to_the_same_bits(
 ) -> None:
     options = {"num_rounds": 5, "cohort_size": 3, "checkpoint_every": checkpoint_every, "error_compensation": True}
     whole = run_rounds(loop_in(tmp_path / "whole", drift, **options))
-
-    def kill(event: object) -> None:
-        if (event.kind, event.server_round) == moment:  # type: ignore[attr-defined]
-            raise Killed
-
     cut = loop_in(tmp_path / "cut", drift, **options)
-    with pytest.raises(Killed):
-        run_rounds(dataclasses.replace(cut, notify=kill))
-    resumed = run_rounds(cut)
-    for module, spectrum in whole.state.spectra.items():
-        for name in ("U", "S", "Vh"):
-            assert torch.equal(getattr(spectrum, name), getattr(resumed.state.spectra[module], name))
+    assert_resumes_to(whole, cut, moment)
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
 
 
@@ -611,18 +616,8 @@ def test_a_run_on_the_clock_cut_off_anywhere_resumes_to_the_same_bits(
     options = {"num_rounds": 6, "cohort_size": 3, "checkpoint_every": 2}
     unsteady = {"dropout": 0.1, "availability": 0.7}
     whole = run_rounds(clocked(loop_in(tmp_path / "whole", drift, **options), policy, **unsteady))
-
-    def kill(event: object) -> None:
-        if (event.kind, event.server_round) == moment:  # type: ignore[attr-defined]
-            raise Killed
-
     cut = clocked(loop_in(tmp_path / "cut", drift, **options), policy, **unsteady)
-    with pytest.raises(Killed):
-        run_rounds(dataclasses.replace(cut, notify=kill))
-    resumed = run_rounds(cut)
-    for module, spectrum in whole.state.spectra.items():
-        for name in ("U", "S", "Vh"):
-            assert torch.equal(getattr(spectrum, name), getattr(resumed.state.spectra[module], name))
+    assert_resumes_to(whole, cut, moment)
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
 
 

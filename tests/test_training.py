@@ -20,16 +20,6 @@ from flexlora.training import (
 )
 
 
-def make_examples(num_examples, seed=0, longest=30):
-    """Random tokens; prompts and answers of different lengths."""
-    rng = np.random.default_rng(seed)
-    examples = []
-    for _ in range(num_examples):
-        prompt, answer = (rng.integers(3, 259, rng.integers(2, longest)).tolist() for _ in range(2))
-        examples.append(EncodedExample((1, *prompt, *answer, 2), (*[-100] * (1 + len(prompt)), *answer, 2)))
-    return examples
-
-
 @pytest.fixture
 def broadcast(model, random_adapter, scaling):
     shapes = target_modules(model.network, "all-linear")
@@ -83,7 +73,7 @@ def assert_close(left, right, tolerance=1e-4):
     ],
     ids=["sgd", "sgd-momentum-accumulated", "adamw"],
 )
-def test_training_equals_plain_autograd_one_example_at_a_time(model, broadcast, settings):
+def test_training_equals_plain_autograd_one_example_at_a_time(model, broadcast, settings, make_examples):
     examples = make_examples(11)
     batches = list(step_batches(examples, settings, np.random.default_rng(5)))
     expected, losses = plain_training(model, broadcast, batches, settings, 0.002)
@@ -94,7 +84,7 @@ def test_training_equals_plain_autograd_one_example_at_a_time(model, broadcast, 
     assert metrics["steps"] == len(losses) == settings.num_steps(11)
 
 
-def test_accumulation_changes_how_a_batch_is_computed_and_not_the_result(model, broadcast):
+def test_accumulation_changes_how_a_batch_is_computed_and_not_the_result(model, broadcast, make_examples):
     examples = make_examples(12)
     whole, _ = train_client(model, broadcast, examples, LocalTraining("sgd", batch_size=6), 0.1, seed=1)
     parts, _ = train_client(
@@ -104,7 +94,9 @@ def test_accumulation_changes_how_a_batch_is_computed_and_not_the_result(model, 
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_same_seed_gives_the_same_bits_whatever_happened_before(network, tokenizer, model, broadcast, dropout):
+def test_the_same_seed_gives_the_same_bits_whatever_happened_before(
+    network, tokenizer, model, broadcast, dropout, make_examples
+):
     model = AdaptedModel(network, tokenizer, dropout=dropout)
     examples, settings = make_examples(10), LocalTraining(batch_size=4, num_epochs=2.0)
     first, metrics = train_client(model, broadcast, examples, settings, 1e-2, seed=3)
@@ -122,7 +114,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_happened_before(network, tok
     assert not model.network.training
 
 
-def test_dropout_changes_the_loss(make_network, tokenizer, broadcast):
+def test_dropout_changes_the_loss(make_network, tokenizer, broadcast, make_examples):
     examples, settings = make_examples(4), LocalTraining("sgd", batch_size=4)
     losses = []
     for dropout in (0.0, 0.5):
@@ -131,13 +123,13 @@ def test_dropout_changes_the_loss(make_network, tokenizer, broadcast):
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
-def test_training_lowers_the_loss_of_what_it_sees(model, broadcast):
+def test_training_lowers_the_loss_of_what_it_sees(model, broadcast, make_examples):
     settings = LocalTraining(batch_size=4, num_epochs=15.0)
     _, metrics = train_client(model, broadcast, make_examples(4, longest=8), settings, 2e-2, seed=0)
     assert metrics["last_loss"] < 0.7 * metrics["first_loss"]
 
 
-def test_the_broadcast_is_not_changed_and_frozen_factors_stay(model, broadcast):
+def test_the_broadcast_is_not_changed_and_frozen_factors_stay(model, broadcast, make_examples):
     before = {path: (factors.A.clone(), factors.B.clone()) for path, factors in broadcast.trainable.items()}
     both = dataclasses.replace(broadcast, frozen=broadcast.trainable, train_factors="B")
     trained, _ = train_client(model, both, make_examples(6), LocalTraining(), 0.1, seed=0)
@@ -148,7 +140,7 @@ def test_the_broadcast_is_not_changed_and_frozen_factors_stay(model, broadcast):
         assert not torch.equal(trained[path].B, B)
 
 
-def test_a_bfloat16_base_moves_float32_factors_the_same_way(make_network, tokenizer, scaling):
+def test_a_bfloat16_base_moves_float32_factors_the_same_way(make_network, tokenizer, scaling, make_examples):
     examples, settings = make_examples(8), LocalTraining("sgd", batch_size=8)
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -162,7 +154,7 @@ def test_a_bfloat16_base_moves_float32_factors_the_same_way(make_network, tokeni
     assert functional.cosine_similarity(moved[torch.float32], moved[torch.bfloat16], dim=0) > 0.98
 
 
-def test_every_epoch_shows_every_example_once_in_a_new_order():
+def test_every_epoch_shows_every_example_once_in_a_new_order(make_examples):
     examples = make_examples(10)
     settings = LocalTraining(batch_size=2, gradient_accumulation_steps=2, num_epochs=2.0)
     steps = list(step_batches(examples, settings, np.random.default_rng(0)))
@@ -176,7 +168,7 @@ def test_every_epoch_shows_every_example_once_in_a_new_order():
     ("num_epochs", "max_steps", "num_steps"),
     [(1.0, None, 5), (0.5, None, 3), (0.01, None, 1), (3.0, None, 15), (3.0, 7, 7)],
 )
-def test_the_number_of_steps_follows_epochs_and_limit(num_epochs, max_steps, num_steps):
+def test_the_number_of_steps_follows_epochs_and_limit(num_epochs, max_steps, num_steps, make_examples):
     settings = LocalTraining(batch_size=2, num_epochs=num_epochs, max_steps=max_steps)
     assert settings.num_steps(9) == num_steps
     assert len(list(step_batches(make_examples(9), settings, np.random.default_rng(0)))) == num_steps
@@ -190,14 +182,14 @@ def test_batches_of_very_different_lengths_are_computed_in_groups():
     assert max(map(len, _passes(examples, 2, 10_000))) == 2
 
 
-def test_metrics_count_tokens_without_padding(model, broadcast):
+def test_metrics_count_tokens_without_padding(model, broadcast, make_examples):
     examples = make_examples(5)
     _, metrics = train_client(model, broadcast, examples, LocalTraining(batch_size=2), 1e-3, seed=0)
     assert metrics["tokens"] == sum(len(example.input_ids) for example in examples)
     assert metrics["answer_tokens"] == sum(label != -100 for example in examples for label in example.labels)
 
 
-def test_what_cannot_be_trained_is_explained(model, broadcast):
+def test_what_cannot_be_trained_is_explained(model, broadcast, make_examples):
     settings = LocalTraining()
     with pytest.raises(TrainingError, match="at least one training example"):
         train_client(model, broadcast, [], settings, 1e-3, seed=0)
@@ -207,7 +199,7 @@ def test_what_cannot_be_trained_is_explained(model, broadcast):
         train_client(model, Broadcast({}), make_examples(2), settings, 1e-3, seed=0)
 
 
-def test_divergence_is_an_error_that_names_the_step(model, broadcast):
+def test_divergence_is_an_error_that_names_the_step(model, broadcast, make_examples):
     settings = LocalTraining("sgd", batch_size=1, max_grad_norm=None)
     with pytest.raises(DivergedError, match=r"it was nan at step [2-9], lower the learning rate"):
         train_client(model, broadcast, make_examples(9), settings, 1e30, seed=0)
