@@ -21,9 +21,13 @@ tolerance hands over to the next one down the table.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportConstantRedefinition=false
 
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from math import frexp, ldexp, sqrt
+from math import frexp, hypot, ldexp, sqrt
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -41,8 +45,11 @@ from flexlora.lora.linalg import (
     thin_svd,
     top_eigenvectors,
 )
-from flexlora.lora.operator import Operator, Term
+from flexlora.lora.operator import STACK_BYTES, Operator, Term
 from flexlora.lora.subspace import MOST_PRODUCTS, block_size, by_subspace
+
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
 
 QR_COLUMNS = 96
 GRAM_SHARE = 0.75
@@ -53,6 +60,8 @@ SERIAL_WORK = 10**8
 """Operations on both stacks up to which one thread does it all."""
 BATCH_BYTES = 2**30
 """Size of the float64 stacks of sums that are computed together."""
+MEMORY_SHARE = 0.25
+"""Of the machine's memory, that modules decomposed at the same time may take."""
 MODERATE = 1e10
 """Largest size, and inverse of the smallest, of what float32 is trusted with."""
 
@@ -66,8 +75,8 @@ def truncated_svds(
     """Yield the position of each sum, ``U``, ``S``, ``Vh`` (float64) of its leading directions, and its certificate.
 
     Sums of one shape, total rank and ``k`` for which QR or Gram matrices do are computed as one batch where a launch or
-    a call costs more than the work: on an accelerator, and for small ones everywhere. More than ``k`` directions may
-    come back where a method finds them anyway: keep no more of an answer than is needed, before the next is asked for.
+    a call costs more than the work: on an accelerator, and for small ones everywhere. Of larger ones on the CPU as many
+    are decomposed at a time, on one thread each, as there are threads, if there are so many sums and memory for it.
 
     Args:
         operators: The sums; all their numbers finite.
@@ -80,18 +89,75 @@ def truncated_svds(
         DecompositionError: If LAPACK finds no decomposition.
     """
     starts = [None] * len(operators) if starts is None else starts
-    for members in _batches(operators, ks):
+
+    def decompose(members: list[int]) -> list[tuple[int, Triple, Certificate]]:
         tamed = [_tamed(operators[index]) for index in members]
         chosen, k = [operator for operator, _ in tamed], ks[members[0]]
-        with full_precision(), one_thread(_is_little(chosen[0])):
+        with one_thread(_is_little(chosen[0])):
             if len(members) > 1:
                 batch = _by_stacks(chosen, _wanted(chosen[0], k), accuracy)
             else:
                 batch = [_by_cheapest(chosen[0], k, accuracy, starts[members[0]])]
         for operator in chosen:
             operator.forget_copies()
-        for index, ((U, S, Vh), certificate), (_, unit) in zip(members, batch, tamed, strict=True):
-            yield index, (U, S * unit, Vh), certificate.scaled(unit)
+        return [
+            (index, *_trimmed(answer, certificate, k, unit))
+            for index, (answer, certificate), (_, unit) in zip(members, batch, tamed, strict=True)
+        ]
+
+    batches = _batches(operators, ks)
+    at_once = _num_at_once([operators[members[0]] for members in batches])
+    with full_precision(), one_thread(at_once > 1):
+        for found in _in_order(decompose, batches, at_once):
+            yield from found
+
+
+def _trimmed(triple: Triple, certificate: Certificate, k: int | None, unit: float) -> tuple[Triple, Certificate]:
+    """Return ``unit`` times the first ``k`` directions, with no memory for the others, and what is left out then."""
+    U, S, Vh = triple
+    if k is not None and k < S.shape[0]:
+        certificate = replace(certificate, tail=hypot(certificate.tail, float(S[k:].norm())))
+        U, S, Vh = U[:, :k].clone(memory_format=torch.contiguous_format), S[:k], Vh[:k].clone()
+    return (U, S * unit, Vh), certificate.scaled(unit)
+
+
+def _in_order(decompose: Callable[[_Item], _Found], items: Sequence[_Item], at_once: int) -> Iterator[_Found]:
+    """Yield what comes of each item, so many at a time."""
+    if at_once == 1:
+        yield from map(decompose, items)
+        return
+    waiting: deque[Future[_Found]] = deque()
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for item in items:
+                # Another round waits, so that nobody idles behind a slow one.
+                if len(waiting) == 2 * at_once:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(decompose, item))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _num_at_once(operators: Sequence[Operator]) -> int:
+    """Return how many to decompose at a time: one, on all threads, or as many as there are threads, on one each.
+
+    The latter wherever there is memory and no thread goes without: threads share small LAPACK problems badly.
+    """
+    num_threads = torch.get_num_threads()
+    large = [operator for operator in operators if operator.device.type == "cpu" and not _is_little(operator)]
+    if num_threads == 1 or len(large) < num_threads:
+        return 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return num_threads if num_threads * max(map(_most_bytes, large)) <= MEMORY_SHARE * memory else 1
+
+
+def _most_bytes(operator: Operator) -> int:
+    """Return about how much memory the costliest method takes: copies in both precisions, then a full SVD."""
+    m, n = operator.out_features, operator.in_features
+    return sum(min(STACK_BYTES, size * operator.columns * (m + n)) for size in (4, 8)) + 8 * 8 * m * n
 
 
 def _batches(operators: Sequence[Operator], ks: Sequence[int | None]) -> list[list[int]]:

@@ -185,7 +185,8 @@ def certified_decompositions(
 ) -> list[tuple[Spectrum, Certificate]]:
     """Return what ``certified_decomposition`` does for every module of a model.
 
-    Modules of one shape, total rank and maximal rank are computed as one batch where that is quicker.
+    Modules of one shape, total rank and maximal rank are computed as one batch where that is quicker, large ones on the
+    CPU side by side, one on each thread, where there are enough of them and memory for it.
 
     Raises:
         ProductError: If a factor or weight was NaN or infinite, or if LAPACK finds no decomposition.

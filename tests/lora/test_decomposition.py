@@ -1,6 +1,7 @@
 """Expected values come from numpy: a dense float64 sum and numpy.linalg.svd."""
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -11,8 +12,15 @@ from hypothesis import strategies as st
 from flexlora.lora import decomposition, subspace
 from flexlora.lora.certificate import FLOOR, TOLERANCE
 from flexlora.lora.factors import LoraFactors
+from flexlora.lora.linalg import DecompositionError
 from flexlora.lora.operator import Operator
-from flexlora.lora.product import ProductSum, add_product, certified_decomposition, certified_decompositions
+from flexlora.lora.product import (
+    ProductError,
+    ProductSum,
+    add_product,
+    certified_decomposition,
+    certified_decompositions,
+)
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SHAPES = [(90, 80), (80, 100), (84, 84), (240, 72)]
@@ -401,3 +409,75 @@ def test_products_have_full_precision_whatever_is_set_for_training(monkeypatch, 
     finally:
         torch.set_float32_matmul_precision(before)
     assert seen and set(seen) == {"highest"}
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def large_modules(monkeypatch):
+    """Three sums that count as large, of falling size, so that they do not end in the order of their places."""
+    monkeypatch.setattr(decomposition, "SERIAL_SIDE", 40)
+    monkeypatch.setattr(decomposition, "SERIAL_WORK", 0)
+    rng = np.random.default_rng(8)
+    totals, sums = [], []
+    for side in (300, 160, 80):
+        left, right = matrix_of(np.geomspace(1, 1e-4, 70), (side, 80), rng)
+        total, expected = ProductSum(side, 80, keep_factors=True), np.zeros((side, 80))
+        for factors, weight in split_into_clients(left, right, 3, rng, torch.float32):
+            total = add_product(total, factors, weight)
+            expected += weight * factors.scaling * factors.B.double().numpy() @ factors.A.double().numpy()
+        totals.append(total)
+        sums.append(expected)
+    return totals, sums
+
+
+def test_large_modules_are_decomposed_side_by_side_on_one_thread_each(two_threads, large_modules, monkeypatch):
+    seen = []
+
+    def look(*arguments):
+        seen.append((threading.current_thread().name, torch.get_num_threads()))
+        return by_cheapest(*arguments)
+
+    by_cheapest = decomposition._by_cheapest
+    monkeypatch.setattr(decomposition, "_by_cheapest", look)
+    totals, sums = large_modules
+    answers = certified_decompositions(totals, [10, 30, None])
+    assert torch.get_num_threads() == 2
+    assert {num_threads for _, num_threads in seen} == {1}
+    assert threading.current_thread().name not in {name for name, _ in seen}
+    for (spectrum, certificate), expected, k in zip(answers, sums, (10, 30, 80), strict=True):
+        S = np.linalg.svd(expected, compute_uv=False)
+        np.testing.assert_allclose(spectrum.S[:10], S[:10], rtol=1e-5)
+        error = np.linalg.norm(expected - spectrum.delta().numpy())
+        assert error <= (1 + certificate.excess) * np.linalg.norm(S[k:]) + certificate.rounding
+        assert certificate.tail == pytest.approx(np.linalg.norm(S[k:]), rel=1e-4, abs=1e-5)
+    again = certified_decompositions(totals, [10, 30, None])
+    for (one, _), (other, _) in zip(answers, again, strict=True):
+        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("U", "S", "Vh"))
+    # Too few of them, or too little memory, and each has all threads.
+    seen.clear()
+    certified_decompositions(totals[:1], [10])
+    monkeypatch.setattr(decomposition, "MEMORY_SHARE", 0.0)
+    certified_decompositions(totals, [10] * 3)
+    assert seen == [(threading.current_thread().name, 2)] * 4
+
+
+def test_a_module_that_cannot_be_decomposed_beside_others_is_an_error_like_any_other(
+    two_threads, large_modules, monkeypatch
+):
+    def fail(operator, *arguments):
+        if operator.out_features == 160:
+            raise DecompositionError("no luck")
+        return by_cheapest(operator, *arguments)
+
+    by_cheapest = decomposition._by_cheapest
+    monkeypatch.setattr(decomposition, "_by_cheapest", fail)
+    with pytest.raises(ProductError, match="no luck"):
+        certified_decompositions(large_modules[0], [10] * 3)
+    assert torch.get_num_threads() == 2
