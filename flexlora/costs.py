@@ -40,16 +40,14 @@ class LocalWork:
     """What one client does in one round.
 
     Attributes:
-        steps: Optimiser steps.
-        batch_tokens: Tokens in one forward pass, padding included.
-        passes_per_step: Forward passes per optimiser step.
-        answer_tokens: Tokens of a pass that the loss looks at.
+        num_tokens: Tokens trained on, padding included.
+        batch_tokens: Most tokens in one forward pass, padding included.
+        answer_tokens: Most tokens of a pass that the loss looks at.
         optimizer: ``adamw`` or ``sgd``.
     """
 
-    steps: float
+    num_tokens: float
     batch_tokens: float
-    passes_per_step: int
     answer_tokens: float
     optimizer: str
 
@@ -93,12 +91,11 @@ def client_cost(
     activations = work.batch_tokens * (kept_per_token * base.bytes_per_parameter + adapter_inputs * FLOAT32_BYTES)
     logits = work.answer_tokens * base.vocab_size * FLOAT32_BYTES * 3
     flops_per_token = 4 * base.num_parameters + 6 * num_trainable
-    passes = work.steps * work.passes_per_step
     return ClientCost(
         num_trainable=num_trainable,
         memory_bytes=int(base.num_parameters * base.bytes_per_parameter + adapter_bytes + activations + logits),
         transfer_bytes=num_trainable * wire_bytes + 2 * len(ranks) * HEADER_BYTES_PER_TENSOR,
-        train_seconds=passes * work.batch_tokens * flops_per_token / (flops_per_second * STEP_EFFICIENCY),
+        train_seconds=work.num_tokens * flops_per_token / (flops_per_second * STEP_EFFICIENCY),
     )
 
 

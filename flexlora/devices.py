@@ -292,11 +292,13 @@ class Budget:
         choices: Ranks to choose from, ascending.
         round_seconds: Most time for download, training and upload; None is any.
         round_bytes: Most traffic of a round, down and up together; None is any.
+        seconds_from: The setting that bounds the time.
     """
 
     choices: tuple[int, ...]
     round_seconds: float | None = None
     round_bytes: int | None = None
+    seconds_from: str = "devices.round_seconds"
 
 
 @dataclass(frozen=True)
@@ -325,7 +327,7 @@ def exceeded(profile: DeviceProfile, cost: DeviceCost, budget: Budget) -> dict[s
     if cost.memory_bytes > profile.memory_bytes:
         found["memory"] = f"{bytes_text(cost.memory_bytes)} of memory and has {bytes_text(profile.memory_bytes)}"
     if budget.round_seconds is not None and cost.seconds > budget.round_seconds:
-        limit = f"{seconds_text(budget.round_seconds)} (devices.round_seconds)"
+        limit = f"{seconds_text(budget.round_seconds)} ({budget.seconds_from})"
         found["time"] = f"{seconds_text(cost.seconds)} a round where {limit} are allowed"
     traffic = cost.down_bytes + cost.up_bytes
     if budget.round_bytes is not None and traffic > budget.round_bytes:
@@ -373,7 +375,7 @@ def affordable_ranks(
 def _choices(budget: Budget, shapes: Iterable[tuple[int, int]]) -> list[int]:
     """Return the ranks to choose from for modules of these shapes; without modules any rank costs nothing."""
     most = min((min(shape) for shape in shapes), default=budget.choices[0])
-    return [rank for rank in budget.choices if rank <= most] or [budget.choices[0]]
+    return [rank for rank in budget.choices if rank <= most] or [most]
 
 
 def _next_larger(

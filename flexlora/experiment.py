@@ -237,8 +237,11 @@ def _continued(before: ManifestRecord, now: ManifestRecord, folder: Path) -> Man
         ExperimentError: If the data have changed.
     """
     if before.data_hashes != now.data_hashes:
+        names = sorted({*before.data_hashes, *now.data_hashes})
+        changed = [name for name in names if before.data_hashes.get(name) != now.data_hashes.get(name)]
         raise ExperimentError(
-            f"the data have changed since {folder} was started; restore them or start anew with another --out"
+            f"the data have changed since {folder} was started ({', '.join(changed)}); restore them or start anew with "
+            "another --out"
         )
     then = {**before.packages, "device": before.device, "num_threads": before.num_threads}
     new = {**now.packages, "device": now.device, "num_threads": now.num_threads}

@@ -1,9 +1,9 @@
 """Who takes part in a run, and with what data: configuration -> examples and client specifications."""
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -47,9 +47,11 @@ from flexlora.devices import (
     assign_devices,
     device_cost,
     device_profiles,
+    exceeded,
 )
 from flexlora.model import load_empty_model
 from flexlora.partition import fixed_validation
+from flexlora.report.tables import percent_text
 from flexlora.workload import Workload, measure_workload
 
 # Clients whose first example tells how long texts are.
@@ -69,7 +71,9 @@ class Participants:
         plans: Rank plans that at least one client has, by name.
         warnings: What a person should know, for example how many tasks were left out.
         devices: Profiles of the devices that at least one client has, by name; empty when none are simulated.
-        affordable: What each device affords, left out ones included; empty unless ranks are chosen from devices.
+        affordable: Name of a plan -> what its device affords, for the client with the most examples of those that have
+            it; empty unless ranks are chosen from devices.
+        left_out: Of each device with clients that it affords no ranks for, the one with the fewest examples.
         workload: What rounds take; None when no devices are simulated.
     """
 
@@ -80,6 +84,7 @@ class Participants:
     warnings: tuple[str, ...]
     devices: Mapping[str, DeviceProfile] = field(default_factory=dict)
     affordable: Mapping[str, Affordable] = field(default_factory=dict)
+    left_out: Sequence[Affordable] = ()
     workload: Workload | None = None
 
     def in_words(self) -> str:
@@ -97,12 +102,12 @@ def gather_participants(config: Config) -> Participants:
     ids = sorted(corpus.clients)
     profiles, device_of = _devices_of_each(ids, config)
     workload = workload_of(config, corpus) if profiles else None
-    affordable: dict[str, Affordable] = {}
+    chosen: Mapping[str, Affordable] = {}
     if config.clients.ranks_from == "devices":
         assert workload is not None, "the configuration has been checked"
-        affordable = _affordable(config, corpus, workload, profiles, device_of)
-        plan_of = {client_id: affordable[device_of[client_id]].plan for client_id in ids}
-        warnings = (*warnings, *_left_out_devices(affordable, device_of))
+        chosen = _affordable(config, corpus, workload, profiles, device_of)
+        plan_of = {client_id: found.plan for client_id, found in chosen.items()}
+        warnings = (*warnings, *_left_out_clients(chosen, corpus))
     else:
         plan_of = _plan_of_each(ids, config_plans(config), config, device_of)
     clients = tuple(
@@ -110,15 +115,25 @@ def gather_participants(config: Config) -> Participants:
         for client_id, splits in sorted(corpus.clients.items())
         if (plan := plan_of[client_id]) is not None
     )
-    if affordable and not clients:
-        raise ClientError(f"no device affords any rank. {' '.join(_left_out_devices(affordable, device_of))}")
+    if not clients:
+        raise ClientError(f"no device affords any rank. {' '.join(_left_out_clients(chosen, corpus))}")
     used = {client.plan.name: client.plan for client in clients}
     _require_one_rank(config, used)
     had = {client.device for client in clients}
     devices = {name: profile for name, profile in profiles.items() if name in had}
-    return Participants(
-        corpus, validation, clients, dict(sorted(used.items())), warnings, devices, affordable, workload
+    by_size = [chosen[client_id] for client_id in sorted(chosen, key=lambda name: len(corpus.clients[name].train))]
+    found = Participants(
+        corpus,
+        validation,
+        clients,
+        dict(sorted(used.items())),
+        warnings,
+        devices,
+        affordable={own.plan.name: own for own in by_size if own.plan is not None},
+        left_out=list({own.profile.name: own for own in reversed(by_size) if own.plan is None}.values()),
+        workload=workload,
     )
+    return replace(found, warnings=(*warnings, *_never_there(config, found)))
 
 
 def _devices_of_each(client_ids: Sequence[str], config: Config) -> tuple[Mapping[str, DeviceProfile], dict[str, str]]:
@@ -196,18 +211,23 @@ def cost_on_device(
     return device_cost(profile, cost, down_bytes, cost.transfer_bytes)
 
 
-def clock_of(config: Config, participants: Participants, method: str, cohort_size: int) -> Clock | None:
-    """Return the virtual clock of a loop of ``method``; None when no devices are simulated.
+def policy_of(config: Config, method: str, cohort_size: int) -> Policy:
+    """Return what the server does about clients that differ in speed.
 
     A method that cannot add late changes up, as that of a reference, waits where the run does not.
     """
-    workload, settings = participants.workload, config.clock.model_dump(exclude={"policy", "buffer_size"})
-    if workload is None:
-        return None
+    settings = config.clock.model_dump(exclude={"policy", "buffer_size"})
     name = config.clock.policy
     if name == "async" and method != "flexlora":
         name = "wait"
-    buffer_size = config.clock.buffer_size or max(1, cohort_size // 2)
+    return Policy(name=name, buffer_size=config.clock.buffer_size or max(1, cohort_size // 2), **settings)
+
+
+def clock_of(config: Config, participants: Participants, method: str, cohort_size: int) -> Clock | None:
+    """Return the virtual clock of a loop of ``method``; None when no devices are simulated."""
+    workload = participants.workload
+    if workload is None:
+        return None
 
     @cache
     def ranks_of(plan: RankPlan) -> dict[str, int]:
@@ -217,7 +237,7 @@ def clock_of(config: Config, participants: Participants, method: str, cohort_siz
         rate = participants.devices[client.device].flops_per_second * STEP_RATE
         return workload.cost(ranks_of(client.plan), client.num_examples, rate)
 
-    return Clock(participants.devices, cost_of, Policy(name=name, buffer_size=buffer_size, **settings), config.seed)
+    return Clock(participants.devices, cost_of, policy_of(config, method, cohort_size), config.seed)
 
 
 def rank_choices(config: Config) -> tuple[int, ...]:
@@ -228,6 +248,14 @@ def rank_choices(config: Config) -> tuple[int, ...]:
     return tuple(1 << power for power in range(devices.max_rank.bit_length()))
 
 
+def time_budget(config: Config) -> tuple[float | None, str]:
+    """Return the most seconds of a client's round, and the setting that says so; a deadline bounds it like no other."""
+    deadline, own = config.clock.deadline_seconds, config.devices.round_seconds
+    if deadline is not None and (own is None or deadline < own):
+        return deadline, "clock.deadline_seconds"
+    return own, "devices.round_seconds"
+
+
 def _affordable(
     config: Config,
     corpus: FederatedCorpus,
@@ -235,31 +263,87 @@ def _affordable(
     profiles: Mapping[str, DeviceProfile],
     device_of: Mapping[str, str],
 ) -> dict[str, Affordable]:
-    """Return what each device affords that a client has, for its clients' mean number of examples."""
-    sizes: defaultdict[str, list[int]] = defaultdict(list)
-    for client_id, device in device_of.items():
-        sizes[device].append(len(corpus.clients[client_id].train))
-    budget = Budget(rank_choices(config), config.devices.round_seconds, config.devices.round_bytes)
+    """Return client id -> what its device affords for as many examples as it has; one object for equal ones.
+
+    A plan is called like its device, with its ranks behind where clients of the device differ in them.
+    """
+    seconds, seconds_from = time_budget(config)
+    budget = Budget(rank_choices(config), seconds, config.devices.round_bytes, seconds_from)
     folded: dict[str, int] = {}
     if isinstance(config.method, FlexLoraMethod) and config.method.fold_tail:
         # What the other devices can afford is not known yet: the tail is counted at its most.
         folded = dict.fromkeys(workload.shapes, config.method.server_rank or max(budget.choices))
 
-    def afforded(profile: DeviceProfile) -> Affordable:
-        mean = sum(sizes[profile.name]) / len(sizes[profile.name])
+    @cache
+    def afforded(device: str, num_examples: int) -> Affordable:
+        profile = profiles[device]
         return affordable_ranks(
-            profile, budget, workload.shapes, lambda ranks: cost_on_device(workload, profile, ranks, mean, folded)
+            profile,
+            budget,
+            workload.shapes,
+            lambda ranks: cost_on_device(workload, profile, ranks, num_examples, folded),
         )
 
-    return {name: afforded(profile) for name, profile in profiles.items() if name in sizes}
+    found = {
+        client_id: afforded(device, len(corpus.clients[client_id].train)) for client_id, device in device_of.items()
+    }
+    patterns: defaultdict[str, set[tuple[tuple[str, int], ...]]] = defaultdict(set)
+    for own in found.values():
+        if own.plan is not None:
+            patterns[own.profile.name].add(own.plan.patterns)
+
+    @cache
+    def named(device: str, num_examples: int) -> Affordable:
+        own = afforded(device, num_examples)
+        if own.plan is None or len(patterns[device]) == 1:
+            return own
+        ranks = list(dict.fromkeys(str(rank) for _, rank in own.plan.patterns))
+        name = f"{device} at {'rank' if len(ranks) == 1 else 'ranks'} {' and '.join(ranks)}"
+        return replace(own, plan=replace(own.plan, name=name))
+
+    return {client_id: named(device, len(corpus.clients[client_id].train)) for client_id, device in device_of.items()}
 
 
-def _left_out_devices(affordable: Mapping[str, Affordable], device_of: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each device that affords nothing."""
+def _left_out_clients(chosen: Mapping[str, Affordable], corpus: FederatedCorpus) -> list[str]:
+    """Return a sentence for each device with clients that it affords no rank for."""
+    sentences = []
+    for name in dict.fromkeys(own.profile.name for own in chosen.values()):
+        of_device = [client_id for client_id, own in chosen.items() if own.profile.name == name]
+        lost = [client_id for client_id in of_device if chosen[client_id].plan is None]
+        if lost:
+            smallest = min(lost, key=lambda client_id: len(corpus.clients[client_id].train))
+            which = "clients" if len(lost) == len(of_device) else f"of {len(of_device)} clients"
+            with_examples = f", with {len(corpus.clients[smallest].train)} examples or more" * (which != "clients")
+            sentences.append(
+                f"Left out: {len(lost)} {which} with the device {name}{with_examples}: {chosen[smallest].reason}."
+            )
+    return sentences
+
+
+def _never_there(config: Config, participants: Participants) -> list[str]:
+    """Return a sentence about clients whose updates can never count, for want of memory or time."""
+    workload = participants.workload
+    if workload is None:
+        return []
+    deadline = config.clock.deadline_seconds
+    budget = Budget((1,), deadline, seconds_from="clock.deadline_seconds")
+
+    @cache
+    def lacks(device: str, plan: RankPlan, num_examples: int) -> tuple[str, ...]:
+        profile, ranks = participants.devices[device], plan.resolve(workload.shapes)
+        return tuple(exceeded(profile, cost_on_device(workload, profile, ranks, num_examples, {}), budget))
+
+    clients = participants.clients
+    never = [client for client in clients if lacks(client.device, client.plan, client.num_examples)]
+    if not never:
+        return []
+    causes = Counter(cause for client in never for cause in lacks(client.device, client.plan, client.num_examples))
+    share = sum(client.num_examples for client in never) / sum(client.num_examples for client in clients)
+    phrases = {"memory": "lack memory at their ranks", "time": f"need more than the {deadline} s of the deadline"}
+    why = " and ".join(f"{causes[cause]:,} {phrase}" for cause, phrase in phrases.items() if causes[cause])
     return [
-        f"Left out: {list(device_of.values()).count(name)} clients with the device {name}: {found.reason}."
-        for name, found in affordable.items()
-        if found.plan is None
+        f"{len(never):,} of {len(clients):,} clients, with {percent_text(share)} of the examples, can send no update "
+        f"in any round (before jitter): {why}; clients.ranks_from=devices chooses ranks that fit."
     ]
 
 

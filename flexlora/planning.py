@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flexlora.clients import ClientSpec, RankPlan, compact_ranks
+from flexlora.clock import clients_per_round
 from flexlora.config import Config, FlexLoraMethod
 from flexlora.costs import BaseShape, ClientCost, measure_flops_per_second
 from flexlora.devices import Budget, DeviceCost, DeviceProfile, exceeded
@@ -20,6 +21,8 @@ from flexlora.participants import (
     cost_on_device,
     gather_participants,
     length_sample,
+    policy_of,
+    time_budget,
 )
 from flexlora.report.tables import bytes_text, seconds_text
 from flexlora.workbench import adapted_shapes, check_length, cohort_size, largest_ranks, resolve_device
@@ -138,7 +141,7 @@ PLAN_NOTES = (
     "factors' shapes, and a folded tail is counted at its most. Server work and evaluation come on top.",
 )
 DEVICE_NOTES = (
-    "Times on devices are virtual, for a client with its device's mean number of examples; built-in profiles are "
+    "Times on devices are virtual, for a client with the mean number of examples of its row; built-in profiles are "
     "assumptions of ours.",
 )
 
@@ -151,8 +154,9 @@ def _device_rows(
     folded_ranks: Mapping[str, int],
 ) -> list[DeviceRow]:
     """Return one row per device and rank plan that occur together, and one per device that is left out."""
-    settings, rows = config.devices, []
-    budget = Budget((1,), settings.round_seconds, settings.round_bytes)
+    settings, rows = config.devices, list[DeviceRow]()
+    seconds, seconds_from = time_budget(config)
+    budget = Budget((1,), seconds, settings.round_bytes, seconds_from)
     chosen = config.clients.ranks_from == "devices"
     for name, profile in participants.devices.items():
         clients = [client for client in participants.clients if client.device == name]
@@ -169,17 +173,16 @@ def _device_rows(
             own = [client for client in clients if client.plan == plan]
             spent = cost(plan, _mean_examples(own))
             if chosen:
-                limited_by = ", ".join(participants.affordable[name].limited_by) or "largest rank allowed"
+                limited_by = ", ".join(participants.affordable[plan.name].limited_by) or "largest rank allowed"
             else:
                 limited_by = ", ".join(exceeded(profile, spent, budget))
             ranks = compact_ranks(plan.resolve(shapes), shapes)
             rows.append(
                 DeviceRow(name, plan.name, ranks, len(own), profile.memory_bytes, spent, limited_by, fixed_types)
             )
-    for name, found in participants.affordable.items():
-        if found.plan is None:
-            memory, why = found.profile.memory_bytes, f"left out: {', '.join(found.limited_by)}"
-            rows.append(DeviceRow(name, "", {}, 0, memory, found.cost, why, {}))
+    for found in participants.left_out:
+        memory, why = found.profile.memory_bytes, f"left out: {', '.join(found.limited_by)}"
+        rows.append(DeviceRow(found.profile.name, "", {}, 0, memory, found.cost, why, {}))
     return rows
 
 
@@ -197,18 +200,31 @@ def _plan_facts(
 ) -> list[tuple[str, str]]:
     num_clients, num_rounds = len(participants.clients), config.rounds.num_rounds
 
+    sent, counted = per_round, per_round
+    if participants.devices:
+        policy = policy_of(config, config.method.name, per_round)
+        sent = min(num_clients, clients_per_round(policy, per_round))
+        counted = sent if policy.name == "async" else min(sent, per_round)
+
     def per_run(value: Callable[[PlanRow], float]) -> float:
-        return num_rounds * per_round * sum(row.num_clients * value(row) for row in rows) / num_clients
+        return num_rounds * sum(row.num_clients * value(row) for row in rows) / num_clients
 
     examples = sum(client.num_examples for client in participants.clients)
-    seconds = per_run(lambda row: row.cost.train_seconds) / (processes if config.ray is None else 1)
+    seconds = counted * per_run(lambda row: row.cost.train_seconds) / (processes if config.ray is None else 1)
     where = "on this machine" if processes == 1 else f"on this machine, by {processes} processes"
     return [
         ("Base model", f"{config.model.name_or_path}, {shape.num_parameters:,} parameters, {config.model.dtype}"),
         ("Method", config.method.name),
-        ("Clients", f"{num_clients:,} with {examples:,} training examples; {per_round} in each of {num_rounds} rounds"),
+        (
+            "Clients",
+            f"{num_clients:,} with {examples:,} training examples; {counted} in each of {num_rounds} rounds"
+            + (f", {sent} sampled" if sent > counted else ""),
+        ),
         ("Unseen tasks", f"{len(participants.corpus.unseen)}"),
-        ("Traffic of the run", f"{bytes_text(per_run(lambda row: row.down_bytes + row.cost.transfer_bytes))}"),
+        (
+            "Traffic of the run",
+            bytes_text(per_run(lambda row: sent * row.down_bytes + counted * row.cost.transfer_bytes)),
+        ),
         (
             "Local training of the run",
             f"about {seconds_text(seconds)} {where if config.ray is None else 'divided by the actors of the cluster'}",

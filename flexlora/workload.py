@@ -23,8 +23,8 @@ class Workload:
     Attributes:
         base: Of the base model.
         shapes: Module path -> (out_features, in_features) of every target module.
-        batch_tokens: Tokens in one forward pass, padding included.
-        answer_tokens: Tokens of a pass that the loss looks at.
+        batch_tokens: Tokens in one forward pass of a whole batch, padding included.
+        answer_tokens: Tokens of such a pass that the loss looks at.
         training: How clients train.
         wire_bytes: Of one number on its way.
     """
@@ -44,17 +44,25 @@ class Workload:
             num_examples: Of the client; a mean may be a fraction.
             flops_per_second: Of matrix products, as ``measure_flops_per_second`` gives it.
         """
-        training = self.training
-        per_step = training.batch_size * training.gradient_accumulation_steps
-        steps = math.ceil(num_examples * training.num_epochs / per_step)
+        batch_size = self.training.batch_size
+        # A batch is never larger than what the client has.
+        share = min(1.0, num_examples / batch_size)
         work = LocalWork(
-            steps=min(steps, training.max_steps or steps),
-            batch_tokens=self.batch_tokens,
-            passes_per_step=training.gradient_accumulation_steps,
-            answer_tokens=self.answer_tokens,
-            optimizer=training.optimizer,
+            num_tokens=self.num_seen(num_examples) * self.batch_tokens / batch_size,
+            batch_tokens=share * self.batch_tokens,
+            answer_tokens=share * self.answer_tokens,
+            optimizer=self.training.optimizer,
         )
         return client_cost(self.base, ranks, self.shapes, work, flops_per_second, self.wire_bytes)
+
+    def num_seen(self, num_examples: float) -> float:
+        """Return how many examples a client's round trains on, those of later epochs again."""
+        training = self.training
+        per_step = training.batch_size * training.gradient_accumulation_steps
+        steps_per_epoch = max(1, math.ceil(num_examples / per_step))
+        num_steps = max(1, math.ceil(training.num_epochs * steps_per_epoch))
+        epochs, rest = divmod(min(num_steps, training.max_steps or num_steps), steps_per_epoch)
+        return epochs * num_examples + min(num_examples, rest * per_step)
 
     def tail_bytes(self, ranks: Mapping[str, int], server_ranks: Mapping[str, int]) -> int:
         """Return the most that a folded tail adds to the broadcast of a client with these ranks."""
@@ -88,7 +96,7 @@ def measure_workload(
     return Workload(
         base=shape,
         shapes=target_modules(base, config.lora.target_modules),
-        batch_tokens=training.batch_size * sum(lengths) / len(lengths) * PADDING,
+        batch_tokens=training.batch_size * sum(lengths) / len(lengths) * (PADDING if training.batch_size > 1 else 1.0),
         answer_tokens=answers * training.batch_size,
         training=training,
         wire_bytes={"float32": 4, "bfloat16": 2, "float16": 2}[config.rounds.wire_dtype],

@@ -1,13 +1,17 @@
 """Device profiles and their files, who has which device, and ranks that fit a budget."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flexlora.clients import ClientError
+from flexlora.config import TrainingConfig
 from flexlora.costs import STEP_EFFICIENCY, BaseShape
+from flexlora.data.prompts import EncodedExample
 from flexlora.devices import (
     COLUMNS,
     PROFILES,
@@ -22,6 +26,7 @@ from flexlora.devices import (
     device_cost,
     device_profiles,
 )
+from flexlora.training import LocalTraining, step_batches
 from flexlora.workload import Workload
 
 HEADER = "name,memory_megabytes,gigaflops_per_second,down_megabits_per_second,up_megabits_per_second"
@@ -146,8 +151,6 @@ SHAPES = {
 
 
 def workload(max_steps: int = 3) -> Workload:
-    from flexlora.config import TrainingConfig
-
     base = BaseShape(
         num_parameters=20_000,
         num_layers=1,
@@ -227,7 +230,7 @@ def test_what_limits_a_device_is_named() -> None:
 
 def test_the_rate_of_a_profile_is_that_of_whole_steps() -> None:
     assert STEP_RATE * STEP_EFFICIENCY == 1
-    # 3 steps of 100 tokens; more examples than steps allow change nothing, fewer do.
+    # 3 steps of 4 examples of 25 tokens; more examples than steps allow change nothing, fewer do.
     profile = DeviceProfile("box", 1e9, 1e6, 1e9, 1e9)
     assert afforded(profile, Budget((1,))).cost.compute_seconds == pytest.approx(
         3 * 100 * (4 * 20_000 + 6 * (124 + 224)) / 1e6
@@ -235,3 +238,22 @@ def test_the_rate_of_a_profile_is_that_of_whole_steps() -> None:
     assert afforded(profile, Budget((1,)), num_examples=8).cost.compute_seconds == pytest.approx(
         2 * 100 * (4 * 20_000 + 6 * (124 + 224)) / 1e6
     )
+
+
+@pytest.mark.parametrize("num_examples", [1, 2, 3, 4, 5, 9, 10, 23])
+@pytest.mark.parametrize(("batch_size", "accumulated"), [(1, 1), (4, 1), (2, 4), (16, 2)])
+@pytest.mark.parametrize(("num_epochs", "max_steps"), [(1.0, None), (3.0, None), (0.5, None), (2.5, 3), (1.0, 2)])
+def test_the_work_of_a_client_is_what_it_will_train_on(num_examples, batch_size, accumulated, num_epochs, max_steps):
+    options = {"batch_size": batch_size, "gradient_accumulation_steps": accumulated, "max_steps": max_steps}
+    load = dataclasses.replace(workload(), training=TrainingConfig(num_epochs=num_epochs, **options))
+    example = EncodedExample((1, 2), (-100, 2))
+    batches = step_batches(
+        [example] * num_examples, LocalTraining(num_epochs=num_epochs, **options), np.random.default_rng(0)
+    )
+    assert load.num_seen(num_examples) == sum(map(len, batches))
+
+
+def test_ranks_are_never_above_the_smallest_side_even_if_all_choices_are() -> None:
+    found = afforded(DeviceProfile("roomy", 1e9, 1e12, 1e9, 1e9), Budget((300,)))
+    assert found.plan is not None
+    assert set(found.plan.resolve(SHAPES).values()) == {12, 32}
