@@ -1,10 +1,11 @@
 """Buffered asynchronous rounds: clients come and go on the virtual clock, the server steps after K updates.
 
-At any time up to C clients are at work; whoever comes back is replaced at once by a client that is sent the newest
-model, and after K updates the server adds their changes up and has a new one (FedBuff, arXiv:2106.06639). An update is
-as stale as the number of server steps since its client was sent off.
+At any time up to C clients are at work; whoever comes back is replaced, at once or as soon as anybody is available, by
+a client that is sent the newest model, and after K updates the server adds their changes up and has a new one (FedBuff,
+arXiv:2106.06639). An update is as stale as the number of server steps since its client was sent off.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,13 +64,15 @@ def fill_buffer(
             trips.append(start_trip(clock, client, server_round, now, *sizes(client.plan)))
             busy.add(client.client_id)
             num_sent += 1
-        if not trips:
-            free = [client for client in clients if client.client_id not in busy]
-            if not free:
-                break  # Everybody has had a turn in this round.
-            now = min(available_from(clock, client, now) for client in free)
-            continue
-        trip = min(trips, key=lambda trip: (trip.ends, trip.client_id))
+        trip = min(trips, key=lambda trip: (trip.ends, trip.client_id), default=None)
+        if len(trips) < concurrency:
+            free = (client for client in clients if client.client_id not in busy)
+            following = min((available_from(clock, client, now) for client in free), default=math.inf)
+            if following < (math.inf if trip is None else trip.ends):
+                now = max(now, following)
+                continue
+        if trip is None:
+            break  # Everybody has had a turn in this round.
         trips.remove(trip)
         done.add(trip.client_id)
         now = max(now, trip.ends)

@@ -168,7 +168,8 @@ def open_round(
 def clients_per_round(policy: Policy, cohort_size: int) -> int:
     """Return how many clients a round samples, or waits for when it is ``async``, if enough are available."""
     if policy.name == "over_select":
-        return math.ceil(cohort_size * policy.over_selection)
+        # 1.1 times 50 is a little more than 55.
+        return math.ceil(cohort_size * policy.over_selection - ROUNDING)
     return policy.buffer_size if policy.name == "async" else cohort_size
 
 

@@ -117,3 +117,16 @@ def test_filling_is_a_function_of_the_seed_and_the_state() -> None:
     assert fill_buffer(other, clients, 8, 1, ClockState(), no_bytes) != fill_buffer(
         clock, clients, 8, 1, ClockState(), no_bytes
     )
+
+
+def test_an_empty_place_is_taken_by_whoever_becomes_available_first() -> None:
+    # A day of 24 seconds: the fast are there from 2 to 3 o'clock, while the slow one, there all day, is at work.
+    clock = clock_of(async_policy(buffer_size=2, day_seconds=24.0))
+    hours = {"availability": 1 / 24, "hours": (2.0, 3.0)}
+    profiles = {**clock.profiles, "fast": dataclasses.replace(clock.profiles["fast"], **hours)}
+    clients = [ClientSpec("late", PLAN, 1, device="fast"), ClientSpec("slow", PLAN, 1, device="slow")]
+    filled = fill_buffer(dataclasses.replace(clock, profiles=profiles), clients, 3, 1, ClockState(), no_bytes)
+    assert [(trip.client_id, trip.starts, trip.ends) for trip in filled.arrived] == [
+        ("late", 2.0, 3.0),
+        ("slow", 0.0, 10.0),
+    ]

@@ -12,6 +12,7 @@ from flexlora.clock import (
     Policy,
     Trip,
     available_from,
+    clients_per_round,
     close_round,
     failure,
     open_round,
@@ -189,3 +190,8 @@ def test_staleness_makes_changes_count_less() -> None:
     assert Policy(staleness="exponential", staleness_rate=0.1).discount(2) == pytest.approx(math.exp(-0.2))
     assert Policy(staleness="constant").discount(9) == 1.0
     assert all(Policy(staleness=kind).discount(0) == 1.0 for kind in ("constant", "polynomial", "exponential"))
+
+
+@pytest.mark.parametrize(("cohort_size", "number"), [(10, 11), (50, 55), (55, 61), (100, 110), (200, 220)])
+def test_over_selection_is_not_one_too_many_by_rounding(cohort_size: int, number: int) -> None:
+    assert clients_per_round(Policy("over_select", over_selection=1.1), cohort_size) == number
