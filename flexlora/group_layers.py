@@ -158,13 +158,13 @@ class Share:
         return None if self.masks is None else self.masks.draw(x[self.rows]).reshape(self.num_segments, -1, x.shape[-1])
 
     def factors(self, path: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``A``, ``B`` and the scaling of each segment."""
+        """Return ``A``, ``B`` and the scaling of each segment; the scaling is not rounded."""
         found = (*self.bank.factors[path], self.bank.scalings(path))
         if isinstance(self.slots, slice):
             A, B, scalings = (tensor[self.slots] for tensor in found)
         else:
             A, B, scalings = (tensor.index_select(0, self.slots) for tensor in found)
-        return A.to(dtype), B.to(dtype), scalings.to(dtype)
+        return A.to(dtype), B.to(dtype), scalings
 
     def add_gradient(self, gradient: Tensor, segments: Tensor) -> None:
         """Add the gradient of each segment to that of its client."""

@@ -413,9 +413,17 @@ def _separate_head(network: PreTrainedModel) -> nn.Module | None:
     return head if logits.shape == expected.shape and torch.allclose(logits, expected) else None
 
 
+# Settings of heads that a causal model has not got.
+_OTHER_HEADS = ("classifier_", "summary_")
+
+
 def _has_dropout(network: PreTrainedModel) -> bool:
     settings = network.config.get_text_config().to_dict()
-    rates = [rate for name, rate in settings.items() if name.endswith(("dropout", "pdrop"))]
+    rates = [
+        rate
+        for name, rate in settings.items()
+        if name.endswith(("dropout", "pdrop")) and not name.startswith(_OTHER_HEADS)
+    ]
     rates += [module.p for module in network.modules() if isinstance(module, nn.Dropout)]
     return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 

@@ -13,6 +13,8 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     MistralConfig,
     OPTConfig,
     OPTForCausalLM,
@@ -23,7 +25,7 @@ from transformers import (
 from flexlora.clients import Broadcast
 from flexlora.data.prompts import EncodedExample
 from flexlora.group_decoder import decoder_of, written_out
-from flexlora.group_layers import FactorBank, RowMasks, reason_against_groups
+from flexlora.group_layers import FactorBank, RowMasks, Share, reason_against_groups
 from flexlora.group_training import GroupJob, TrainedClient, _cut_into_segments, _passes, _Pool, _Row, train_group
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.model import AdaptedModel, ModelError, target_modules
@@ -318,6 +320,9 @@ def test_networks_that_clients_cannot_share_say_why(make_network, tokenizer):
     assert reason_against_groups(llama, paths, base_drops_out=False) is None
     assert "dropout of its own" in reason_against_groups(llama, paths, base_drops_out=True)
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=2, n_positions=16))
+    pythia = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    assert pythia.config.classifier_dropout > 0
+    assert not AdaptedModel(pythia, tokenizer).base_drops_out
     opt = OPTForCausalLM(OPTConfig(vocab_size=40, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2))
     assert "does not see the rows" in reason_against_groups(
         opt, target_modules(opt, "all-linear"), base_drops_out=False
@@ -439,3 +444,12 @@ def test_a_written_out_decoder_lasts_as_long_as_its_network_has_its_weights(mode
     del network, layer
     gc.collect()
     assert gone() is None
+
+
+def test_scalings_are_not_rounded_to_the_type_of_the_base(model, make_broadcast):
+    adapter = make_broadcast(3, rule=Scaling("constant_alpha", 16.0)).trainable
+    bank = FactorBank({path: (3, own.shape[1], own.shape[0]) for path, own in adapter.items()}, "both", model.device)
+    slot = bank.enter(adapter)
+    A, B, scaling = Share(bank, slice(0, 1), slice(slot, slot + 1), 1).factors(next(iter(adapter)), torch.bfloat16)
+    assert A.dtype == B.dtype == torch.bfloat16
+    assert float(scaling) == np.float32(16 / 3)
