@@ -33,7 +33,7 @@ class Certificate:
         excess: Upper bound of the relative distance to the best approximation of the same rank.
         rounding: Upper bound of what limited precision adds, absolute.
         failure_probability: Chance that the bound does not hold; 0 where nothing random was used.
-        spread: How much larger than ``tail`` what was discarded may be, where that is an estimate.
+        spread: How far from ``tail`` what was discarded may be, where that is an estimate.
     """
 
     method: Method
@@ -52,13 +52,23 @@ class Certificate:
 
     @property
     def optimal(self) -> float:
-        """Lower bound of the distance of the best approximation of this rank, as far as ``tail`` is exact."""
-        return max(0.0, self.tail - self.rounding) / (1.0 + self.excess)
+        """Lower bound of the distance of the best approximation of this rank, to the digits that ``tail`` has."""
+        return max(0.0, self.tail - self.spread - self.rounding) / (1.0 + self.excess)
 
     @property
     def energy_kept(self) -> float:
-        """Share in 0..1 of the squared norm that was kept."""
+        """Share in 0..1 of the squared norm that was kept, an estimate where ``spread`` is above 0."""
         return max(0.0, 1.0 - (self.tail / self.norm) ** 2) if self.norm > 0 else 1.0
+
+    @property
+    def largest_norm(self) -> float:
+        """Upper bound of the norm of the whole change."""
+        return sqrt(max(0.0, self.norm**2 - self.tail**2) + (self.tail + self.spread) ** 2)
+
+    @property
+    def least_energy_kept(self) -> float:
+        """Lower bound of the share that was kept."""
+        return 1.0 - ((self.tail + self.spread) / self.largest_norm) ** 2 if self.norm > 0 else 1.0
 
     def scaled(self, factor: float) -> "Certificate":
         """Return the certificate of the change times ``factor`` > 0."""
@@ -83,6 +93,11 @@ def verdict_on(missed: float, tail2: float, total: float, accuracy: Accuracy) ->
     if sqrt(missed) <= FLOOR[accuracy] * sqrt(total):
         return 0.0, sqrt(missed)
     return None
+
+
+def spread_of(tail2: float, missed: float) -> float:
+    """Return how far from ``sqrt(tail2)`` the norm of what is discarded may be if ``tail2`` is off by ``missed``."""
+    return sqrt(tail2) - sqrt(max(0.0, tail2 - missed)) if missed < tail2 else sqrt(tail2 + missed)
 
 
 def lost_to_rounding(theta: Tensor, k: int, rounding2: float) -> float:

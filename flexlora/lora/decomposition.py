@@ -32,7 +32,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from flexlora.lora.certificate import ROUNDING, Accuracy, Certificate, lost_to_rounding, together, verdict_on
+from flexlora.lora.certificate import (
+    ROUNDING,
+    Accuracy,
+    Certificate,
+    lost_to_rounding,
+    spread_of,
+    together,
+    verdict_on,
+)
 from flexlora.lora.linalg import (
     SERIAL_SIDE,
     STEEP,
@@ -325,7 +333,8 @@ def _by_gram(
             found.append(None)
             continue
         excess, rounding = verdict
-        certificate = Certificate("gram", reason, sqrt(total), sqrt(tail2), excess, rounding)
+        spread = spread_of(tail2, missed[index])
+        certificate = Certificate("gram", reason, sqrt(total), sqrt(tail2), excess, rounding, spread=spread)
         found.append(((U[index], S[index], V[index]), certificate))
     return found
 
@@ -369,7 +378,11 @@ def _by_dense_gram(
             if off <= 1e-9:
                 U, Vh = (V, other.T) if m < n else (other, V.T)
                 excess, rounding = verdict
-                return (U, S, Vh), Certificate("dense_gram", reason, sqrt(total), sqrt(tail2), excess, rounding)
+                spread = spread_of(tail2, missed) + sqrt(rounding2)
+                certificate = Certificate(
+                    "dense_gram", reason, sqrt(total), sqrt(tail2), excess, rounding, spread=spread
+                )
+                return (U, S, Vh), certificate
     return None
 
 

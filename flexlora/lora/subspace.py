@@ -217,8 +217,10 @@ class _Remainder:
 
     @property
     def spread(self) -> float:
-        """How much larger than ``tail`` the norm of what the answer leaves out may be."""
-        return sqrt(self.tail**2 - self.energy + self._energy_bounds()[1]) - self.tail
+        """How far from ``tail`` the norm of what the answer leaves out may be."""
+        known = self.tail**2 - self.energy
+        low, high = self._energy_bounds()
+        return max(sqrt(known + high) - self.tail, self.tail - sqrt(max(0.0, known + low)))
 
     def verdict(self, lost: float, accuracy: Accuracy, most_factors: int) -> tuple[float, float] | None:
         """Return excess and rounding as ``verdict_on`` does, after as many products with ``G`` as are worth it."""

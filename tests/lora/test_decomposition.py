@@ -86,6 +86,12 @@ def check_certificate(shape, clients, k, accuracy, **options):
     assert error <= (1 + certificate.excess) * best + certificate.rounding + noise
     assert certificate.excess <= TOLERANCE[accuracy]
     assert certificate.rounding <= FLOOR[accuracy] * certificate.norm + noise
+    assert error <= certificate.error * (1 + 1e-9) + noise
+    assert best >= certificate.optimal * (1 - 1e-6) - noise
+    whole = np.linalg.norm(S)
+    assert whole <= certificate.largest_norm * (1 + 1e-6) + noise
+    if whole > 1e3 * noise:
+        assert 1 - (error / whole) ** 2 >= certificate.least_energy_kept - 1e-6
     np.testing.assert_allclose(spectrum.U.T @ spectrum.U, np.eye(kept), atol=1e-8)
     np.testing.assert_allclose(spectrum.Vh @ spectrum.Vh.T, np.eye(kept), atol=1e-8)
     if certificate.method == "subspace":
