@@ -7,13 +7,14 @@ else is refused by name here; what is left can be added up.
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import huggingface_hub
 import torch
@@ -29,6 +30,9 @@ PICKLE_FILE = "adapter_model.bin"
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Types that factors may be stored in, as safetensors names them."""
+
+EMBEDDINGS = frozenset("embed_in embed_out embed_tokens lm_head shared tok_embeddings word_embeddings wte".split())
+"""Names of the input and output embeddings, of which PEFT saves untrained copies (``save_embedding_layers``)."""
 
 _INTO_THE_BASE = "merge it into its base model instead (merge_and_unload in PEFT)"
 REFUSED = {
@@ -63,7 +67,8 @@ _FACTOR = re.compile(
     r"base_model\.model\.(?P<path>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_COPY = re.compile(r"base_model\.model\.(?:(?!\blora_).)+\.weight")
+_WHOLE = re.compile(r"base_model\.model\.(?P<path>(?:(?!\blora_).)+?)(?P<under_factors>\.base_layer)?\.weight")
+_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
 
 
 class AdapterError(FlexLoraError, ValueError):
@@ -87,7 +92,8 @@ class AdapterFolder:
     Attributes:
         name: What the folder was called when it was asked for.
         base_model: Name or path of the base model, None where the adapter does not say.
-        settings: ``fan_in_fan_out``, ``layer_replication``, ``revision`` of the base and ``task_type``.
+        settings: ``auto_mapping``, ``fan_in_fan_out``, ``layer_replication``, ``revision`` of the base (None for its
+            main one) and ``task_type``.
         target_modules: Names the modules were chosen by, None where they were chosen in a less simple way.
         modules: Module path -> its factors.
         copies: Keys of whole weights stored beside the factors: untrained embeddings, saved for convenience.
@@ -119,8 +125,12 @@ class AdapterFolder:
         return LoraFactors(A, B, module.scaling)
 
     def copy(self, key: str) -> Tensor:
-        """Return one of the whole weights in ``copies``, mapped from the file."""
-        return self.weights.get_tensor(key)
+        """Return one of the whole weights in ``copies``, mapped from the file.
+
+        Raises:
+            AdapterError: If it holds NaN or infinity.
+        """
+        return self._finite(key)
 
     def _finite(self, key: str) -> Tensor:
         tensor = self.weights.get_tensor(key)
@@ -137,19 +147,38 @@ def factor_keys(path: str, is_embedding: bool = False) -> tuple[str, str]:
     return f"base_model.model.{path}.lora_A.weight", f"base_model.model.{path}.lora_B.weight"
 
 
+def is_expert(path: str) -> bool:
+    """Return whether a module is one of several experts, which some versions of transformers fuse."""
+    return _EXPERT.search(path) is not None
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether ``value`` is a number that a float can hold; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
 def locate_adapter(name: str) -> Path:
     """Return the folder called ``name``, fetched from the Hugging Face hub if it is no local one but reads like an id.
 
     Raises:
-        AdapterError: If the hub has no such adapter or cannot be reached.
+        AdapterError: If the hub has no such adapter, or has it as a pickle only, or cannot be reached.
     """
     if Path(name).exists() or not _HUB_ID.fullmatch(name):
         return Path(name)
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        is_pickle = not (folder / WEIGHTS_FILE).is_file() and huggingface_hub.file_exists(name, PICKLE_FILE)
     except Exception as error:  # the hub's errors have no base of their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AdapterError(f"{name} is no local folder, and the hub did not give it ({reason})") from error
+    if is_pickle:
+        raise _pickle_error(name)
+    return folder
 
 
 @contextmanager
@@ -168,6 +197,8 @@ def open_adapter(folder: Path | str, name: str | None = None) -> Iterator[Adapte
     folder = Path(folder)
     name = name or str(folder)
     config = _read_config(folder, name)
+    # safetensors says of a file that must not be read that it is not there.
+    (folder / WEIGHTS_FILE).open("rb").close()
     try:
         opened = safe_open(folder / WEIGHTS_FILE, framework="pt")
     except SafetensorError as error:
@@ -178,9 +209,10 @@ def open_adapter(folder: Path | str, name: str | None = None) -> Iterator[Adapte
             name=name,
             base_model=str(config.get("base_model_name_or_path") or "").rstrip("/") or None,
             settings={
+                "auto_mapping": config.get("auto_mapping") or None,
                 "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
                 "layer_replication": config.get("layer_replication") or None,
-                "revision": config.get("revision") or None,
+                "revision": None if config.get("revision") in ("", "main") else config.get("revision"),
                 "task_type": config.get("task_type"),
             },
             target_modules=_plain_targets(config),
@@ -193,10 +225,7 @@ def open_adapter(folder: Path | str, name: str | None = None) -> Iterator[Adapte
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if path.is_file() and (folder / PICKLE_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
-        raise AdapterError(
-            f"{name}: weights must be in {WEIGHTS_FILE}; {PICKLE_FILE} is a pickle, which can run code when it is "
-            "read: load it with PEFT where you trust it and save it again"
-        )
+        raise _pickle_error(name)
     if not path.is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(f"{name} must be a PEFT adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
@@ -209,6 +238,13 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
+def _pickle_error(name: str) -> AdapterError:
+    return AdapterError(
+        f"{name}: weights must be in {WEIGHTS_FILE}; {PICKLE_FILE} is a pickle, which can run code when it is read: "
+        "load it with PEFT where you trust it and save it again"
+    )
+
+
 def _refuse_settings(config: Mapping[str, Any], name: str) -> None:
     """Raise unless every setting leaves the factors a plain product on an unchanged base."""
     if config.get("peft_type") != "LORA":
@@ -216,6 +252,13 @@ def _refuse_settings(config: Mapping[str, Any], name: str) -> None:
     for key in ("base_model_name_or_path", "revision", "task_type"):
         if not isinstance(config.get(key), str | None):
             raise AdapterError(f"{name}: {key} must be text in {CONFIG_FILE}; got {config[key]!r}")
+    for key in ("fan_in_fan_out", "use_rslora"):
+        if config.get(key) and config[key] is not True:
+            raise AdapterError(f"{name}: {key} must be true or false in {CONFIG_FILE}; got {config[key]!r}")
+    if not isinstance(config.get("auto_mapping"), dict | None):
+        raise AdapterError(
+            f"{name}: auto_mapping must be an object or null in {CONFIG_FILE}; got {config['auto_mapping']!r}"
+        )
     for key, value in sorted(config.items()):
         if value and key in REFUSED:
             raise AdapterError(f"{name}: it sets {key}: {REFUSED[key]}")
@@ -241,13 +284,12 @@ def _read_header(
 ) -> tuple[dict[str, StoredModule], tuple[str, ...]]:
     """Return the modules, sorted, and the keys of whole weights."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    copies, embeddings = [], set()
+    others, embeddings = [], set()
     for key in weights.keys():
         match = _FACTOR.fullmatch(key)
         described = weights.get_slice(key)
         if match is None or "base_layer" in match["path"].split("."):
-            _check_copy(key, match is None, name)
-            copies.append(key)
+            others.append(key)
             continue
         if described.get_dtype() not in FLOATS:
             raise AdapterError(
@@ -259,6 +301,8 @@ def _read_header(
         shapes[path][letter] = tuple(described.get_shape())
         if match["embedding"]:
             embeddings.add(path)
+    for key in others:
+        _check_copy(key, weights, embeddings, name)
     if not shapes:
         raise AdapterError(f"{name}: {WEIGHTS_FILE} holds no factors")
     for path, pair in shapes.items():
@@ -273,20 +317,33 @@ def _read_header(
             raise AdapterError(f"{name}: {path} has factors of rank {stored}, but {CONFIG_FILE} says {rank}")
         scaling = lora_alpha / (stored**0.5 if config.get("use_rslora") else stored)
         modules[path] = StoredModule((out_features, in_features), stored, scaling, path in embeddings)
-    return modules, tuple(copies)
+    return modules, tuple(others)
 
 
-def _check_copy(key: str, is_other: bool, name: str) -> None:
-    """Raise unless ``key`` is a whole weight that was saved for convenience."""
-    if not is_other:
+def _check_copy(key: str, weights: safe_open, embeddings: Container[str], name: str) -> None:
+    """Raise unless ``key`` is a whole weight that PEFT saves beside factors untrained: that of an embedding.
+
+    Args:
+        embeddings: Paths of those with factors of their own.
+    """
+    if _FACTOR.fullmatch(key):
         raise AdapterError(
             f"{name}: {key} belongs to LoRA inside a layer with LoRA, as on nn.MultiheadAttention, "
             f"which is not handled; {_INTO_THE_BASE}"
         )
-    if not _COPY.fullmatch(key):
+    match = _WHOLE.fullmatch(key)
+    if match is None:
         raise AdapterError(
             f"{name}: only LoRA factors of linear modules and embeddings can be read, under the names that PEFT's "
             f"save_pretrained gives them; found {key}"
+        )
+    path = match["path"]
+    if path.rpartition(".")[2] not in EMBEDDINGS and not (match["under_factors"] and path in embeddings):
+        raise AdapterError(f"{name}: it holds {key}: {REFUSED['modules_to_save']}")
+    shape, dtype = weights.get_slice(key).get_shape(), weights.get_slice(key).get_dtype()
+    if dtype not in FLOATS or len(shape) != 2 or 0 in shape:
+        raise AdapterError(
+            f"{name}: {key} must be a matrix stored in {', '.join(sorted(FLOATS))}; got {dtype} of shape {shape}"
         )
 
 
@@ -307,11 +364,11 @@ def _per_module(config: Mapping[str, Any], default: str, pattern: str, paths: tu
         raise AdapterError(f"{name}: {pattern} must map patterns to numbers; got {patterns!r}")
     named = {f"{pattern} of {key}": value for key, value in patterns.items()}
     for what, value in {default: config.get(default), **named}.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise AdapterError(f"{name}: {what} must be a number in {CONFIG_FILE}; got {value!r}")
+        if not is_number(value):
+            raise AdapterError(f"{name}: {what} must be a number in {CONFIG_FILE}; got {value!r:.60}")
     try:
         return _matched(tuple(patterns.items()), config[default], paths)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise AdapterError(f"{name}: {pattern} has a key that is no regular expression ({error})") from error
 
 

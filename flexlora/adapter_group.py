@@ -1,10 +1,12 @@
 """Do these adapters change one model in one way, and what do they have in common?"""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -13,6 +15,16 @@ from flexlora.adapter_folder import AdapterError, AdapterFolder, locate_adapter,
 
 MOST_PROBLEMS = 10
 """Problems reported at once when many adapters cannot be read."""
+
+ADDED_ANYWHERE = frozenset("_checkpoint_wrapped_module _fsdp_wrapped_module _orig_mod module".split())
+"""Parts of a path that tools for training add around a module."""
+
+ADDED_IN_FRONT = ADDED_ANYWHERE | frozenset(
+    "base_model bert distilbert electra gpt_neox language_model model roberta transformer".split()
+)
+"""Parts before the blocks that come, go and change places with the class of a model and the version of transformers."""
+
+_BLOCK_NUMBER = re.compile(r"(?:^|\.)\d+(?=\.)")
 
 
 class MergeError(AdapterError):
@@ -41,6 +53,7 @@ def check_together(opened: Sequence[AdapterFolder], allow_different_bases: bool)
         one, other = list(replications.values())[:2]
         raise MergeError(f"layer_replication must be the same in all adapters; {one.name} and {other.name} differ")
     _check_shapes(opened)
+    _check_names(opened)
     folders = Counter(os.path.realpath(adapter.name) for adapter in opened)
     notes += [
         f"{folder} was given {count} times, and every time counts" for folder, count in folders.items() if count > 1
@@ -74,11 +87,63 @@ def _check_shapes(opened: Sequence[AdapterFolder]) -> None:
         for path, module in adapter.modules.items():
             known = first.setdefault(path, adapter)
             expected = known.modules[path]
-            if (module.shape, module.is_embedding) != (expected.shape, expected.is_embedding):
+            if module.is_embedding != expected.is_embedding:
+                one, other = (known, adapter) if expected.is_embedding else (adapter, known)
+                raise MergeError(
+                    f"{path} must be of one kind in all adapters; {one.name} has it as an embedding and {other.name} "
+                    "as a linear module: they belong to different base models"
+                )
+            if module.shape != expected.shape:
                 raise MergeError(
                     f"{path} must have one shape in all adapters; {known.name} has {_shape_text(expected.shape)} and "
                     f"{adapter.name} has {_shape_text(module.shape)}: they belong to different base models"
                 )
+
+
+def _check_names(opened: Sequence[AdapterFolder]) -> None:
+    """Raise if adapters seem to call one module by two names: PEFT would load what is written under one of them only.
+
+    Two paths are suspected if they differ in parts that are added around a module, and no adapter tells them apart by
+    having modules under both.
+    """
+    having: dict[str, AdapterFolder] = {}
+    for adapter in opened:
+        for path in adapter.modules:
+            having.setdefault(path, adapter)
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for path in sorted(having):
+        alike.setdefault(_essential(path), []).append(path)
+    for one, other in (pair for paths in alike.values() for pair in combinations(paths, 2)):
+        shapes = [having[path].modules[path].shape for path in (one, other)]
+        if shapes[0] == shapes[1] and not any(_tells_apart(adapter, one, other) for adapter in opened):
+            raise MergeError(
+                f"adapters must name modules alike; {one} ({having[one].name}) and {other} ({having[other].name}) look "
+                "like one module under two names: load each adapter on its base with current PEFT and transformers and "
+                "save it again, or rename the keys of one"
+            )
+
+
+def _essential(path: str) -> tuple[str, ...]:
+    """Return the parts of a path without those that are added around a module."""
+    *parts, name = path.split(".")
+    front = _front(path).count(".") + 1
+    kept = [part for part in parts[:front] if part not in ADDED_IN_FRONT]
+    return (*kept, *(part for part in parts[front:] if part not in ADDED_ANYWHERE), name)
+
+
+@lru_cache(maxsize=1 << 16)  # adapters of one run share modules
+def _front(path: str) -> str:
+    """Return what comes before the number of the block a module is in, the whole path outside blocks."""
+    match = _BLOCK_NUMBER.search(path)
+    return path[: match.start()] if match else path
+
+
+def _tells_apart(adapter: AdapterFolder, one: str, other: str) -> bool:
+    """Return whether an adapter has modules under both names, or under both of what precedes the blocks in them."""
+    fronts = {_front(one), _front(other)}
+    if len(fronts) == 1:
+        return one in adapter.modules and other in adapter.modules
+    return fronts <= {_front(path) for path in adapter.modules}
 
 
 def _first_of_each(

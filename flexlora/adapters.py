@@ -7,8 +7,8 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flexlora.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterError, factor_keys, open_adapter
+from flexlora.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterError, factor_keys, is_expert, open_adapter
 from flexlora.lora.factors import AdapterState, LoraFactors
 
 AdapterDtype = Literal["float32", "bfloat16", "float16"]
@@ -74,7 +74,10 @@ def peft_config(
     ranks: Mapping[str, int], alphas: Mapping[str, float], base_model_name_or_path: str | None
 ) -> dict[str, object]:
     """Return the configuration of an adapter with exactly these modules, each with its rank and ``lora_alpha``."""
-    rank, lora_alpha = _most_common(ranks), _most_common(alphas)
+    # No pattern reaches experts that transformers fuses: stock PEFT gives them ``r`` and ``lora_alpha``.
+    deciding = [path for path in ranks if is_expert(path)] or list(ranks)
+    rank = _most_common([ranks[path] for path in deciding])
+    lora_alpha = _most_common([alphas[path] for path in deciding])
     return {
         "alpha_pattern": {_only(path): alpha for path, alpha in alphas.items() if alpha != lora_alpha},
         "base_model_name_or_path": base_model_name_or_path,
@@ -96,8 +99,8 @@ def peft_config(
     }
 
 
-def _most_common(values: Mapping[str, Number]) -> Number:
-    counts = Counter(values.values())
+def _most_common(values: Sequence[Number]) -> Number:
+    counts = Counter(values)
     return max(counts, key=lambda value: (counts[value], value))
 
 
@@ -131,21 +134,34 @@ def appearing_whole(folder: Path, *, replace: bool = True) -> Iterator[Path]:
 
     With ``replace`` off, a folder of that name that holds something stays, and an OSError says so.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}-", dir=folder.parent))
+    with making_parents(folder):
+        workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}-", dir=folder.parent))
+        try:
+            partial = workspace / "new"
+            partial.mkdir()
+            yield partial
+            for path in sorted(partial.rglob("*")):
+                _flush(path)
+            _flush(partial)
+            if replace and folder.exists():
+                folder.rename(workspace / "old")
+            partial.rename(folder)
+            _flush(folder.parent)
+        finally:
+            shutil.rmtree(workspace, ignore_errors=True)
+
+
+@contextmanager
+def making_parents(path: Path) -> Iterator[None]:
+    """Make the folders that ``path`` lies in for a ``with`` block; those of them that it leaves empty are removed."""
+    new = [parent for parent in path.absolute().parents if not os.path.lexists(parent)]
     try:
-        partial = workspace / "new"
-        partial.mkdir()
-        yield partial
-        for path in sorted(partial.rglob("*")):
-            _flush(path)
-        _flush(partial)
-        if replace and folder.exists():
-            folder.rename(workspace / "old")
-        partial.rename(folder)
-        _flush(folder.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+        for parent in new:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _flush(path: Path) -> None:

@@ -5,6 +5,7 @@ configuration, input or usage; 3 the run made no progress; 4 the machine gave ou
 interrupted, ``--resume`` goes on.
 """
 
+import io
 import json
 import logging
 import os
@@ -15,10 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.table import Table
+try:
+    import typer
+    from rich.console import Console
+    from rich.logging import RichHandler
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+except KeyboardInterrupt:
+    # Loading them takes most of the time before main is there to catch it.
+    sys.stderr.write("Interrupted.\n")
+    sys.exit(130)
 
 from flexlora import FlexLoraError, __version__
 
@@ -33,8 +41,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 unexpected error, 2 wrong input, 3 no progress, 4 disk or memory, 130 interrupted.",
 )
-out = Console()
-err = Console(stderr=True)
+# A client may be called task:100:a, which is no emoji.
+out = Console(emoji=False)
+err = Console(emoji=False, stderr=True)
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
 OverridesArgument = Annotated[
@@ -85,8 +94,8 @@ def run(
         print_summary(out, result)
     if not result.has_progress:
         err.print(
-            f"[bold red]No progress:[/] {result.stopped or 'no client ever sent a usable update'}. "
-            f"The reasons are under Failures in {result.report}."
+            f"[bold red]No progress:[/] {escape(result.stopped or 'no client ever sent a usable update')}. "
+            f"The reasons are under Failures in {escape(str(result.report))}."
         )
         raise typer.Exit(EXIT_NO_PROGRESS)
 
@@ -121,7 +130,8 @@ def export(
     if as_json:
         _print_json({"folder": str(folder), **written})
     else:
-        out.print(f"Wrote {folder} ({', '.join(f'{key} {value}' for key, value in written.items())})")
+        facts = ", ".join(f"{key} {value}" for key, value in written.items())
+        out.print(f"Wrote {folder} ({facts})", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: flexlora merge clinic-a clinic-b me/on-the-hub --weights 3,1,1 --rank 16 --out merged")
@@ -209,7 +219,7 @@ def _inspect(adapter: str, picture: Path | None, *, every_module: bool, as_json:
     from flexlora.display_merge import module_progress, print_inspection
     from flexlora.inspection import PICTURE_ENDINGS, inspect_adapter
 
-    if picture is not None and (picture.suffix not in PICTURE_ENDINGS or picture.exists()):
+    if picture is not None and (picture.suffix not in PICTURE_ENDINGS or os.path.lexists(picture)):
         raise FlexLoraError(
             f"--out must be a new file that ends in {', '.join(PICTURE_ENDINGS)} with --inspect; got {picture}"
         )
@@ -265,29 +275,35 @@ def report(
     target: Annotated[
         float | None,
         typer.Option(
-            "--target", help="Unseen ROUGE-L whose virtual time to give; default the run's, or one all reach."
+            "--target",
+            help="Unseen ROUGE-L whose virtual time to give; default the run's, or one all that learned reach.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write report.html again from what a run has recorded so far, beside others if they are named."""
-    from flexlora.report.page import read_run, timed_runs, write_report
+    from flexlora.report.comparison import comparison_notes, timed_runs
+    from flexlora.report.page import write_report
+    from flexlora.report.run_folder import read_run
 
     for folder in (run_folder, *(others or ())):
         if not folder.is_dir():
             raise FlexLoraError(f"RUN and OTHER must be folders of runs; there is no folder {folder}")
     path = write_report(run_folder, others or (), target)
-    timed, target = timed_runs(read_run(run_folder), [read_run(other) for other in others or ()], target)
+    run, beside = read_run(run_folder), [read_run(other) for other in others or ()]
+    notes = comparison_notes(run, beside, target)
+    timed, target = timed_runs(run, beside, target)
     if as_json:
-        reached = {run.name: run.seconds_to(target) for run in timed}
-        _print_json({"report": str(path), "target_rouge_l": target, "virtual_seconds_to_target": reached})
+        reached = {one.name: one.seconds_to(target) for one in timed}
+        found = {"report": str(path), "target_rouge_l": target, "virtual_seconds_to_target": reached, "notes": notes}
+        _print_json(found)
         return
-    if timed:
+    if timed or notes:
         # Only here: the tables of a run need torch, and writing a report does not.
         from flexlora.display import print_virtual_time
 
-        print_virtual_time(out, timed, target)
-    out.print(f"Wrote {path}")
+        print_virtual_time(out, timed, target, notes)
+    out.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: flexlora doctor")
@@ -302,20 +318,23 @@ def doctor(as_json: JsonOption = False) -> None:
         table = Table("", "Check", "Found", "What to do", box=None, pad_edge=False)
         for finding in findings:
             mark = "[green]ok[/]" if finding.is_fine else "[yellow]!![/]"
-            table.add_row(mark, finding.check, finding.found, finding.fix)
+            table.add_row(mark, Text(finding.check), Text(finding.found), Text(finding.fix))
         out.print(table)
     if any(finding.is_fatal for finding in findings):
         raise typer.Exit(EXIT_MACHINE)
 
 
+class _Interrupted(Exception):
+    """A person ended the command; the message is what that means for them."""
+
+
 @contextmanager
 def _interruptible(consequence: str) -> Iterator[None]:
-    """Turn an interruption of a ``with`` block into a line that says what it means, and the exit code for it."""
+    """Let an interruption of a ``with`` block say what it means."""
     try:
         yield
     except KeyboardInterrupt:
-        err.print(f"Interrupted; {consequence}.")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise _Interrupted(consequence) from None
 
 
 def _hide_other_progress_bars() -> None:
@@ -336,7 +355,15 @@ def _guarded(command: Callable[[], None]) -> int:
         err.print("[bold red]Error:[/]", end=" ")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return EXIT_WRONG_INPUT
+    except _Interrupted as interruption:
+        err.print(f"Interrupted; {interruption}.")
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        err.print("Interrupted.")
+        return EXIT_INTERRUPTED
     except SystemExit as leaving:
+        if leaving.code == EXIT_INTERRUPTED:
+            err.print("Interrupted.")  # Caught by typer, which says nothing.
         return leaving.code if isinstance(leaving.code, int) else EXIT_ERROR
     except (OSError, MemoryError) as error:
         err.print("[bold red]The machine said no:[/]", end=" ")
@@ -356,6 +383,10 @@ def main() -> None:
     """Run the command line and leave with one of the documented exit codes."""
     # Before torch is imported: idle OpenMP threads that spin make small operations slow on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What is done must not fail for a letter that the terminal lacks.
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(_guarded(app))
 
 

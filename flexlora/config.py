@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -466,7 +466,7 @@ class EvaluationConfig(_Section):
         default=None,
         ge=0,
         le=100,
-        description="Unseen ROUGE-L whose virtual time the report gives; null is the best of the weakest run shown.",
+        description="Unseen ROUGE-L whose virtual time the report gives; null is the best of the weakest that learned.",
     )
 
 
@@ -768,7 +768,20 @@ def _explain(detail: Any) -> Iterator[str]:
         value = repr(detail["input"])
         if len(value) > TRUNCATED_VALUE_LENGTH:
             value = value[:TRUNCATED_VALUE_LENGTH] + "..."
-        yield f"{key}: {detail['msg']}; got {value}"
+        yield f"{key}: {_rule(key, detail)}; got {value}"
+
+
+def _rule(key: str, detail: Any) -> str:
+    """Return what a value must be, with an example made of the one given where its shape is wrong."""
+    given = detail["input"] if isinstance(detail["input"], str | int | float) else "VALUE"
+    if detail["type"] == "tuple_type":
+        return f"must be a list, as {key}=[{given}]"
+    if detail["type"] == "dict_type":
+        return f"must be a mapping, as {key}={{NAME: VALUE}}"
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        first = "name" if key in ("data", "method") else next(iter(_known_keys([*key.split("."), ""])), "NAME")
+        return f"must be a section of settings, as {key}.{first}={given}"
+    return detail["msg"]
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:
@@ -786,5 +799,6 @@ def _known_keys(location: Sequence[str]) -> list[str]:
         return list(variants[location[1]].model_fields)
     if location[0] == "clients" and len(location) > 3:
         return list(RankConfig.model_fields)
-    section = Config.model_fields[location[0]].annotation
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    annotation = Config.model_fields[location[0]].annotation
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]  # `ray` may be null.
+    return [name for kind in kinds if issubclass(kind, BaseModel) for name in kind.model_fields]

@@ -8,12 +8,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from flexlora.experiment import RunResult
 from flexlora.planning import Plan
 from flexlora.progress import moving_bar
-from flexlora.report.page import read_run, timed_runs
+from flexlora.report.comparison import comparison_notes, timed_runs
 from flexlora.report.records import EvaluationRecord, RoundRecord
+from flexlora.report.run_folder import read_run
 from flexlora.report.tables import (
     SUMMARY_COLUMNS,
     bytes_text,
@@ -40,7 +42,6 @@ class LiveProgress:
     def __init__(self, console: Console, *, hidden: bool) -> None:
         self._console = console
         self._hidden = hidden
-        self._plain = not console.is_terminal
         self._progress = moving_bar(console, TextColumn("{task.fields[detail]}"), hidden=hidden)
         self._task = self._progress.add_task("starting", total=None, detail="")
         self._title = "training"
@@ -82,10 +83,7 @@ class LiveProgress:
         self._title = stage.title
         self._shown = self._unseen = ""
         self._bytes = 0
-        if self._plain:
-            self._console.print(stage.title, highlight=False)
-        else:
-            self._console.print(f"[bold cyan]{stage.title}[/]", highlight=False)
+        self._console.print(stage.title, style="bold cyan", highlight=False, markup=False)
         for note in stage.notes:
             self._console.print(f"  {note}", style="yellow", highlight=False, markup=False)
         self._progress.reset(self._task, total=stage.num_steps, completed=stage.completed, detail="", description="")
@@ -128,21 +126,22 @@ def print_summary(console: Console, result: RunResult) -> None:
     rows = summary_table(result.records, result.references, result.method)
     for row in rows:
         cells = summary_cells(row)
-        table.add_row(*(cells[index] for index in shown), style="bold green" if row is rows[-1] else None)
+        table.add_row(*(Text(cells[index]) for index in shown), style="bold green" if row is rows[-1] else None)
     console.print(table)
-    print_virtual_time(console, *timed_runs(read_run(result.folder)))
+    run = read_run(result.folder)
+    print_virtual_time(console, *timed_runs(run), comparison_notes(run))
     if result.stopped:
-        console.print(f"Stopped early: {result.stopped}", highlight=False)
-    console.print(f"Report   {result.report}", highlight=False, soft_wrap=True)
-    if result.has_progress:
-        console.print(f"Adapters {result.folder / 'adapters'} (standard PEFT folders)", highlight=False, soft_wrap=True)
+        console.print(f"Stopped early: {result.stopped}", highlight=False, markup=False)
+    lines = [f"Report   {result.report}"]
+    lines += [f"Adapters {result.folder / 'adapters'} (standard PEFT folders)"] if result.has_progress else []
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_plan(console: Console, plan: Plan) -> None:
     """Print what a run will do and cost."""
     facts = Table(box=None, show_header=False, pad_edge=False)
     for name, value in plan.facts:
-        facts.add_row(f"[bold]{name}[/]", value)
+        facts.add_row(Text(name, style="bold"), Text(value))
     console.print(facts)
     table = Table(title="One client, one round", title_justify="left", header_style="bold")
     for name in ("type", "ranks", "clients", "trained", "memory", "down", "up", "time"):
@@ -150,8 +149,8 @@ def print_plan(console: Console, plan: Plan) -> None:
         table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "ranks")
     for row in plan.types:
         table.add_row(
-            row.name,
-            describe_ranks(row.ranks),
+            Text(row.name),
+            Text(describe_ranks(row.ranks)),
             f"{row.num_clients}",
             f"{row.cost.num_trainable:,}",
             bytes_text(row.cost.memory_bytes),
@@ -163,7 +162,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     if plan.devices:
         _print_devices(console, plan)
     for line in plan.notes:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
 
 
 def _print_devices(console: Console, plan: Plan) -> None:
@@ -176,7 +175,7 @@ def _print_devices(console: Console, plan: Plan) -> None:
         cost = row.cost
         times = (cost.download_seconds, cost.compute_seconds, cost.upload_seconds) if parts else ()
         table.add_row(
-            row.device if row.plan in ("", row.device) else f"{row.device}, {row.plan}",
+            Text(row.device if row.plan in ("", row.device) else f"{row.device}, {row.plan}"),
             f"{row.num_clients}",
             bytes_text(cost.memory_bytes),
             bytes_text(row.memory_bytes),
@@ -188,23 +187,30 @@ def _print_devices(console: Console, plan: Plan) -> None:
     console.print(table)
     for device, types in {row.device: row.fixed_types for row in plan.devices if row.fixed_types}.items():
         verdicts = [f"{name} {'does not fit: ' + why if why else 'fits'}" for name, why in types.items()]
-        console.print(f"Of clients.types on {device}: {'; '.join(verdicts)}.", highlight=False)
+        console.print(f"Of clients.types on {device}: {'; '.join(verdicts)}.", highlight=False, markup=False)
 
 
-def print_virtual_time(console: Console, runs: Sequence[TimedRun], target: float | None) -> None:
-    """Print how runs went on the virtual clock; nothing if none had one."""
-    if not runs:
-        return
+def print_virtual_time(
+    console: Console, runs: Sequence[TimedRun], target: float | None, notes: Sequence[str] = ()
+) -> None:
+    """Print how runs went on the virtual clock, if any had one, and what to know about them."""
+    if runs:
+        console.print(_virtual_table(console, runs, target))
+    for note in notes:
+        console.print(note, style="yellow", highlight=False, markup=False)
+
+
+def _virtual_table(console: Console, runs: Sequence[TimedRun], target: float | None) -> Table:
     table = Table(title="On the virtual clock (ROUGE-L on unseen tasks)", title_justify="left", header_style="bold")
-    names = (*VIRTUAL_COLUMNS, f"to {number_text(target)}")
+    names = (*VIRTUAL_COLUMNS, "to target" if target is None else f"to {number_text(target)}")
     wide = console.width >= WIDE_COLUMNS
     shown = [index for index, name in enumerate(names) if wide or name not in ("rounds", "sent")]
     for index in shown:
         table.add_column(names[index], justify="left" if index < 2 else "right", no_wrap=index > 0)
     for run in runs:
         cells = virtual_cells(run, target)
-        table.add_row(*(cells[index] for index in shown))
-    console.print(table)
+        table.add_row(*(Text(cells[index]) for index in shown))
+    return table
 
 
 def print_evaluation(console: Console, scores: Mapping[str, EvaluationRecord]) -> None:
@@ -223,5 +229,5 @@ def print_evaluation(console: Console, scores: Mapping[str, EvaluationRecord]) -
         table.add_row(title, f"{record.num_tasks}", f"{record.num_examples}", *cells, style="bold")
     for category, record in last.categories.items():
         cells = [number_text(scores[name].categories[category].rouge_l) for name in names]
-        table.add_row(category, f"{record.num_tasks}", f"{record.num_examples}", *cells)
+        table.add_row(Text(category), f"{record.num_tasks}", f"{record.num_examples}", *cells)
     console.print(table)

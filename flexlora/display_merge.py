@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise, takewhile
 from math import log10
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 from rich.table import Table
+from rich.text import Text
 
 from flexlora.inspection import Inspection, ModuleSpectrum, kind_of, mean_spectrum
 from flexlora.merging import MergedModule, MergeResult
@@ -17,7 +19,12 @@ from flexlora.report.tables import count_text, number_text, percent_text
 MOST_ROWS = 40
 """Modules shown one by one; more are shown by kind, with the worst ones below."""
 NUM_WORST = 5
-WIDE_COLUMNS = 96
+LEAST_NAME = 20
+"""Letters of a name for which a narrow terminal does without other columns, if names can be told apart by as few."""
+SENTENCE = 12
+"""Columns that sentences are broken into in a narrow terminal."""
+ENDLESS = 1_000_000
+"""Columns of what is no terminal."""
 UNNAMED = "an unnamed base model"
 BAR_CELLS = 10
 SPARK_CELLS = 12
@@ -40,21 +47,20 @@ def module_progress(console: Console, title: str, *, hidden: bool) -> Iterator[C
 def print_merge(console: Console, result: MergeResult, *, explain: bool) -> None:
     """Print what was kept of every module, or of every kind of module where there are many, and what to know."""
     many = len(result.modules) > MOST_ROWS
-    table = _table("module", ("shape", "adapters", "ranks", "rank", "energy kept", "over best"))
-    for name, modules in _by_kind(result.modules) if many else ((module.path, [module]) for module in result.modules):
-        table.add_row(*_merge_cells(name, modules))
-    everything = [f"all  ({len(result.modules)})", *[""] * 4, percent_text(result.energy_kept, 2), ""]
-    table.add_row(*everything, style="bold")
-    console.print(table)
+    shown = _by_kind(result.modules) if many else ((module.path, [module]) for module in result.modules)
+    rows = [_merge_cells(name, modules) for name, modules in shown]
+    rows.append([f"all  ({len(result.modules)})", *[""] * 4, percent_text(result.energy_kept, 2), ""])
+    headers = ("module", "shape", "adapters", "ranks", "rank", "energy kept", "over best")
+    _print_table(console, headers, rows, spare=("adapters", "shape", "ranks", "over best", "rank"), with_total=True)
     if many:
         console.print(f"[bold]Least energy kept[/] in {count_text(len(result.modules), 'module')}:")
         for module in sorted(result.modules, key=lambda module: module.energy_kept)[:NUM_WORST]:
             line = f"  {module.path} at rank {module.rank}: {percent_text(module.energy_kept, 2)}"
-            console.print(line, highlight=False, markup=False)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if explain:
         _print_methods(console, result.modules)
     for note in result.notes:
-        console.print(f"Note: {note}", style="yellow", highlight=False, markup=False)
+        console.print(f"Note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     weights = ", ".join(f"{weight:g}" for weight in result.weights[:8]) + (", …" if len(result.weights) > 8 else "")
     console.print(
         f"Wrote {result.folder}: {result.method} of {count_text(len(result.adapters), 'adapter')} "
@@ -71,7 +77,7 @@ def _merge_cells(name: str, modules: Sequence[MergedModule]) -> list[str]:
     kept = sum(module.energy * module.energy_kept for module in modules) / energy if energy > 0 else 1.0
     count = f"  ({len(modules)})" if len(modules) > 1 else ""
     return [
-        f"{escape(name)}{count}",
+        f"{name}{count}",
         shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
         _range_text(len(module.ranks) for module in modules),
         _ranks_text({module.ranks for module in modules}),
@@ -100,19 +106,19 @@ def _excess_text(excess: float) -> str:
 
 
 def _print_methods(console: Console, modules: Sequence[MergedModule]) -> None:
-    table = _table("module", ("method", "why", "norm", "error", "best possible"))
-    table.columns[2].justify = "left"
+    rows = []
     for module in modules:
         found = module.certificate
-        table.add_row(
-            escape(module.path),
-            found.method,
-            found.reason,
-            f"{found.norm:.4g}",
-            f"{found.error:.3g}",
-            f"{found.optimal:.3g}",
-        )
-    console.print(table)
+        numbers = (f"{found.norm:.4g}", f"{found.error:.3g}", f"{found.optimal:.3g}")
+        rows.append([module.path, found.method, found.reason, *numbers])
+    _print_table(
+        console,
+        ("module", "method", "why", "norm", "error", "best possible"),
+        rows,
+        spare=("best possible", "norm", "error", "method"),
+        sentences="why",
+        left=("why",),
+    )
 
 
 def print_inspection(console: Console, found: Inspection, *, every_module: bool) -> None:
@@ -124,33 +130,36 @@ def print_inspection(console: Console, found: Inspection, *, every_module: bool)
         markup=False,
         soft_wrap=True,
     )
-    with_bars = console.width >= WIDE_COLUMNS
-    table = _table("kind of module", ("rank", "effective", "90 %", "99 %", "energy", *([""] * with_bars), "spectrum"))
     shares = {kind: found.share(modules) for kind, modules in found.kinds.items()}
-    for kind, modules in found.kinds.items():
-        bars = [bar(shares[kind], shares)] if with_bars else []
-        cells = [*_rank_cells(modules), percent_text(shares[kind]), *bars, spark(modules)]
-        table.add_row(f"{escape(kind)}  ({len(modules)})", *cells)
-    for column in table.columns[6:]:
-        column.justify = "left"
-    table.caption = "effective: effective rank; 90 %, 99 %: directions that hold that share of the energy"
-    table.caption_justify = "left"
-    console.print(table)
+    _print_table(
+        console,
+        ("kind of module", "rank", "effective", "90 %", "99 %", "energy", "", "spectrum"),
+        [
+            [
+                f"{kind}  ({len(modules)})",
+                *_rank_cells(modules),
+                percent_text(shares[kind]),
+                bar(shares[kind], shares),
+                spark(modules),
+            ]
+            for kind, modules in found.kinds.items()
+        ],
+        spare=("", "99 %", "spectrum", "90 %", "effective"),
+        left=("", "spectrum"),
+        caption="effective: effective rank; 90 %, 99 %: directions that hold that share of the energy",
+    )
     if len(found.layers) > 1:
-        layers = _table("layer", ("energy", ""))
-        layers.columns[-1].justify = "left"
         by_layer = {str(layer): found.share(modules) for layer, modules in found.layers.items()}
-        for layer, share in by_layer.items():
-            layers.add_row(layer, percent_text(share), bar(share, by_layer))
-        console.print(layers)
+        rows = [[layer, percent_text(share), bar(share, by_layer)] for layer, share in by_layer.items()]
+        _print_table(console, ("layer", "energy", ""), rows, left=("",))
     if every_module:
-        rows = _table("module", ("shape", "rank", "effective", "90 %", "99 %", "norm", "spectrum"))
+        rows = []
         for module in found.modules:
             shape = f"{module.shape[0]}x{module.shape[1]}"
-            norm = f"{module.energy**0.5:.4g}"
-            rows.add_row(escape(module.path), shape, *_rank_cells([module]), norm, spark([module]))
-        rows.columns[-1].justify = "left"
-        console.print(rows)
+            rows.append([module.path, shape, *_rank_cells([module]), f"{module.energy**0.5:.4g}", spark([module])])
+        headers = ("module", "shape", "rank", "effective", "90 %", "99 %", "norm", "spectrum")
+        spare = ("shape", "99 %", "spectrum", "90 %", "effective", "norm")
+        _print_table(console, headers, rows, spare=spare, left=("spectrum",))
 
 
 def _rank_cells(modules: Sequence[ModuleSpectrum]) -> list[str]:
@@ -188,9 +197,70 @@ def _by_kind(modules: Sequence[MergedModule]) -> list[tuple[str, list[MergedModu
     return list(kinds.items())
 
 
-def _table(first: str, others: Sequence[str]) -> Table:
-    table = Table(header_style="bold")
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
+def _print_table(
+    console: Console,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    spare: Sequence[str] = (),
+    sentences: str = "",
+    left: Sequence[str] = (),
+    with_total: bool = False,
+    caption: str | None = None,
+) -> None:
+    """Print a table of named rows, whole; only in a narrow terminal are columns left out and names shortened.
+
+    Args:
+        headers: Of the names and of every further column.
+        spare: Columns that a narrow terminal does without, the first of them first.
+        sentences: Column whose cells may be broken between words.
+        left: Columns aligned to the left.
+        with_total: Whether the last row sums up the others.
+    """
+    first, names = headers[0], [row[0] for row in rows]
+    columns = {header: [row[place] for row in rows] for place, header in enumerate(headers)}
+    natural = {header: _width([header, *cells]) for header, cells in columns.items()}
+    # Headers are broken between words in any column.
+    least = {header: _width([*header.split(), *cells]) for header, cells in columns.items()}
+    least[first] = min(natural[first], _telling_width(names))
+    if sentences:
+        least[sentences] = min(natural[sentences], SENTENCE)
+    room = (console.width if console.is_terminal else ENDLESS) - 1
+    for header in spare:
+        if sum(width + 3 for width in least.values()) > room:
+            del least[header]
+    room -= sum(width + 3 for width in least.values())
+    if room < 0:
+        least[first] = max(1, least[first] + room)
+    for header in sorted(least, key=lambda header: header != sentences):
+        more = min(natural[header] - least[header], max(0, room))
+        least[header], room = least[header] + more, room - more
+    whole_width = 1 + sum(width + 3 for width in least.values())
+    table = Table(header_style="bold", width=whole_width, caption=caption, caption_justify="left")
+    for header, width in least.items():
+        table.add_column(header, width=width, justify="left" if header in (first, *left) else "right")
+    for place, name in enumerate(names):
+        is_total = with_total and place == len(names) - 1
+        cells = (Text(columns[header][place]) for header in least if header != first)
+        table.add_row(Text(_end_of(name, least[first])), *cells, style="bold" if is_total else "")
+    console.print(table, crop=False)
+
+
+def _width(texts: Iterable[str]) -> int:
+    """Return the columns that the widest of ``texts`` takes, at least 1."""
+    return max((1, *(cell_len(text) for text in texts)))
+
+
+def _telling_width(names: Sequence[str]) -> int:
+    """Return the columns that names need at the least to be told apart by their ends."""
+    least = LEAST_NAME
+    for one, other in pairwise(sorted(name[::-1] for name in names)):
+        shared = sum(1 for _ in takewhile(lambda letters: letters[0] == letters[1], zip(one, other, strict=False)))
+        # The first letter that differs, and a mark for what is missing.
+        least = max(least, shared + 2)
+    return least
+
+
+def _end_of(name: str, most: int) -> str:
+    """Return the end of a name that is too long; it tells modules apart better than the beginning."""
+    return name if cell_len(name) <= most else f"…{set_cell_size(name[::-1], most - 1)[::-1]}"

@@ -8,18 +8,20 @@ on the number of modules.
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 
-from flexlora.adapter_folder import WEIGHTS_FILE, AdapterFolder, factor_keys
+from flexlora.adapter_folder import WEIGHTS_FILE, AdapterFolder, factor_keys, is_expert, is_number
 from flexlora.adapter_group import (
     MergeError,
     check_together,
@@ -32,7 +34,7 @@ from flexlora.adapters import AdapterDtype, appearing_whole, peft_config, write_
 from flexlora.lora.certificate import Accuracy, Certificate
 from flexlora.lora.factors import LoraFactors
 from flexlora.lora.product import ProductError, ProductSum, Spectrum, add_product, certified_decomposition
-from flexlora.report.tables import layer_order
+from flexlora.report.tables import count_text, layer_order
 from flexlora.tensor_file import TensorSpool
 
 Missing = Literal["zero", "renormalise"]
@@ -121,14 +123,14 @@ class _RankRule:
         """Return whether more directions have to be asked for."""
         if self.energy is None or limit is None or len(spectrum.S) < limit:
             return False
-        return certificate.energy_kept < self.energy and limit < min(spectrum.shape)
+        return certificate.least_energy_kept < self.energy and limit < min(spectrum.shape)
 
     def chosen(self, spectrum: Spectrum, certificate: Certificate) -> int:
         """Return how many of the directions found to keep."""
         found = len(spectrum.S)
         if self.energy is None or found == 0:
             return max(1, found)
-        shares = (spectrum.S / certificate.norm).square().cumsum(0)
+        shares = (spectrum.S / certificate.largest_norm).square().cumsum(0)
         return min(found, 1 + int((shares < self.energy).sum()))
 
 
@@ -177,7 +179,7 @@ def merge(
     if isinstance(adapters, str | Path):
         raise MergeError(f"adapters must be a list of folders or hub ids; got only {adapters}, put it in brackets")
     names, folder = tuple(str(adapter) for adapter in adapters), Path(out)
-    weights = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * len(names)
+    weights = _numbers(weights) if weights is not None else (1.0,) * len(names)
     rule = _RankRule(rank, energy, exact)
     for option, value, allowed in (
         ("method", method, tuple(METHODS)),
@@ -211,13 +213,15 @@ def merge(
             modules.append(merged)
             if notify is not None:
                 notify(done, len(paths))
-        config = _config_of(opened, modules)
+        equal = _with_equal_experts(modules)
+        padded = {now.path: now.rank for was, now in zip(modules, equal, strict=True) if was.rank < now.rank}
         with appearing_whole(folder, replace=False) as partial:
-            write_config(partial, config)
+            write_config(partial, _config_of(opened, equal))
             spool.write(partial / WEIGHTS_FILE)
+            _pad(partial / WEIGHTS_FILE, padded)
         base_model = named_base(opened).base_model
-    modules.sort(key=lambda module: layer_order(module.path))
-    notes += _missing_notes(modules, len(names), missing) + _fused_notes(modules)
+    notes += _missing_notes(modules, len(names), missing) + _padding_notes(padded)
+    modules = sorted(equal, key=lambda module: layer_order(module.path))
     return MergeResult(folder, names, weights, method, base_model, tuple(modules), tuple(notes))
 
 
@@ -238,6 +242,15 @@ METHODS: Mapping[str, Coefficients] = {"mean": _mean, "sum": _sum}
 """Method -> the coefficients of the adapters in a module, from their weights and from who has the module."""
 
 
+def _numbers(weights: Sequence[float]) -> tuple[float, ...]:
+    try:
+        if isinstance(weights, str) or any(isinstance(weight, str | bool) for weight in weights):
+            raise TypeError
+        return tuple(float(weight) for weight in weights)
+    except (TypeError, ValueError, OverflowError):
+        raise MergeError(f"weights must be numbers, one per adapter, as [3, 1]; got {weights!r:.60}") from None
+
+
 def _check_request(
     names: Sequence[str], weights: Sequence[float], method: str, missing: Missing, rule: _RankRule
 ) -> None:
@@ -252,10 +265,11 @@ def _check_request(
         raise MergeError(f"weights must be finite and {rule_text}; got {', '.join(f'{w:g}' for w in weights)}")
     if (rule.rank is not None) + (rule.energy is not None) + rule.exact > 1:
         raise MergeError("only one of rank, energy and exact can decide how many directions to keep; got several")
-    if rule.rank is not None and rule.rank < 1:
-        raise MergeError(f"rank must be at least 1; got {rule.rank}")
-    if rule.energy is not None and not 0 < rule.energy <= 1:
-        raise MergeError(f"energy must be a share above 0 and up to 1; got {rule.energy:g}")
+    is_whole = isinstance(rule.rank, Integral) and not isinstance(rule.rank, bool)
+    if rule.rank is not None and not (is_whole and rule.rank >= 1):
+        raise MergeError(f"rank must be a whole number of at least 1; got {rule.rank!r}")
+    if rule.energy is not None and not (is_number(rule.energy) and 0 < rule.energy <= 1):
+        raise MergeError(f"energy must be a share above 0 and up to 1; got {rule.energy!r}")
 
 
 def _check_device(device: str) -> None:
@@ -335,6 +349,36 @@ def _rounded(factor: Tensor, dtype: AdapterDtype, path: str) -> Tensor:
     return factor.to("cpu", getattr(torch, dtype))
 
 
+def _with_equal_experts(modules: Sequence[MergedModule]) -> list[MergedModule]:
+    """Return the modules with the largest rank of all experts in every expert.
+
+    Stock PEFT stacks the factors of experts that transformers fuses, and knows one rank for all layers of them.
+    """
+    largest = max((module.rank for module in modules if is_expert(module.path)), default=0)
+    return [replace(module, rank=largest) if is_expert(module.path) else module for module in modules]
+
+
+def _pad(weights_file: Path, ranks: Mapping[str, int]) -> None:
+    """Give modules of a written file these ranks, with rows of zeros in ``A`` and columns of zeros in ``B``.
+
+    Only here, where all ranks are known: factors that wait for those of other modules would fill the memory.
+    """
+    if not ranks:
+        return
+    missing = {key: (place, rank) for path, rank in ranks.items() for place, key in enumerate(factor_keys(path))}
+    with safe_open(weights_file, framework="pt") as written, TensorSpool(weights_file.parent) as padded:
+        for key in written.keys():
+            tensor = written.get_tensor(key)
+            if key in missing:
+                axis, rank = missing[key]
+                more = rank - tensor.shape[axis]
+                tensor = pad(tensor, (0, more) if axis == 1 else (0, 0, 0, more))
+            padded.add(key, tensor)
+        # The file that is read stays mapped until the end of the block, whatever has its name.
+        weights_file.unlink()
+        padded.write(weights_file)
+
+
 def _config_of(opened: Sequence[AdapterFolder], modules: Sequence[MergedModule]) -> dict[str, object]:
     """Return the ``adapter_config.json``: ``lora_alpha`` is the rank everywhere, so that every scaling is 1."""
     ranks = {module.path: module.rank for module in modules}
@@ -343,6 +387,8 @@ def _config_of(opened: Sequence[AdapterFolder], modules: Sequence[MergedModule])
     config["target_modules"] = common_targets(opened, tuple(ranks)) or sorted(ranks)
     task_types = {adapter.settings["task_type"] for adapter in opened}
     config["task_type"] = task_types.pop() if len(task_types) == 1 else None
+    mappings = [adapter.settings["auto_mapping"] for adapter in opened]
+    config["auto_mapping"] = mappings[0] if mappings == mappings[:1] * len(mappings) else None
     config["layer_replication"] = opened[0].settings["layer_replication"]
     config["revision"] = named_base(opened).settings["revision"]
     return config
@@ -356,11 +402,11 @@ def _missing_notes(modules: Sequence[MergedModule], num_adapters: int, missing: 
     return [f"{lacking} of {len(modules)} modules are missing in some adapters, which {counted}"]
 
 
-def _fused_notes(modules: Sequence[MergedModule]) -> list[str]:
-    ranks = Counter(module.rank for module in modules if ".experts." in module.path)
-    if len(ranks) < 2:
+def _padding_notes(padded: Mapping[str, int]) -> list[str]:
+    if not padded:
         return []
-    return ["experts have different ranks: transformers versions that fuse experts need one, use --rank"]
+    experts, rank = count_text(len(padded), "module"), max(padded.values())
+    return [f"{experts} of experts got zeros up to rank {rank}: where transformers fuses experts, they need one rank"]
 
 
 def _module_json(module: MergedModule) -> dict[str, Any]:

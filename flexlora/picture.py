@@ -1,6 +1,7 @@
 """What does the picture of an adapter show? Its spectra and its energy, by kind of module and by layer."""
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from flexlora.adapters import making_parents
 from flexlora.inspection import Inspection, ModuleSpectrum, mean_spectrum
 from flexlora.report.tables import count_text, number_text, percent_text
 
@@ -55,14 +57,17 @@ def write_picture(found: Inspection, path: Path) -> None:
         found: With at least one module.
         path: Ends in one of ``PICTURE_ENDINGS``; a file of that name is replaced.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not into the file: where the disk is full, matplotlib fails to close a PDF and hides why.
+    drawn = BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        drawing_of(found).savefig(drawn, format=path.suffix[1:], dpi=160, metadata=_WITHOUT_DATE.get(path.suffix))
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
-        with matplotlib.rc_context(_STYLE):
-            drawing_of(found).savefig(partial, dpi=160, metadata=_WITHOUT_DATE.get(path.suffix))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with making_parents(path):
+        try:
+            partial.write_bytes(drawn.getvalue())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def drawing_of(found: Inspection) -> Figure:

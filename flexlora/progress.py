@@ -10,7 +10,7 @@ def moving_bar(console: Console, detail: ProgressColumn, *, hidden: bool, transi
     With ``transient`` it leaves nothing behind.
     """
     return Progress(
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=24),
         detail,
         TimeElapsedColumn(),

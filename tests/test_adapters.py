@@ -146,6 +146,30 @@ def test_an_interrupted_write_leaves_no_half_of_a_folder(adapter, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_made_for_a_write_that_fails_go_and_others_stay(adapter, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    (tmp_path / "mine").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("flexlora.adapters.save_file", fail)
+        for folder in ("mine/adapter", "mine/new/deep/adapter", "new/adapter"):
+            with pytest.raises(OSError, match="disk full"):
+                write_adapter(tmp_path / folder, adapter, "base")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    write_adapter(tmp_path / "mine" / "new" / "adapter", adapter, "base")
+    assert set(read_adapter(tmp_path / "mine" / "new" / "adapter")) == set(adapter)
+
+
+def test_experts_decide_the_rank_that_needs_no_pattern(random_adapter, tmp_path):
+    ranks = {f"layers.0.self_attn.{name}": 2 for name in "qkvo"} | {"layers.0.mlp.experts.3.up_proj": 5}
+    adapter = random_adapter(dict.fromkeys(ranks, (6, 8)), ranks, Scaling("constant_alpha", 10.0))
+    write_adapter(tmp_path / "adapter", adapter, "base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], len(config["rank_pattern"])) == (5, 4)
+    assert {path: factors.rank for path, factors in read_adapter(tmp_path / "adapter").items()} == ranks
+
+
 def test_everyone_whom_the_umask_allows_can_read_the_folder(adapter, tmp_path):
     write_adapter(tmp_path / "adapter", adapter, "base")
     (tmp_path / "probe").write_text("")

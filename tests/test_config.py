@@ -108,6 +108,23 @@ def test_settings_that_disagree_are_named_with_the_fix(tree: dict[str, object], 
     assert expected in problems(tree)
 
 
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"devices": {"rank_choices": 8}}, "devices.rank_choices: must be a list, as devices.rank_choices=[8]; got 8"),
+        (
+            {"devices": "built_in"},
+            "devices: must be a section of settings, as devices.profiles=built_in; got 'built_in'",
+        ),
+        ({"data": "generated"}, "data: must be a section of settings, as data.name=generated; got 'generated'"),
+        ({"clients": {"counts": 3}}, "clients.counts: must be a mapping, as clients.counts={NAME: VALUE}; got 3"),
+        ({"ray": {"x": 3}}, "address"),
+    ],
+)
+def test_values_of_the_wrong_shape_are_answered_with_an_example(tree: dict[str, object], expected: str) -> None:
+    assert expected in problems(tree)
+
+
 def test_counts_replace_a_distribution_that_would_not_fit() -> None:
     types = {name: {"attention": 1, "ffn": 1} for name in ("phone", "server")}
     config = parse_config({"clients": {"types": types, "counts": {"phone": 3}, "assigned": {7: "server"}}}, "test")

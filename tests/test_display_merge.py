@@ -29,9 +29,21 @@ def result_of(num_layers: int) -> MergeResult:
     return MergeResult(Path("out"), ("a", "b"), (1.0, 3.0), "mean", "us/llama", modules, ("[mind] this",))
 
 
-def printed(result: MergeResult, *, explain: bool = False, width: int = 120) -> str:
-    console = Console(file=StringIO(), width=width)
+def printed(result: MergeResult, *, explain: bool = False, width: int = 120, terminal: bool = False) -> str:
+    console = Console(file=StringIO(), width=width, force_terminal=terminal, color_system=None)
     print_merge(console, result, explain=explain)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def inspected(width: int, *, terminal: bool) -> str:
+    names = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.experts.0.down_proj")
+    modules = tuple(
+        ModuleSpectrum(f"model.layers.{layer}.{name}", (4096, 14336), 64, 25.2, tuple(1.0 + layer for _ in range(64)))
+        for layer in range(12)
+        for name in names
+    )
+    console = Console(file=StringIO(), width=width, force_terminal=terminal, color_system=None)
+    print_inspection(console, Inspection("folder", "us/llama", modules), every_module=True)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -50,6 +62,51 @@ def test_many_modules_are_shown_by_kind_with_the_worst_below() -> None:
     assert "1–2" in text and "2–4" in text
     assert "model.layers.29.self_attn.q_proj at rank 4: 96.10 %" in text
     assert "model.layers.3.self_attn.q_proj" not in text
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_a_narrow_terminal_still_tells_modules_apart(width: int) -> None:
+    for text in (printed(result_of(12), width=width, terminal=True), inspected(width, terminal=True)):
+        rows = [line for line in text.splitlines() if line.startswith(("│", "┃", "┏", "└"))]
+        assert max(len(row) for row in rows) <= width
+    rows = [
+        line.split("│")[1].strip().replace("…", "")
+        for line in printed(result_of(12), width=width, terminal=True).splitlines()
+        if line.startswith("│") and "_proj" in line
+    ]
+    assert len(set(rows)) == 24
+    assert all(
+        f"{layer}.self_attn.{name}" in rows[2 * layer + place]
+        for layer in range(12)
+        for place, name in enumerate(("q_proj", "v_proj"))
+    )
+    text = printed(result_of(30), width=width, terminal=True)
+    assert "attn.q_proj  (30)" in text and "96.10 %" in text and "energy" in text
+    text = printed(result_of(12), width=width, terminal=True, explain=True)
+    assert "1.self_attn.q_proj" in text.split("why")[1]
+    text = inspected(width, terminal=True)
+    assert "attn.q_proj  (12)" in text and "attn.k_proj  (12)" in text and "25.0 %" in text
+    assert "25.2" in text or width == 40
+    assert all(f"{layer}.mlp.experts.0.down_proj" in text for layer in range(12))
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_what_is_no_terminal_gets_everything_in_one_line_each(width: int) -> None:
+    modules = tuple(replace(module, path=f"{module.path}.{'deep.' * 40}end") for module in result_of(3).modules)
+    text = printed(replace(result_of(3), modules=modules, notes=("n" * 200,)), width=width, explain=True)
+    lines = text.splitlines()
+    for module in modules:
+        assert sum(module.path in line and "99.00 %" in line for line in lines) == (".0." in module.path)
+        assert sum(module.path in line and "total rank 6 is small" in line for line in lines) == 1
+    assert all(header in text for header in ("adapters", "energy kept", "over best", "best possible"))
+    assert f"Note: {'n' * 200}" in lines
+    assert inspected(width, terminal=False) == inspected(200, terminal=False)
+    assert "model.layers.11.mlp.experts.0.down_proj" in inspected(width, terminal=False)
+
+
+def test_a_wide_terminal_leaves_nothing_out() -> None:
+    assert printed(result_of(3), width=150, terminal=True) == printed(result_of(3), width=150)
+    assert inspected(150, terminal=True) == inspected(150, terminal=False)
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are() -> None:

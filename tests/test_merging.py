@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import (
+    AutoPeftModel,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -26,7 +27,20 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from flexlora import cli, merging
 from flexlora.adapter_folder import REFUSED, UNDERSTOOD, AdapterError, open_adapter
@@ -142,6 +156,18 @@ def deep() -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def llava() -> PreTrainedModel:
+    """A language and a vision model whose attention has one shape."""
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = LlamaConfig(vocab_size=64, initializer_range=0.2, **size)
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=8, **size)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=63)
+        return LlavaForConditionalGeneration(config).eval()
 
 
 @pytest.fixture
@@ -466,6 +492,81 @@ def test_repeated_layers_are_repeated_in_the_result(network: PreTrainedModel, sa
         merge([*folders, plain], out=tmp_path / "mixed")
 
 
+def test_an_adapter_that_names_its_class_of_model_still_loads_without_a_base(
+    network: PreTrainedModel, save: Save, tmp_path: Path
+) -> None:
+    network.save_pretrained(tmp_path / "base")
+    folders = [save(network, r=rank, target_modules=ATTENTION) for rank in (2, 3)]
+    for folder in folders:
+        rewrite(folder, base_model_name_or_path=str(tmp_path / "base"))
+    merge(folders, exact=True, out=tmp_path / "out")
+    alone = AutoPeftModel.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(alone), logits(loaded(network, tmp_path / "out")))
+    rewrite(folders[1], auto_mapping=None)
+    merge(folders, out=tmp_path / "unclear")
+    assert config_of(tmp_path / "unclear")["auto_mapping"] is None
+
+
+# PEFT itself adds the pattern for the fused experts that it does not find then.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("choice", [{}, {"exact": True}, {"energy": 0.9}, {"rank": 3}], ids=str)
+def test_experts_get_one_rank_so_that_stock_peft_can_fuse_them(tmp_path: Path, choice: dict[str, object]) -> None:
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = MixtralForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for number, (rank, names) in enumerate(((4, ("w1", "w3", "q_proj", "k_proj")), (2, ("w2", "v_proj", "o_proj")))):
+        adapter = {}
+        for layer in range(2):
+            block = f"model.layers.{layer}"
+            for name in names:
+                shape = {"w1": (20, 16), "w2": (16, 20), "w3": (20, 16)}.get(name, (16, 16))
+                experts = [f"{block}.block_sparse_moe.experts.{expert}.{name}" for expert in range(2)]
+                for path in experts if name.startswith("w") else [f"{block}.self_attn.{name}"]:
+                    A = 0.2 * torch.randn(rank, shape[1], generator=generator)
+                    B = torch.randn(shape[0], rank, generator=generator)
+                    # One expert of one layer has learned nothing.
+                    adapter[path] = LoraFactors(A, 0 * B if "layers.1" in path and "experts.1" in path else B, 0.5)
+        write_adapter(tmp_path / f"{number}", adapter, "mixtral")
+    result = merge([tmp_path / "0", tmp_path / "1"], method="sum", out=tmp_path / "out", **choice)
+    ranks = {module.path: module.rank for module in result.modules}
+    assert len({rank for path, rank in ranks.items() if "experts" in path}) == 1
+    assert any("of experts got zeros up to rank" in note for note in result.notes)
+    assert {path: factors.rank for path, factors in read_adapter(tmp_path / "out").items()} == ranks
+    given = read_adapter(tmp_path / "0") | read_adapter(tmp_path / "1")
+    dense = copy.deepcopy(network)
+    for path, factors in given.items():
+        U, S, Vh = np.linalg.svd(factors.delta().numpy())
+        shares = np.cumsum(S**2) / max((S**2).sum(), 1e-300)
+        kept = choice.get("rank", 1 + int((shares < 0.9).sum()) if S[0] > 0 and "energy" in choice else len(S))
+        change = torch.from_numpy((U[:, :kept] * S[:kept]) @ Vh[:kept]).float()
+        layer = dense.model.layers[int(path.split(".")[2])]
+        with torch.no_grad():
+            if "experts" not in path:
+                layer.get_submodule(path.split(".", 3)[3]).weight += change
+                continue
+            expert, name = int(path.split(".")[5]), path.rpartition(".")[2]
+            if name == "w2":
+                layer.mlp.experts.down_proj[expert] += change
+            else:
+                half = slice(0, 20) if name == "w1" else slice(20, 40)
+                layer.mlp.experts.gate_up_proj[expert, half] += change
+    stock = logits(loaded(network, tmp_path / "out"))
+    torch.testing.assert_close(stock, logits(dense), rtol=1e-4, atol=1e-4)
+    assert (stock - logits(network)).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("init", ["gaussian", "eva", "orthogonal", "mica"])
 def test_ways_to_start_that_leave_the_base_alone_are_taken(
     network: PreTrainedModel, save: Save, tmp_path: Path, init: str
@@ -528,6 +629,14 @@ def test_a_gpu_finds_the_same_result(network: PreTrainedModel, mixed: list[Path]
 @pytest.fixture
 def plain(network: PreTrainedModel, save: Save) -> Path:
     return save(network, r=2, target_modules=ATTENTION)
+
+
+def rename_keys(folder: Path, old: str, new: str) -> Path:
+    path = folder / "adapter_model.safetensors"
+    renamed = {key.replace(old, new): tensor for key, tensor in load_file(path).items()}
+    assert renamed.keys() != load_file(path).keys()
+    save_file(renamed, path, metadata={"format": "pt"})
+    return folder
 
 
 def assert_refused(folders: Sequence[Path], match: str, **options: object) -> None:
@@ -661,7 +770,9 @@ def test_different_bases_are_refused_by_name_unless_allowed(mixed: list[Path], t
     rewrite(mixed[2], base_model_name_or_path=None)
     result = merge(mixed, out=tmp_path / "nameless")
     assert any("adapter-2 does not say which base model" in note for note in result.notes)
-    rewrite(mixed[2], base_model_name_or_path="us/llama", revision="v2")
+    rewrite(mixed[2], base_model_name_or_path="us/llama", revision="main")
+    assert not any("base model" in note for note in merge(mixed, out=tmp_path / "main").notes)
+    rewrite(mixed[2], revision="v2")
     assert_refused(mixed, r"got us/llama \(.*adapter-0\) and us/llama@v2 \(.*adapter-2\)")
 
 
@@ -671,6 +782,79 @@ def test_one_path_with_two_shapes_is_refused(plain: Path, deep: PreTrainedModel,
         [plain, other],
         r"layers\.0\.self_attn\.q_proj must have one shape in all adapters; .* has 32x32 and .* has 16x16: they belong",
     )
+
+
+def test_a_path_that_is_linear_here_and_an_embedding_there_is_refused(plain: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(plain, tmp_path / "other")
+    for letter in "AB":
+        rename_keys(other, f"lora_{letter}.weight", f"lora_embedding_{letter}")
+    assert_refused([plain, other], r"must be of one kind.*other has it as an embedding and .*adapter-0 as a linear mod")
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        "base_model.model.layers",
+        "base_model.model._orig_mod.model.layers",
+        "base_model.model.module.model.layers",
+        "base_model.model.model.language_model.layers",
+        "base_model.model.model.layers.0._orig_mod",
+    ],
+)
+def test_one_module_under_two_names_is_refused(plain: Path, network: PreTrainedModel, save: Save, new: str) -> None:
+    other = save(network, r=3, target_modules=ATTENTION)
+    old = "base_model.model.model.layers" + (".0" if ".0" in new else "")
+    rename_keys(other, old, new)
+    prefix = new.removeprefix("base_model.model.").replace(".", r"\.")
+    assert_refused([plain, other], rf"must name modules alike;.* {prefix}.* \(.*adapter-1\).*look like one module")
+    assert_refused([other, plain], r"must name modules alike; .* and .*: load each adapter on its base with current")
+    # One adapter alone changes what it says it changes.
+    merge([other], out=other.parent / "alone")
+
+
+def test_an_adapter_of_a_model_without_its_head_is_refused_beside_one_of_the_whole(
+    network: PreTrainedModel, save: Save
+) -> None:
+    folders = [save(model, r=2, target_modules=ATTENTION) for model in (network, network.model)]
+    assert_refused(folders, r"model\.layers\.0\.self_attn\.q_proj \(.*adapter-0\)")
+
+
+def test_names_of_older_versions_of_transformers_are_refused_beside_current_ones(
+    llava: PreTrainedModel, save: Save, tmp_path: Path
+) -> None:
+    new = save(llava, r=2, std=0.3, target_modules=r".*language_model.*q_proj")
+    old = rename_keys(
+        shutil.copytree(new, tmp_path / "old"), "model.language_model.layers", "language_model.model.layers"
+    )
+    # For stock PEFT they are one and the same.
+    assert torch.equal(logits(loaded(llava, new)), logits(loaded(llava, old)))
+    assert (logits(loaded(llava, new)) - logits(llava)).abs().max() > 0.01
+    assert_refused([new, old], r"language_model\.model\.layers\.0\.self_attn\.q_proj \(.*old\)")
+
+
+def test_modules_of_one_model_whose_names_are_alike_are_no_two_names_of_one(
+    llava: PreTrainedModel, deep: PreTrainedModel, save: Save, tmp_path: Path
+) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, decoder_start_token_id=0, **sizes)).eval()
+    for number, (network, targets) in enumerate(
+        (
+            (t5, (r"encoder.*SelfAttention\.q", r"decoder.*SelfAttention\.q")),
+            (llava, (r".*language_model.*q_proj", r".*vision_tower.*q_proj")),
+            (deep, (r".*layers\.1\..*q_proj", r".*layers\.(0|11)\..*q_proj")),
+        )
+    ):
+        folders = [save(network, r=2, target_modules=target) for target in targets]
+        merge(folders, exact=True, method="sum", out=tmp_path / f"out-{number}")
+        expected = dense_sum([deltas(network, folder) for folder in folders], (1, 1))
+        assert_same_changes(deltas(network, tmp_path / f"out-{number}"), expected)
+    # An adapter that has modules under both names says that they are two.
+    for name, paths in (("one", ["model.0.proj"]), ("other", ["0.proj"]), ("both", ["model.1.proj", "1.proj"])):
+        adapter = {path: LoraFactors(torch.ones(1, 3), torch.ones(2, 1), 1.0) for path in paths}
+        write_adapter(tmp_path / name, adapter, "base")
+    assert_refused([tmp_path / "one", tmp_path / "other"], "must name modules alike")
+    result = merge([tmp_path / name for name in ("one", "other", "both")], out=tmp_path / "two")
+    assert [module.path for module in result.modules] == ["0.proj", "model.0.proj", "1.proj", "model.1.proj"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -708,12 +892,42 @@ def test_files_that_are_broken_are_refused(plain: Path) -> None:
         (settings_text.replace('"rank_pattern": {}', '"rank_pattern": [1]'), "rank_pattern must map patterns"),
         (settings_text.replace('"alpha_pattern": {}', '"alpha_pattern": {"(": 1}'), "no regular expression"),
         (settings_text.replace('"rank_pattern": {}', '"rank_pattern": {"q": "2"}'), "rank_pattern of q must be a numb"),
+        (settings_text.replace('"r": 2', f'"r": {10**400}'), "r must be a number in adapter_config.json; got 1000"),
+        (settings_text.replace('"lora_alpha": 8', f'"lora_alpha": {10**400}'), "lora_alpha must be a number"),
+        (
+            settings_text.replace('"alpha_pattern": {}', f'"alpha_pattern": {{"q": {10**400}}}'),
+            "alpha_pattern of q must",
+        ),
+        (settings_text.replace('"rank_pattern": {}', '"rank_pattern": {"a{99999999999}": 2}'), "no regular expression"),
+        (settings_text.replace('"use_rslora": false', '"use_rslora": "false"'), "use_rslora must be true or false in"),
+        (settings_text.replace('"fan_in_fan_out": false', '"fan_in_fan_out": "no"'), "must be true or false in .*'no'"),
+        (
+            settings_text.replace('"auto_mapping": {', '"auto_mapping": 3, "was": {'),
+            "auto_mapping must be an object or nu",
+        ),
         (settings_text.replace('"task_type": null', '"task_type": [1]'), r"task_type must be text in .*; got \[1\]"),
         ("[" * 100_000, "must be JSON"),
     ):
         assert text != settings_text
         config.write_text(text)
         assert_refused([plain], match)
+
+
+EMBEDDING = "base_model.model.model.embed_tokens.weight"
+
+
+def test_copies_of_embeddings_are_taken_over_whatever_a_model_calls_them(
+    gpt2: PreTrainedModel, save: Save, tmp_path: Path
+) -> None:
+    config = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "embeddings": True}
+    folders = [save(gpt2, r=rank, **config) for rank in (2, 3)]
+    copies = {key for key in load_file(folders[0] / "adapter_model.safetensors") if "lora_" not in key}
+    assert "base_model.model.transformer.wte.weight" in copies
+    result = merge(folders, exact=True, out=tmp_path / "out")
+    assert copies <= load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
+    assert any("were taken over as they are" in note for note in result.notes)
+    expected = dense_sum([deltas(gpt2, folder) for folder in folders], (0.5, 0.5))
+    assert_same_changes(deltas(gpt2, tmp_path / "out"), expected)
 
 
 def test_tensors_that_are_no_pair_of_matrices_are_refused(plain: Path) -> None:
@@ -725,6 +939,19 @@ def test_tensors_that_are_no_pair_of_matrices_are_refused(plain: Path) -> None:
         ({key: torch.zeros(0, 32)}, r"has factors \(32, 2\) and \(0, 32\), not a product"),
         ({key: torch.zeros(32)}, "not a product; was it saved from one shard"),
         ({key: torch.zeros(3, 32)}, "not a product"),
+        (
+            {"base_model.model.model.norm.weight": torch.ones(32)},
+            "holds .*norm.weight: whole weights were trained beside",
+        ),
+        ({"base_model.model.score.weight": torch.ones(2, 32)}, "holds .*score.weight: whole weights were trained"),
+        ({key.replace("lora_A", "base_layer"): torch.ones(32, 32)}, "base_layer.weight: whole weights were trained"),
+        ({key.replace("q_proj.lora_A", "k_proj"): torch.ones(32, 32)}, "k_proj.weight: whole weights were trained"),
+        ({EMBEDDING: torch.zeros(3, 3, dtype=torch.int8)}, r"must be a matrix stored in .*; got I8 of shape \[3, 3\]"),
+        ({EMBEDDING: torch.zeros(3, 3, dtype=torch.bool)}, "must be a matrix stored in .*; got BOOL"),
+        ({EMBEDDING: torch.zeros(3, 3, dtype=torch.complex64)}, "must be a matrix stored in .*; got C64"),
+        ({EMBEDDING: torch.tensor(1.5)}, r"must be a matrix stored in .*; got F32 of shape \[\]"),
+        ({EMBEDDING: torch.zeros(0, 3)}, r"must be a matrix stored in .*; got F32 of shape \[0, 3\]"),
+        ({EMBEDDING: torch.full((3, 3), torch.nan)}, "embed_tokens.weight must be finite; it holds NaN or infinity"),
         ({key: torch.zeros(2, 32, dtype=torch.int8)}, "must be stored in BF16, F16, F32, F64; got I8"),
         ({"base_model.model.x.lora_magnitude_vector": torch.ones(2)}, "only LoRA factors of linear modules and embedd"),
         ({"q_proj.weight": torch.ones(2)}, "found q_proj.weight"),
@@ -751,11 +978,16 @@ def test_a_name_that_reads_like_a_hub_id_is_asked_for_there(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
+    pickled = shutil.copytree(plain, tmp_path / "pickled")
+    (pickled / "adapter_model.safetensors").unlink()
+    monkeypatch.setattr("huggingface_hub.file_exists", lambda repo_id, name: name == "adapter_model.bin")
 
     def download(repo_id: str, allow_patterns: list[str]) -> str:
         asked.append((repo_id, allow_patterns))
         if repo_id == "us/here":
             return str(plain)
+        if repo_id == "us/pickled":
+            return str(pickled)
         raise OSError("offline\nmuch more text")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
@@ -767,6 +999,17 @@ def test_a_name_that_reads_like_a_hub_id_is_asked_for_there(
     with pytest.raises(AdapterError, match="must be a PEFT adapter folder"):
         merge(["./us/gone"], out=tmp_path / "other")
     assert len(asked) == 2
+    with pytest.raises(AdapterError, match=r"^us/pickled: weights must be in .*; adapter_model.bin is a pickle"):
+        merge(["us/pickled"], out=tmp_path / "other")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs somebody who may not read every file")
+def test_files_that_must_not_be_read_are_named_as_such(plain: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (plain / name).chmod(0)
+        with pytest.raises(PermissionError, match=f"Permission denied: .*{name}"):
+            merge([plain], out=plain.parent / "out")
+        (plain / name).chmod(0o644)
 
 
 def test_all_adapters_that_cannot_be_read_are_reported_at_once(plain: Path, tmp_path: Path) -> None:
@@ -784,14 +1027,23 @@ def test_all_adapters_that_cannot_be_read_are_reported_at_once(plain: Path, tmp_
         ({"weights": [1, -1]}, r"must be finite and positive for method=mean \(use sum for signed ones\); got 1, -1"),
         ({"weights": [1, 0], "method": "sum"}, "must be finite and other than 0; got 1, 0"),
         ({"weights": [1, float("nan")]}, "weights must be finite"),
+        ({"weights": [1, None]}, r"weights must be numbers, one per adapter, as \[3, 1\]; got \[1, None\]"),
+        ({"weights": "12"}, "weights must be numbers, .*; got '12'"),
+        ({"weights": [1, "2"]}, "weights must be numbers"),
+        ({"weights": [1, 10**400]}, "weights must be numbers"),
+        ({"weights": 2.0}, "weights must be numbers, .*; got 2.0"),
         ({"method": "ties"}, "method must be one of mean, sum; got ties"),
         ({"missing": "skip"}, "missing must be one of zero, renormalise; got skip"),
         ({"accuracy": "perfect"}, "accuracy must be one of exact, fast; got perfect"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16; got int8"),
         ({"missing": "renormalise", "method": "sum"}, "use method=mean"),
         ({"rank": 2, "exact": True}, "only one of rank, energy and exact"),
-        ({"rank": 0}, "rank must be at least 1; got 0"),
+        ({"rank": 0}, "rank must be a whole number of at least 1; got 0"),
+        ({"rank": 2.0}, "rank must be a whole number of at least 1; got 2.0"),
+        ({"rank": "3"}, "rank must be a whole number of at least 1; got '3'"),
+        ({"rank": True}, "rank must be a whole number of at least 1; got True"),
         ({"energy": 1.5}, "energy must be a share above 0 and up to 1; got 1.5"),
+        ({"energy": "0.9"}, "energy must be a share above 0 and up to 1; got '0.9'"),
         ({"device": "abacus"}, "device must be cpu, cuda or cuda:N; got abacus"),
         ({"device": "meta"}, "device must be cpu, cuda or cuda:N; got meta"),
         ({"device": "cuda:99"}, "device cuda:99 is not there; use cpu"),
@@ -844,7 +1096,13 @@ def test_a_full_disk_is_named_and_leaves_nothing(plain: Path, tmp_path: Path, mo
     monkeypatch.setattr(TensorSpool, "write", full)
     with pytest.raises(OSError, match="out cannot be written, and nothing of it was: No space left on device"):
         merge([plain], out=tmp_path / "out")
+    with pytest.raises(OSError, match="out cannot be written, and nothing of it was: No space left on device"):
+        merge([plain], out=tmp_path / "new" / "deep" / "out")
     assert list(tmp_path.iterdir()) == [plain]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OSError, match="No space left on device"):
+        merge([plain], out=tmp_path / "mine" / "new" / "out")
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_a_name_as_long_as_names_may_be_can_be_written(plain: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Pictures of adapters: what they say, that every format can be read, and that a failure leaves nothing."""
 
 import re
+import resource
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from flexlora import picture
 from flexlora.inspection import PICTURE_ENDINGS, Inspection, ModuleSpectrum
 from flexlora.picture import MOST_KINDS, drawing_of, write_picture
 
@@ -89,14 +89,16 @@ def test_every_format_can_be_read_and_equal_adapters_give_equal_bytes(
         assert paths[0].read_bytes().startswith(b"%PDF")
 
 
-def test_a_picture_that_cannot_be_finished_leaves_nothing(
-    found: Inspection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ending", PICTURE_ENDINGS)
+def test_a_picture_that_cannot_be_finished_says_why_and_leaves_nothing(
+    found: Inspection, tmp_path: Path, ending: str
 ) -> None:
-    def torn(figure: Figure, path: Path, **options: object) -> None:
-        path.write_bytes(b"half")
-        raise OSError("full")
-
-    monkeypatch.setattr(picture.Figure, "savefig", torn)
-    with pytest.raises(OSError, match="full"):
-        write_picture(found, tmp_path / "picture.png")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # As on a full disk, part of the file is written before an error comes.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_picture(found, tmp_path / "new" / f"picture{ending}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,7 @@
 """How good is a truncated decomposition, and is that good enough?"""
 
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import hypot, sqrt
 from typing import Literal
 
 from torch import Tensor
@@ -63,7 +63,8 @@ class Certificate:
     @property
     def largest_norm(self) -> float:
         """Upper bound of the norm of the whole change."""
-        return sqrt(max(0.0, self.norm**2 - self.tail**2) + (self.tail + self.spread) ** 2)
+        captured = sqrt(max(0.0, self.norm - self.tail)) * sqrt(self.norm + self.tail)
+        return hypot(captured, self.tail + self.spread)
 
     @property
     def least_energy_kept(self) -> float:

@@ -3,61 +3,23 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from flexlora import FlexLoraError
 from flexlora.report import figures, tables, virtual_time
+from flexlora.report.comparison import comparison_notes, timed_runs
 from flexlora.report.figures import Axis, Chart, Series
-from flexlora.report.records import (
-    MANIFEST_FILE,
-    RECORDS_FILE,
-    REFERENCES_FILE,
-    ManifestRecord,
-    ReferencesRecord,
-    RoundRecord,
-    SpectrumRecord,
-    read_manifest,
-    read_records,
-    read_references,
-)
+from flexlora.report.records import RoundRecord, SpectrumRecord
+from flexlora.report.run_folder import RunFolder, read_run
 from flexlora.report.virtual_time import TimedRun
 
 REPORT_FILE = "report.html"
-CONFIG_FILE = "config.yaml"
 MAX_SPECTRA = 2400
 """Spectra in one page; with more, rounds are left out evenly."""
 MAX_FAILURES = 200
 
 FEDERATED, FEDIT, LOCAL, BASE = "c1", "c2", "c3", "c6"
-
-
-class ReportError(FlexLoraError, ValueError):
-    """A folder cannot be reported on."""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """What was found in a run folder; any of it may be missing while the run goes on."""
-
-    name: str
-    records: Sequence[RoundRecord]
-    references: ReferencesRecord
-    manifest: ManifestRecord | None
-    config: str | None
-    adapters: Sequence[str]
-
-    @cached_property
-    def plan_ranks(self) -> dict[str, dict[str, int]]:
-        """Plan name -> module path -> rank, smallest ranks first."""
-        return tables.plan_ranks(self.records, self.manifest)
-
-    @cached_property
-    def plan_styles(self) -> dict[str, str]:
-        """Plan name -> CSS class."""
-        return {plan: f"p{1 + place % 6}" for place, plan in enumerate(self.plan_ranks)}
 
 
 @dataclass(frozen=True)
@@ -103,42 +65,20 @@ def write_report(run_folder: Path, others: Sequence[Path] = (), target: float | 
     Args:
         run_folder: What the report is about.
         others: Folders of runs to show beside it on the virtual clock.
-        target: Unseen ROUGE-L whose virtual time is given; None takes the run's own, or one that all runs reach.
+        target: Unseen ROUGE-L whose virtual time is given, 0 to 100; None takes the run's own, or the best of
+            the weakest run that scored above its base model.
 
     Raises:
-        ReportError: A folder holds nothing that a run writes.
+        ReportError: A folder holds nothing that a run writes, or ``target`` is out of its range.
         RecordsError: A file of a run is damaged.
     """
     page = render(read_run(run_folder), [read_run(other) for other in others], target)
     path = run_folder / REPORT_FILE
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
+    # The name of a folder may hold bytes that are no text.
+    partial.write_text(page, encoding="utf-8", errors="replace")
     partial.replace(path)
     return path
-
-
-def read_run(run_folder: Path) -> RunFolder:
-    """Return what a run folder holds.
-
-    Raises:
-        ReportError: The folder holds nothing that a run writes.
-        RecordsError: A file of the run is damaged.
-    """
-    if not any((run_folder / name).exists() for name in (RECORDS_FILE, MANIFEST_FILE, CONFIG_FILE)):
-        raise ReportError(
-            f"a run folder holds {RECORDS_FILE}, {MANIFEST_FILE} or {CONFIG_FILE}; {run_folder} holds none of them; "
-            "name the folder given to `flexlora run --out`"
-        )
-    config = run_folder / CONFIG_FILE
-    adapters = (path.name for path in run_folder.glob("adapters/rank-*") if path.is_dir())
-    return RunFolder(
-        name=run_folder.resolve().name,
-        records=read_records(run_folder / RECORDS_FILE),
-        references=read_references(run_folder / REFERENCES_FILE),
-        manifest=read_manifest(run_folder / MANIFEST_FILE),
-        config=config.read_text(encoding="utf-8") if config.exists() else None,
-        adapters=sorted(adapters, key=lambda name: (len(name), name)),
-    )
 
 
 def render(run: RunFolder, others: Sequence[RunFolder] = (), target: float | None = None) -> str:
@@ -161,7 +101,7 @@ def render(run: RunFolder, others: Sequence[RunFolder] = (), target: float | Non
         ranks=tables.describe_ranks,
         readings=_readings,
     )
-    timed, target = timed_runs(run, others, target)
+    timed, chosen = timed_runs(run, others, target)
     spectra = spectra_view(run)
     failures = tables.failure_table(run.records)
     fairness = tables.fairness_table(run.records, run.references, run.manifest)
@@ -188,8 +128,9 @@ def render(run: RunFolder, others: Sequence[RunFolder] = (), target: float | Non
         times=tables.time_table(run.records),
         time_figure=stage_times(run),
         timed=timed,
-        target=target,
-        timed_figures=timed_curves(timed, target),
+        target=chosen,
+        timed_notes=comparison_notes(run, others, target),
+        timed_figures=timed_curves(timed, chosen),
         devices=virtual_time.device_table(run.records, run.manifest),
         failures=failures[:MAX_FAILURES],
         num_failures=len(failures),
@@ -408,22 +349,6 @@ def stage_times(run: RunFolder) -> Figure:
         write=tables.seconds_text,
     )
     return Figure("time-chart", "Time per round", "seconds, by stage", "Wall time on the machine of the run.", chart)
-
-
-def timed_runs(
-    run: RunFolder, others: Sequence[RunFolder] = (), target: float | None = None
-) -> tuple[list[TimedRun], float | None]:
-    """Return the runs that had a virtual clock, the reference last, and the ROUGE-L whose time is of interest."""
-    folders = [run, *others]
-    timed = [virtual_time.timed_run(folder.name, folder.records, folder.manifest) for folder in folders]
-    # The reference of this run only: with all of them nobody would find the runs themselves.
-    policy = run.manifest.policy if run.manifest else None
-    # It averages factors, which only works with a server that waits for its cohort.
-    policy = "wait" if policy == "async" else policy or "unknown"
-    timed.append(virtual_time.timed_reference("FedIT, smallest rank", policy, run.references.fedit_smallest_rank))
-    present = [one for one in timed if one is not None]
-    own = run.manifest.target_rouge_l if run.manifest else None
-    return present, virtual_time.common_target(present, own if target is None else target)
 
 
 def timed_curves(runs: Sequence[TimedRun], target: float | None) -> list[Figure]:

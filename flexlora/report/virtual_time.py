@@ -36,11 +36,18 @@ class TimedRun:
     num_failed: int | None
     up_bytes: int
     down_bytes: int
+    base_rouge_l: float | None
 
     @property
     def best_rouge_l(self) -> float | None:
         """The best unseen ROUGE-L it ever had."""
         return max((point.rouge_l for point in self.points if point.rouge_l is not None), default=None)
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether it ever scored above its base model, as far as that was scored."""
+        best = self.best_rouge_l
+        return best is not None and (self.base_rouge_l is None or best > self.base_rouge_l)
 
     def seconds_to(self, target: float | None) -> float | None:
         """Return the virtual time of the first evaluation that reached ``target``; None if none has."""
@@ -70,6 +77,7 @@ def timed_run(name: str, records: Sequence[RoundRecord], manifest: ManifestRecor
     timed = [record for record in records if record.virtual_clock_seconds is not None]
     if not timed:
         return None
+    base = next((record.evaluation for record in records if record.server_round == 0), None)
     return TimedRun(
         name=name,
         policy=(manifest.policy if manifest else None) or "unknown",
@@ -82,6 +90,7 @@ def timed_run(name: str, records: Sequence[RoundRecord], manifest: ManifestRecor
         num_failed=sum(record.num_failed for record in timed),
         up_bytes=sum(record.up_bytes for record in timed),
         down_bytes=sum(record.down_bytes for record in timed),
+        base_rouge_l=finite(base.unseen.rouge_l) if base else None,
     )
 
 
@@ -100,14 +109,19 @@ def timed_reference(name: str, policy: str, run: ReferenceRunRecord | None) -> T
         num_failed=None,
         up_bytes=run.up_bytes,
         down_bytes=run.down_bytes,
+        base_rouge_l=next((finite(s.unseen.rouge_l) for s in run.evaluations if s.server_round == 0), None),
     )
 
 
 def common_target(runs: Sequence[TimedRun], target: float | None = None) -> float | None:
-    """Return ``target``, or else the best ROUGE-L of the run whose best is lowest: one that all have reached."""
+    """Return ``target``, or else a ROUGE-L that all runs have reached which ever scored above their base model.
+
+    It is the best of the one whose best is lowest; None if no run has learned. With a run that never did, it would be
+    the score that every run begins with.
+    """
     if target is not None:
         return target
-    best = [run.best_rouge_l for run in runs]
+    best = [run.best_rouge_l for run in runs if run.has_learned]
     return min((value for value in best if value is not None), default=None)
 
 

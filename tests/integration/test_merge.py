@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 PATHS = [f"model.layers.{layer}.self_attn.{name}" for layer in range(3) for name in ("q_proj", "v_proj")]
 
 
-def flexlora(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+def flexlora(*arguments: str | Path, folder: Path, columns: int = 100) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flexlora.cli", *(str(argument) for argument in arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": str(columns), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
 
 
@@ -51,6 +51,14 @@ def test_a_merge_prints_a_table_and_writes_the_weighted_mean(adapters: Path) -> 
     for path, factors in read_adapter(adapters / "out").items():
         expected = sum(w / 8 * adapter[path].delta().numpy() for w, adapter in zip((1, 2, 5), given, strict=True))
         np.testing.assert_allclose(factors.delta().numpy(), expected, atol=1e-5)
+
+
+def test_a_pipe_gets_whole_names_and_every_column(adapters: Path) -> None:
+    for arguments in (("a", "b", "--explain", "--out", "out"), ("--inspect", "a", "--explain")):
+        done = flexlora("merge", *arguments, folder=adapters, columns=40)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert all(done.stdout.count(path) == (2 if "--out" in arguments else 1) for path in PATHS)
+        assert "over best" in done.stdout or "spectrum" in done.stdout
 
 
 def test_json_goes_to_stdout_alone(adapters: Path) -> None:

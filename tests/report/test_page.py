@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from flexlora import FlexLoraError
-from flexlora.report.page import headline, read_run, status, write_report
+from flexlora.report.page import headline, status, write_report
 from flexlora.report.records import (
     RoundRecord,
     append_record,
 )
+from flexlora.report.run_folder import read_run
 
 SECTIONS = [
     "headline",

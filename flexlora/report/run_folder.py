@@ -1,0 +1,81 @@
+"""What a run folder holds, read as far as the run has got."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from flexlora import FlexLoraError
+from flexlora.report import tables
+from flexlora.report.records import (
+    MANIFEST_FILE,
+    RECORDS_FILE,
+    REFERENCES_FILE,
+    ManifestRecord,
+    ReferencesRecord,
+    RoundRecord,
+    read_manifest,
+    read_records,
+    read_references,
+)
+
+CONFIG_FILE = "config.yaml"
+
+
+class ReportError(FlexLoraError, ValueError):
+    """A folder cannot be reported on, or not as asked."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What was found in a run folder; any of it may be missing while the run goes on.
+
+    Attributes:
+        path: Where it is, with nothing relative in it.
+    """
+
+    path: Path
+    records: Sequence[RoundRecord]
+    references: ReferencesRecord
+    manifest: ManifestRecord | None
+    config: str | None
+    adapters: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.path.name
+
+    @cached_property
+    def plan_ranks(self) -> dict[str, dict[str, int]]:
+        """Plan name -> module path -> rank, smallest ranks first."""
+        return tables.plan_ranks(self.records, self.manifest)
+
+    @cached_property
+    def plan_styles(self) -> dict[str, str]:
+        """Plan name -> CSS class."""
+        return {plan: f"p{1 + place % 6}" for place, plan in enumerate(self.plan_ranks)}
+
+
+def read_run(run_folder: Path) -> RunFolder:
+    """Return what a run folder holds.
+
+    Raises:
+        ReportError: The folder holds nothing that a run writes.
+        RecordsError: A file of the run is damaged.
+    """
+    if not any((run_folder / name).exists() for name in (RECORDS_FILE, MANIFEST_FILE, CONFIG_FILE)):
+        raise ReportError(
+            f"a run folder holds {RECORDS_FILE}, {MANIFEST_FILE} or {CONFIG_FILE}; {run_folder} holds none of them; "
+            "name the folder given to `flexlora run --out`"
+        )
+    config = run_folder / CONFIG_FILE
+    adapters = (path.name for path in run_folder.glob("adapters/rank-*") if path.is_dir())
+    return RunFolder(
+        path=run_folder.resolve(),
+        records=read_records(run_folder / RECORDS_FILE),
+        references=read_references(run_folder / REFERENCES_FILE),
+        manifest=read_manifest(run_folder / MANIFEST_FILE),
+        config=config.read_text(encoding="utf-8") if config.exists() else None,
+        adapters=sorted(adapters, key=lambda name: (len(name), name)),
+    )
