@@ -32,6 +32,8 @@ SPARK_DECADES = 4.0
 """A spark line is empty where singular values fall below the largest by this many powers of ten."""
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+ESTIMATED_FROM = 1e-4
+"""Doubt about a share of energy from which on it is shown as an estimate."""
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
 
 
@@ -49,13 +51,13 @@ def print_merge(console: Console, result: MergeResult, *, explain: bool) -> None
     many = len(result.modules) > MOST_ROWS
     shown = _by_kind(result.modules) if many else ((module.path, [module]) for module in result.modules)
     rows = [_merge_cells(name, modules) for name, modules in shown]
-    rows.append([f"all  ({len(result.modules)})", *[""] * 4, percent_text(result.energy_kept, 2), ""])
+    rows.append([f"all  ({len(result.modules)})", *[""] * 4, _kept_text(result.modules), ""])
     headers = ("module", "shape", "adapters", "ranks", "rank", "energy kept", "over best")
     _print_table(console, headers, rows, spare=("adapters", "shape", "ranks", "over best", "rank"), with_total=True)
     if many:
         console.print(f"[bold]Least energy kept[/] in {count_text(len(result.modules), 'module')}:")
         for module in sorted(result.modules, key=lambda module: module.energy_kept)[:NUM_WORST]:
-            line = f"  {module.path} at rank {module.rank}: {percent_text(module.energy_kept, 2)}"
+            line = f"  {module.path} at rank {module.rank}: {_kept_text([module])}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     if explain:
         _print_methods(console, result.modules)
@@ -73,8 +75,6 @@ def print_merge(console: Console, result: MergeResult, *, explain: bool) -> None
 
 def _merge_cells(name: str, modules: Sequence[MergedModule]) -> list[str]:
     shapes = sorted({f"{module.shape[0]}x{module.shape[1]}" for module in modules})
-    energy = sum(module.energy for module in modules)
-    kept = sum(module.energy * module.energy_kept for module in modules) / energy if energy > 0 else 1.0
     count = f"  ({len(modules)})" if len(modules) > 1 else ""
     return [
         f"{name}{count}",
@@ -82,9 +82,18 @@ def _merge_cells(name: str, modules: Sequence[MergedModule]) -> list[str]:
         _range_text(len(module.ranks) for module in modules),
         _ranks_text({module.ranks for module in modules}),
         _range_text(module.rank for module in modules),
-        percent_text(kept, 2),
+        _kept_text(modules),
         _excess_text(max(module.certificate.excess for module in modules)),
     ]
+
+
+def _kept_text(modules: Sequence[MergedModule]) -> str:
+    """Return the share of the energy of all modules that is kept, with as many digits as are known."""
+    energy = sum(module.energy for module in modules)
+    kept = sum(module.energy * module.energy_kept for module in modules) / energy if energy > 0 else 1.0
+    least = sum(module.energy * module.certificate.least_energy_kept for module in modules)
+    is_known = energy == 0 or kept - least / energy < ESTIMATED_FROM
+    return percent_text(kept, 2) if is_known else f"≈ {percent_text(kept, 0)}"
 
 
 def _ranks_text(combinations: set[tuple[int, ...]]) -> str:

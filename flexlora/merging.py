@@ -423,5 +423,6 @@ def _module_json(module: MergedModule) -> dict[str, Any]:
             **asdict(module.certificate),
             "error": module.certificate.error,
             "optimal": module.certificate.optimal,
+            "least_energy_kept": module.certificate.least_energy_kept,
         },
     }
