@@ -217,10 +217,9 @@ class _Remainder:
 
     @property
     def spread(self) -> float:
-        """How far from ``tail`` the norm of what the answer leaves out may be."""
-        known = self.tail**2 - self.energy
+        """How far from ``tail`` the norm of what the answer leaves out may be, or that of what the best one does."""
         low, high = self._energy_bounds()
-        return max(sqrt(known + high) - self.tail, self.tail - sqrt(max(0.0, known + low)))
+        return max(sqrt(self.tail**2 - self.energy + high) - self.tail, self.tail - sqrt(self._best2(low)))
 
     def verdict(self, lost: float, accuracy: Accuracy, most_factors: int) -> tuple[float, float] | None:
         """Return excess and rounding as ``verdict_on`` does, after as many products with ``G`` as are worth it."""
