@@ -311,7 +311,11 @@ def _replace(network: nn.Module, path: str, module: nn.Module) -> nn.Module:
 
 def base_linear(network: nn.Module, path: str) -> nn.Module:
     """Return the module of the base at a path, without the PEFT layer that may be around it."""
-    module = network.get_submodule(path)
+    return without_lora(network.get_submodule(path))
+
+
+def without_lora(module: nn.Module) -> nn.Module:
+    """Return what a PEFT layer is around, any other module as it is."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.adamw import adamw
@@ -24,7 +23,7 @@ from torch.optim.sgd import sgd
 from flexlora.clients import Broadcast, stream_seed
 from flexlora.data.prompts import EncodedExample, padding_token
 from flexlora.group_decoder import GroupDecoder, decoder_of
-from flexlora.group_layers import FactorBank, GroupLayers, RowMasks, Share, Trained
+from flexlora.group_layers import FactorBank, GroupLayers, RowMasks, Share, Trained, without_lora
 from flexlora.lora.factors import AdapterState
 from flexlora.model import IGNORED, AdaptedModel
 from flexlora.training import (
@@ -186,7 +185,7 @@ class _Pool:
         self._padding = padding_token(model.tokenizer)
         with model.without_adapter():
             head = model.separate_head
-            self._head = head.get_base_layer() if isinstance(head, LoraLayer) else head
+            self._head = None if head is None else without_lora(head)
             is_simple = self._head is not None and not model.dropout
             self._decoder = decoder_of(model.network) if is_simple else None
 

@@ -115,7 +115,7 @@ def gather_participants(config: Config) -> Participants:
         for client_id, splits in sorted(corpus.clients.items())
         if (plan := plan_of[client_id]) is not None
     )
-    if not clients:
+    if chosen and not clients:
         raise ClientError(f"no device affords any rank. {' '.join(_left_out_clients(chosen, corpus))}")
     used = {client.plan.name: client.plan for client in clients}
     _require_one_rank(config, used)

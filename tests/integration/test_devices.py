@@ -10,8 +10,9 @@ from flexlora.config import Config, parse_config
 from flexlora.experiment import ExperimentError, run_experiment
 from flexlora.participants import cost_on_device, gather_participants
 from flexlora.planning import plan_experiment
-from flexlora.report.page import read_run, timed_runs
+from flexlora.report.comparison import timed_runs
 from flexlora.report.records import RoundRecord, read_manifest, read_records
+from flexlora.report.run_folder import read_run
 from flexlora.report.tables import bytes_text
 
 pytestmark = pytest.mark.integration
