@@ -24,9 +24,10 @@ from contextlib import contextmanager
 import torch
 from simulation import Setting, make_network, make_setting
 
-from flexlora import group_decoder, group_training
-from flexlora.group_training import TrainedClient, train_group
-from flexlora.model import AdaptedModel
+from flexlora.training import group as group_training
+from flexlora.training import group_decoder
+from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.group import TrainedClient, train_group
 
 Trainer = Callable[[], float]
 

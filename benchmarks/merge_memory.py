@@ -79,7 +79,7 @@ def memory() -> dict[str, int]:
 
 def merge_and_watch(folder: Path, accuracy: str) -> dict[str, object]:
     """Merge the adapters in ``folder`` and return the peaks of this process."""
-    from flexlora.merging import merge
+    from flexlora.adapters.merge import merge
 
     peaks, finished = memory(), threading.Event()
     start = peaks["anonymous"]

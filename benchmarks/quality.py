@@ -47,27 +47,28 @@ def measure_seed(config_path: str, overrides: Sequence[str], runs: Sequence[Run]
     """Run everything under one seed and return one result per run, unseen scores only for the chosen ones."""
     import torch
 
-    from flexlora.config import load_config
-    from flexlora.participants import gather_participants
-    from flexlora.references import at_smallest_ranks
-    from flexlora.rounds import run_rounds
-    from flexlora.workbench import Scorer, Workbench
+    from flexlora.experiment.baselines import at_smallest_ranks
+    from flexlora.experiment.config_file import load_config
+    from flexlora.experiment.loaded import LoadedRun
+    from flexlora.experiment.participants import gather_participants
+    from flexlora.experiment.scoring import Scorer
+    from flexlora.rounds.loop import run_rounds
 
     torch.set_num_threads(1)
     seed = runs[0].seed
     config = load_config(config_path, [*overrides, f"seed={seed}"])
-    workbench = Workbench.load(config, gather_participants(config))
-    scorer, folder = Scorer(workbench), out / "scratch" / f"seed-{seed}"
+    loaded = LoadedRun.load(config, gather_participants(config))
+    scorer, folder = Scorer(loaded), out / "scratch" / f"seed-{seed}"
     results, outcomes = [], {}
     for run in runs:
         # FedIT has one rank only: what the weakest client can afford.
-        own = at_smallest_ranks(workbench) if run.method == "fedit" else workbench.participants.clients
+        own = at_smallest_ranks(loaded) if run.method == "fedit" else loaded.participants.clients
         shutil.rmtree(folder, ignore_errors=True)
-        loop = workbench.loop(METHODS[run.method], own, folder, lambda event: None, run.learning_rate)
-        loop = _validated_only(loop, workbench)
+        loop = round_loop(loaded, METHODS[run.method], own, folder, lambda event: None, run.learning_rate)
+        loop = _validated_only(loop, loaded)
         outcome = run_rounds(loop)
         adapter = loop.aggregator.broadcast(outcome.state, loop.federation.server_ranks)
-        loss = workbench.validation_loss(adapter)
+        loss = validation_loss(loaded, adapter)
         results.append({**vars(run), "validation_loss": loss})
         best = outcomes.get(run.method)
         if best is None or loss < best[0]:
@@ -83,11 +84,11 @@ def measure_seed(config_path: str, overrides: Sequence[str], runs: Sequence[Run]
     return results
 
 
-def _validated_only(loop: Any, workbench: Any) -> Any:
+def _validated_only(loop: Any, loaded: Any) -> Any:
     """Return the loop without its own evaluations: here only the model of the last round is looked at."""
     import dataclasses
 
-    from flexlora.report.records import EvaluationRecord, ScoreRecord
+    from flexlora.rounds.records import EvaluationRecord, ScoreRecord
 
     nothing = ScoreRecord(rouge_l=0.0, exact_match=0.0, loss=0.0, num_examples=0, num_tasks=0)
 

@@ -84,9 +84,9 @@ def _status(path: Path) -> dict[str, str]:
 
 def run_and_watch(num_clients: int, num_rounds: int, steps: int, cache: str) -> dict[str, object]:
     """Run the case and return what was seen."""
-    from flexlora.config import parse_config
-    from flexlora.experiment import run_experiment
-    from flexlora.rounds import RoundEvent
+    from flexlora.experiment.config_file import parse_config
+    from flexlora.experiment.run import run_experiment
+    from flexlora.rounds.loop_parts import RoundEvent
 
     config = parse_config(settings(num_clients, num_rounds, steps, cache), "the benchmark")
     began = {"wall": time.perf_counter(), "cpu": time.process_time()}

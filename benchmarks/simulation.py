@@ -53,17 +53,20 @@ from transformers import (
     TrainingArguments,
 )
 
-from flexlora.clients import Broadcast, ClientSpec, Update
-from flexlora.config import load_config
 from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.data.prompts import EncodedExample, encode_many
+from flexlora.engines.processes import Workers, WorkersEngine, plan_processes
 from flexlora.engines.simulation import SimulationEngine
-from flexlora.engines.workers import Workers, WorkersEngine, plan_processes
-from flexlora.group_training import GroupJob, TrainedClient, train_group
+from flexlora.experiment.config_file import load_config
+from flexlora.experiment.participants import gather_participants
+from flexlora.federation.clients import ClientSpec
+from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factors import Scaling
-from flexlora.model import AdaptedModel, load_base_model, target_modules
-from flexlora.participants import gather_participants
-from flexlora.training import LocalTraining
+from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.base_model import load_base_model, target_modules
+from flexlora.training.group import TrainedClient, train_group
+from flexlora.training.group_passes import GroupJob
+from flexlora.training.one_client import LocalTraining
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 HEAD_WIDTH = 32

@@ -12,14 +12,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flexlora.adapters import read_adapter, write_adapter
-    from flexlora.aggregators import AGGREGATORS
+    from flexlora.adapters.folder import read_adapter
+    from flexlora.adapters.inspection import inspect_adapter
+    from flexlora.adapters.merge import MergeResult, merge
+    from flexlora.adapters.write import write_adapter
     from flexlora.aggregators.base import Aggregator
-    from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update
-    from flexlora.config import Config, ConfigError, dump_config, load_config, parse_config
+    from flexlora.aggregators.registry import AGGREGATORS
     from flexlora.engines.base import Engine
-    from flexlora.experiment import RunResult, evaluate_run, export_run, run_experiment
-    from flexlora.inspection import inspect_adapter
+    from flexlora.errors import FlexLoraError
+    from flexlora.experiment.config import Config, ConfigError
+    from flexlora.experiment.config_file import dump_config, load_config, parse_config
+    from flexlora.experiment.estimate import Plan, plan_experiment
+    from flexlora.experiment.export import export_run
+    from flexlora.experiment.run import RunResult, run_experiment
+    from flexlora.experiment.score_run import evaluate_run
+    from flexlora.federation.clients import ClientSpec, RankPlan
+    from flexlora.federation.messages import Broadcast, ClientFailure, Update
     from flexlora.lora.certificate import Certificate
     from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
     from flexlora.lora.product import (
@@ -29,10 +37,8 @@ if TYPE_CHECKING:
         certified_decomposition,
         certified_decompositions,
     )
-    from flexlora.merging import MergeResult, merge
-    from flexlora.planning import Plan, plan_experiment
     from flexlora.report.page import write_report
-    from flexlora.report.records import RoundRecord, read_records
+    from flexlora.rounds.records import RoundRecord, read_records
     from flexlora.uplink.base import UplinkStep
 
 __version__ = "0.1.0"
@@ -80,14 +86,22 @@ __all__ = [
 ]
 
 _NAMES = {
-    "flexlora.adapters": ("read_adapter", "write_adapter"),
-    "flexlora.aggregators": ("AGGREGATORS",),
+    "flexlora.adapters.folder": ("read_adapter",),
+    "flexlora.adapters.inspection": ("inspect_adapter",),
+    "flexlora.adapters.merge": ("MergeResult", "merge"),
+    "flexlora.adapters.write": ("write_adapter",),
     "flexlora.aggregators.base": ("Aggregator",),
-    "flexlora.clients": ("Broadcast", "ClientFailure", "ClientSpec", "RankPlan", "Update"),
-    "flexlora.config": ("Config", "ConfigError", "dump_config", "load_config", "parse_config"),
+    "flexlora.aggregators.registry": ("AGGREGATORS",),
     "flexlora.engines.base": ("Engine",),
-    "flexlora.experiment": ("RunResult", "evaluate_run", "export_run", "run_experiment"),
-    "flexlora.inspection": ("inspect_adapter",),
+    "flexlora.errors": ("FlexLoraError",),
+    "flexlora.experiment.config": ("Config", "ConfigError"),
+    "flexlora.experiment.config_file": ("dump_config", "load_config", "parse_config"),
+    "flexlora.experiment.estimate": ("Plan", "plan_experiment"),
+    "flexlora.experiment.export": ("export_run",),
+    "flexlora.experiment.run": ("RunResult", "run_experiment"),
+    "flexlora.experiment.score_run": ("evaluate_run",),
+    "flexlora.federation.clients": ("ClientSpec", "RankPlan"),
+    "flexlora.federation.messages": ("Broadcast", "ClientFailure", "Update"),
     "flexlora.lora.certificate": ("Certificate",),
     "flexlora.lora.factors": ("AdapterState", "LoraFactors", "Scaling"),
     "flexlora.lora.product": (
@@ -97,17 +111,11 @@ _NAMES = {
         "certified_decomposition",
         "certified_decompositions",
     ),
-    "flexlora.merging": ("MergeResult", "merge"),
-    "flexlora.planning": ("Plan", "plan_experiment"),
     "flexlora.report.page": ("write_report",),
-    "flexlora.report.records": ("RoundRecord", "read_records"),
+    "flexlora.rounds.records": ("RoundRecord", "read_records"),
     "flexlora.uplink.base": ("UplinkStep",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
-
-
-class FlexLoraError(Exception):
-    """Base of every error raised on purpose; its message names the rule, the value and the fix."""
 
 
 if not TYPE_CHECKING:  # A type checker would take any name for granted.

@@ -28,7 +28,8 @@ except KeyboardInterrupt:
     sys.stderr.write("Interrupted.\n")
     sys.exit(130)
 
-from flexlora import FlexLoraError, __version__
+from flexlora import __version__
+from flexlora.errors import FlexLoraError
 
 EXIT_ERROR, EXIT_WRONG_INPUT, EXIT_NO_PROGRESS, EXIT_MACHINE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -77,9 +78,9 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune federatedly and leave adapters, records and a report behind."""
-    from flexlora.config import load_config
-    from flexlora.display import LiveProgress, print_summary
-    from flexlora.experiment import run_experiment
+    from flexlora.experiment.config_file import load_config
+    from flexlora.experiment.run import run_experiment
+    from flexlora.experiment.terminal import LiveProgress, print_summary
 
     settings = load_config(config, overrides or (), check_paths=True)
     _hide_other_progress_bars()
@@ -103,9 +104,9 @@ def run(
 @app.command(epilog="Example: flexlora plan configs/natural_instructions.yaml data.path=natural-instructions")
 def plan(config: ConfigArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Show what a run will do and what it will cost each kind of client, before any weight is loaded."""
-    from flexlora.config import load_config
-    from flexlora.display import print_plan
-    from flexlora.planning import plan_experiment
+    from flexlora.experiment.config_file import load_config
+    from flexlora.experiment.estimate import plan_experiment
+    from flexlora.experiment.terminal import print_plan
 
     planned = plan_experiment(load_config(config, overrides or (), check_paths=True))
     if as_json:
@@ -123,7 +124,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the global adapter of a run as a standard PEFT folder, at any rank."""
-    from flexlora.experiment import export_run
+    from flexlora.experiment.export import export_run
 
     _hide_other_progress_bars()
     written = export_run(run_folder, folder, rank=rank, merged=merged)
@@ -190,8 +191,8 @@ def merge(
         return
     if not adapters or target is None:
         raise FlexLoraError("merging needs adapters and the folder to write: flexlora merge A B --out DIR")
-    from flexlora.display_merge import module_progress, print_merge
-    from flexlora.merging import merge as merge_adapters
+    from flexlora.adapters.merge import merge as merge_adapters
+    from flexlora.adapters.terminal import module_progress, print_merge
 
     with _interruptible("nothing was written"), module_progress(err, "merging", hidden=as_json) as progress:
         result = merge_adapters(
@@ -216,8 +217,8 @@ def merge(
 
 
 def _inspect(adapter: str, picture: Path | None, *, every_module: bool, as_json: bool) -> None:
-    from flexlora.display_merge import module_progress, print_inspection
-    from flexlora.inspection import PICTURE_ENDINGS, inspect_adapter
+    from flexlora.adapters.inspection import PICTURE_ENDINGS, inspect_adapter
+    from flexlora.adapters.terminal import module_progress, print_inspection
 
     if picture is not None and (picture.suffix not in PICTURE_ENDINGS or os.path.lexists(picture)):
         raise FlexLoraError(
@@ -228,7 +229,7 @@ def _inspect(adapter: str, picture: Path | None, *, every_module: bool, as_json:
             found = inspect_adapter(adapter, progress)
         if picture is not None:
             # Only here: it takes a second, and only pictures need it.
-            from flexlora.picture import write_picture
+            from flexlora.adapters.figure import write_picture
 
             write_picture(found, picture)
     if as_json:
@@ -254,8 +255,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score the adapter of a run on its unseen tasks, beside the base model alone."""
-    from flexlora.display import print_evaluation
-    from flexlora.experiment import evaluate_run
+    from flexlora.experiment.score_run import evaluate_run
+    from flexlora.experiment.terminal import print_evaluation
 
     _hide_other_progress_bars()
     scores = evaluate_run(run_folder, overrides or (), rank=rank)
@@ -300,7 +301,7 @@ def report(
         return
     if timed or notes:
         # Only here: the tables of a run need torch, and writing a report does not.
-        from flexlora.display import print_virtual_time
+        from flexlora.experiment.terminal import print_virtual_time
 
         print_virtual_time(out, timed, target, notes)
     out.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
@@ -309,7 +310,7 @@ def report(
 @app.command(epilog="Example: flexlora doctor")
 def doctor(as_json: JsonOption = False) -> None:
     """Check versions, devices and files, and say how to mend what is wrong."""
-    from flexlora.doctor import examine
+    from flexlora.experiment.doctor import examine
 
     findings = examine()
     if as_json:

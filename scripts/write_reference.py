@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from flexlora.cli import app
-from flexlora.config import Config
+from flexlora.experiment.config import Config
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import typer
 
-from flexlora.aggregators import AGGREGATORS
+from flexlora.aggregators.registry import AGGREGATORS
 from flexlora.cli import app
 
 ROOT = Path(__file__).parents[1]

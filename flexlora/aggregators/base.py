@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
 from typing import Protocol, TypeVar, runtime_checkable
 
-from flexlora import FlexLoraError
-from flexlora.clients import Broadcast, Change, Update
+from flexlora.errors import FlexLoraError
+from flexlora.federation.messages import Broadcast, Change, Update
 from flexlora.lora.factors import AdapterState
 from flexlora.lora.product import Spectrum
 

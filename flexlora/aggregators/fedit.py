@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from flexlora.aggregators.base import AggregationError, weighed
-from flexlora.clients import Broadcast, Update
+from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import Spectrum, spectrum_of
 

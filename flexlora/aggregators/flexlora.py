@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from flexlora.aggregators.base import AggregationError, weighed
-from flexlora.clients import Broadcast, Change, Update
+from flexlora.federation.messages import Broadcast, Change, Update
 from flexlora.lora.certificate import Accuracy
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import (

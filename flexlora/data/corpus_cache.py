@@ -82,7 +82,7 @@ def code_hash() -> str:
     """Return a SHA-256 of the code that reads, generates, deals and writes examples."""
     digest = hashlib.sha256(f"{platform.python_version()} {np.__version__}".encode())
     data = Path(__file__).parent
-    for path in (*sorted(data.rglob("*.py")), data.with_name("clients.py"), data.with_name("partition.py")):
+    for path in (*sorted(data.rglob("*.py")), data.with_name("federation") / "streams.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

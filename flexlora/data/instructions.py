@@ -14,10 +14,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from flexlora import FlexLoraError
-from flexlora.clients import stream
 from flexlora.data.examples import Example, ExampleSplits, FederatedCorpus
-from flexlora.partition import Indices, by_id, dirichlet, iid, train_validation_test
+from flexlora.data.partition import Indices, by_id, dirichlet, iid, train_validation_test
+from flexlora.errors import FlexLoraError
+from flexlora.federation.streams import stream
 
 PartitionName = Literal["natural", "dirichlet", "iid"]
 

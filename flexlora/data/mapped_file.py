@@ -7,7 +7,7 @@ import weakref
 from pathlib import Path
 from typing import BinaryIO
 
-from flexlora import FlexLoraError
+from flexlora.errors import FlexLoraError
 
 _UNWRITTEN_BYTES = 1 << 20
 

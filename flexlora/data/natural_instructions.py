@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flexlora import FlexLoraError
-from flexlora.clients import stream
 from flexlora.data.corpus_file import ExampleFile, Owner, stored_corpus
 from flexlora.data.examples import Example, ExampleSplits, FederatedCorpus
-from flexlora.partition import train_validation_test
+from flexlora.data.partition import train_validation_test
+from flexlora.errors import FlexLoraError
+from flexlora.federation.streams import stream
 
 Exclude = Callable[[str, Iterable[str]], bool]
 

@@ -9,8 +9,8 @@ from typing import Literal
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from flexlora import FlexLoraError
 from flexlora.data.examples import Example
+from flexlora.errors import FlexLoraError
 
 Template = Literal["alpaca", "chat", "plain"]
 LossOn = Literal["answers", "all"]

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update
+from flexlora.federation.clients import ClientSpec, RankPlan
+from flexlora.federation.messages import Broadcast, ClientFailure, Update
 
 
 @runtime_checkable

@@ -7,9 +7,9 @@ the settings, never of the number of processes or of how fast they are.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from flexlora.clients import ClientSpec
 from flexlora.data.prompts import EncodedExample
-from flexlora.training import LocalTraining
+from flexlora.federation.clients import ClientSpec
+from flexlora.training.one_client import LocalTraining
 
 # Tokens of one optimiser step of a chunk's clients, at least and at most. Fewer would leave passes half empty; more
 # would fill none better, and processes would wait longer for the last chunk.

@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexlora import FlexLoraError
-from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update
 from flexlora.engines.chunks import Chunk, cut_into_chunks
+from flexlora.engines.process_child import Start, Task, Trainer, pickled_settings, unpacked
 from flexlora.engines.shared_model import attach, share
 from flexlora.engines.simulation import SimulationEngine, reason_of
-from flexlora.engines.worker import Start, Task, Trainer, pickled_settings, unpacked
-from flexlora.model import AdaptedModel
+from flexlora.errors import FlexLoraError
+from flexlora.federation.clients import ClientSpec, RankPlan
+from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.training.adapted_model import AdaptedModel
 from flexlora.uplink.wire import encode_broadcast
 
 # Chunks that an actor has or waits for: it never idles while the next one travels.

@@ -16,9 +16,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from flexlora import FlexLoraError
-from flexlora.clients import Broadcast
-from flexlora.model import AdaptedModel
+from flexlora.errors import FlexLoraError
+from flexlora.federation.messages import Broadcast
+from flexlora.training.adapted_model import AdaptedModel
 
 
 class SharingError(FlexLoraError, ValueError):

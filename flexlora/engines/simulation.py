@@ -11,14 +11,17 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from flexlora import FlexLoraError
-from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update, stream_seed
 from flexlora.data.prompts import EncodedExample
-from flexlora.group_layers import reason_against_groups
-from flexlora.group_training import GroupJob, TrainedClient, train_group
+from flexlora.errors import FlexLoraError
+from flexlora.federation.clients import ClientSpec, RankPlan
+from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import AdapterState
-from flexlora.model import AdaptedModel
-from flexlora.training import LocalTraining, train_client
+from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.group import TrainedClient, train_group
+from flexlora.training.group_layers import reason_against_groups
+from flexlora.training.group_passes import GroupJob
+from flexlora.training.one_client import LocalTraining, train_client
 from flexlora.uplink.base import UplinkStep, send
 from flexlora.uplink.wire import WireDtype, decode_broadcast, encode_broadcast, encoded_size, received
 

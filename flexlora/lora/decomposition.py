@@ -32,15 +32,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from flexlora.lora.certificate import (
-    ROUNDING,
-    Accuracy,
-    Certificate,
-    lost_to_rounding,
-    spread_of,
-    together,
-    verdict_on,
-)
+from flexlora.lora.certificate import ROUNDING, Accuracy, Certificate, lost_to_rounding, spread_of, together, verdict_on
 from flexlora.lora.linalg import (
     SERIAL_SIDE,
     STEEP,

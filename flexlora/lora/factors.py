@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flexlora import FlexLoraError
+from flexlora.errors import FlexLoraError
 
 ScalingPolicy = Literal["constant_alpha", "constant_ratio", "rslora"]
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flexlora import FlexLoraError
+from flexlora.errors import FlexLoraError
 from flexlora.lora.certificate import Accuracy, Certificate
 from flexlora.lora.decomposition import truncated_svds
 from flexlora.lora.factors import FactorsError, LoraFactors

@@ -3,6 +3,8 @@
 # torch.linalg and torch.special carry no type information.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -55,3 +57,10 @@ def principal_angles(
     cosines = torch.linalg.svdvals(inner).clamp(max=1)
     sines = torch.linalg.svdvals(other - basis @ inner).clamp(max=1).flip(0)
     return torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
+
+
+def share_inside(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> float:
+    """Return the share (0 to 1) of the squared singular values of all modules inside these ranks; 1 if all are 0."""
+    total = sum(float(spectrum.S.square().sum()) + spectrum.tail**2 for spectrum in spectra.values())
+    inside = sum(float(spectrum.S[: ranks.get(module, 0)].square().sum()) for module, spectrum in spectra.items())
+    return inside / total if total else 1.0

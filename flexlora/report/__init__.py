@@ -1,1 +1,1 @@
-"""What a run shows: its records, the tables and figures made of them, and the page. Reads run folders only."""
+"""Run folders become a page, tables and comparisons; no torch."""

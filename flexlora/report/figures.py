@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from flexlora.report.tables import finite, number_text
+from flexlora.report.tables import finite
+from flexlora.text import number_text
 
 WIDTH, HEIGHT = 520.0, 270.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 508.0, 12.0, 232.0

@@ -10,9 +10,21 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from flexlora.report import figures, tables, virtual_time
 from flexlora.report.comparison import comparison_notes, timed_runs
 from flexlora.report.figures import Axis, Chart, Series
-from flexlora.report.records import RoundRecord, SpectrumRecord
 from flexlora.report.run_folder import RunFolder, read_run
 from flexlora.report.virtual_time import TimedRun
+from flexlora.rounds.records import RoundRecord, SpectrumRecord
+from flexlora.text import (
+    NONE,
+    bytes_text,
+    count_text,
+    describe_ranks,
+    layer_order,
+    number_text,
+    percent_text,
+    seconds_text,
+    short_names,
+    signed_text,
+)
 
 REPORT_FILE = "report.html"
 MAX_SPECTRA = 2400
@@ -91,14 +103,14 @@ def render(run: RunFolder, others: Sequence[RunFolder] = (), target: float | Non
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=tables.number_text,
-        rate=lambda value: tables.NONE if tables.finite(value) is None else f"{value:.3g}",
-        signed=tables.signed_text,
-        percent=tables.percent_text,
-        bytes=tables.bytes_text,
-        duration=tables.seconds_text,
-        count=tables.count_text,
-        ranks=tables.describe_ranks,
+        number=number_text,
+        rate=lambda value: NONE if tables.finite(value) is None else f"{value:.3g}",
+        signed=signed_text,
+        percent=percent_text,
+        bytes=bytes_text,
+        duration=seconds_text,
+        count=count_text,
+        ranks=describe_ranks,
         readings=_readings,
     )
     timed, chosen = timed_runs(run, others, target)
@@ -148,14 +160,14 @@ def headline(run: RunFolder) -> str:
     if not federated or federated.rouge_l is None:
         what = _what_was_run(run, _num_rounds(run))
         if base and base.rouge_l is not None:
-            return f"{what} Base model alone: ROUGE-L {tables.number_text(base.rouge_l)} of 100 on unseen tasks."
+            return f"{what} Base model alone: ROUGE-L {number_text(base.rouge_l)} of 100 on unseen tasks."
         return f"{what} No result on unseen tasks yet."
     parts = [_what_was_run(run, _num_rounds(run))]
-    score = tables.number_text(federated.rouge_l)
+    score = number_text(federated.rouge_l)
     if base and base.rouge_l is not None and federated.difference is not None:
         verb = "rose" if federated.difference > 0 else "fell" if federated.difference < 0 else "stayed"
-        before = tables.number_text(base.rouge_l)
-        change = tables.signed_text(federated.difference)
+        before = number_text(base.rouge_l)
+        change = signed_text(federated.difference)
         parts.append(f"ROUGE-L on unseen tasks {verb} from {before} (base model alone) to {score}: {change} points.")
     else:
         parts.append(f"ROUGE-L on unseen tasks reached {score} of 100.")
@@ -164,7 +176,7 @@ def headline(run: RunFolder) -> str:
         ("Training alone", "training alone"),
     ]
     compared = [
-        f"{words} reached {tables.number_text(rows[name].rouge_l)} "
+        f"{words} reached {number_text(rows[name].rouge_l)} "
         f"({_ahead(tables.difference(federated.rouge_l, rows[name].rouge_l))})"
         for name, words in others
         if name in rows and rows[name].rouge_l is not None
@@ -183,9 +195,7 @@ def status(run: RunFolder) -> str | None:
         return f"Ended early after round {stopped.server_round}: {str(stopped.stopped).rstrip('.')}."
     wanted = run.manifest.num_rounds if run.manifest else None
     if wanted is not None and _num_rounds(run) < wanted:
-        return (
-            f"Not finished: {_num_rounds(run)} of {tables.count_text(wanted, 'round')}. The page shows what there is."
-        )
+        return f"Not finished: {_num_rounds(run)} of {count_text(wanted, 'round')}. The page shows what there is."
     return None
 
 
@@ -201,10 +211,10 @@ def tiles(run: RunFolder) -> list[Tile]:
     found = []
     federated = rows.get("Federated")
     if federated:
-        detail = f"{tables.signed_text(federated.difference)} points over base"
+        detail = f"{signed_text(federated.difference)} points over base"
         if federated.difference is None:
             detail = "of 100, on unseen tasks"
-        found.append(Tile("Unseen ROUGE-L", tables.number_text(federated.rouge_l), detail))
+        found.append(Tile("Unseen ROUGE-L", number_text(federated.rouge_l), detail))
     others = [
         ("FedIT at the smallest rank", "Versus FedIT, smallest rank"),
         ("Training alone", "Versus training alone"),
@@ -212,13 +222,13 @@ def tiles(run: RunFolder) -> list[Tile]:
     for name, label in others:
         if federated and name in rows:
             gain = tables.difference(federated.rouge_l, rows[name].rouge_l)
-            detail = f"points; it reached {tables.number_text(rows[name].rouge_l)}"
-            found.append(Tile(label, tables.signed_text(gain), detail))
+            detail = f"points; it reached {number_text(rows[name].rouge_l)}"
+            found.append(Tile(label, signed_text(gain), detail))
     if any(record.clients for record in run.records):
         moved = sum(record.up_bytes + record.down_bytes for record in run.records)
-        up = tables.bytes_text(sum(record.up_bytes for record in run.records))
-        down = tables.bytes_text(sum(record.down_bytes for record in run.records))
-        found.append(Tile("Traffic", tables.bytes_text(moved), f"{up} up, {down} down"))
+        up = bytes_text(sum(record.up_bytes for record in run.records))
+        down = bytes_text(sum(record.down_bytes for record in run.records))
+        found.append(Tile("Traffic", bytes_text(moved), f"{up} up, {down} down"))
     return found
 
 
@@ -329,7 +339,7 @@ def traffic(run: RunFolder) -> Figure:
         (size, name) for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")) if most >= size or size == 1
     )
     chart = figures.stacked_bars(
-        rounds, run.plan_styles, what="Bytes moved", heading="Round {}", write=tables.bytes_text, unit=unit
+        rounds, run.plan_styles, what="Bytes moved", heading="Round {}", write=bytes_text, unit=unit
     )
     caption = "Serialised factors as they travel, both directions."
     return Figure(
@@ -346,7 +356,7 @@ def stage_times(run: RunFolder) -> Figure:
         {stage: f"c{1 + place % 6}" for place, stage in enumerate(stages)},
         what="Wall time",
         heading="Round {}",
-        write=tables.seconds_text,
+        write=seconds_text,
     )
     return Figure("time-chart", "Time per round", "seconds, by stage", "Wall time on the machine of the run.", chart)
 
@@ -359,7 +369,7 @@ def timed_curves(runs: Sequence[TimedRun], target: float | None) -> list[Figure]
         for size, words in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
         if longest >= 2 * size or size == 1.0
     )
-    axis = Axis(f"virtual {words}", lambda x: tables.seconds_text(x * unit), _writer(1), is_whole=False)
+    axis = Axis(f"virtual {words}", lambda x: seconds_text(x * unit), _writer(1), is_whole=False)
     styles = {place: f"c{1 + place % 6}" for place in range(len(runs))}
     what = [("rouge_l", "ROUGE-L on unseen tasks", True, 1), ("validation_loss", "Validation loss", False, 3)]
     shown = []
@@ -384,7 +394,7 @@ def timed_curves(runs: Sequence[TimedRun], target: float | None) -> list[Figure]
 def spectra_view(run: RunFolder) -> SpectraView | None:
     """Return the singular values with their truncation errors; None when no round recorded any that is not zero."""
     recorded = [record for record in run.records if record.spectra]
-    modules = sorted({module for record in recorded for module in record.spectra}, key=tables.layer_order)
+    modules = sorted({module for record in recorded for module in record.spectra}, key=layer_order)
     values = [v for r in recorded for s in r.spectra.values() for v in s.singular_values if v > 0 and math.isfinite(v)]
     if not values:
         return None
@@ -401,7 +411,7 @@ def spectra_view(run: RunFolder) -> SpectraView | None:
     top = max(0.1, math.ceil(10 * max(present, default=0.1) - 1e-9) / 10)
     smallest = next(iter(plan_ranks), "")
     rounds = [record.server_round for record in kept]
-    short = tables.short_names(modules)
+    short = short_names(modules)
     first = kept[-1].spectra.get(modules[0])
     return SpectraView(
         modules=modules,
@@ -486,13 +496,13 @@ def _what_was_run(run: RunFolder, num_rounds: int) -> str:
     if num_rounds == 0:
         return "No round of training is finished yet."
     if not run.manifest:
-        return f"{tables.count_text(num_rounds, 'round')} of federated tuning."
+        return f"{count_text(num_rounds, 'round')} of federated tuning."
     manifest = run.manifest
     kinds = len(run.plan_ranks)
     mixed = f" in {kinds} rank plans" if kinds > 1 else ""
     return (
-        f"{tables.count_text(num_rounds, 'round')} of {manifest.method} on {manifest.base_model} with "
-        f"{tables.count_text(manifest.num_clients, 'client')}{mixed}."
+        f"{count_text(num_rounds, 'round')} of {manifest.method} on {manifest.base_model} with "
+        f"{count_text(manifest.num_clients, 'client')}{mixed}."
     )
 
 
@@ -505,7 +515,7 @@ def _ahead(gain: float | None) -> str:
         return "not comparable"
     if abs(gain) < 0.05:
         return "the same"
-    return f"{tables.number_text(abs(gain))} points {'less' if gain > 0 else 'more'}"
+    return f"{number_text(abs(gain))} points {'less' if gain > 0 else 'more'}"
 
 
 def _percent(share: float | None) -> float | None:
@@ -535,12 +545,12 @@ def _top(values: Sequence[float | None]) -> float:
 
 
 def _writer(digits: int) -> figures.NumberText:
-    return lambda value: tables.number_text(value, digits)
+    return lambda value: number_text(value, digits)
 
 
 def _in_percent(value: float) -> str:
-    return tables.number_text(value, 1, " %")
+    return number_text(value, 1, " %")
 
 
 def _counter(noun: str) -> figures.NumberText:
-    return lambda value: tables.count_text(round(value), noun)
+    return lambda value: count_text(round(value), noun)

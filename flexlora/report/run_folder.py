@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from flexlora import FlexLoraError
+from flexlora.errors import FlexLoraError
 from flexlora.report import tables
-from flexlora.report.records import (
+from flexlora.rounds.records import (
     MANIFEST_FILE,
     RECORDS_FILE,
     REFERENCES_FILE,

@@ -4,14 +4,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexlora.report.records import (
-    ClientRecord,
-    EvaluationRecord,
-    ManifestRecord,
-    ReferenceRunRecord,
-    RoundRecord,
-)
-from flexlora.report.tables import bytes_text, finite, number_text, seconds_text
+from flexlora.report.tables import finite
+from flexlora.rounds.records import ClientRecord, EvaluationRecord, ManifestRecord, ReferenceRunRecord, RoundRecord
+from flexlora.text import bytes_text, number_text, seconds_text
 
 
 @dataclass(frozen=True)

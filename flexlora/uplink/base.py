@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from flexlora.clients import Update
+from flexlora.federation.messages import Update
 
 
 @runtime_checkable

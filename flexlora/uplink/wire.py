@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flexlora import FlexLoraError
-from flexlora.clients import Broadcast
+from flexlora.errors import FlexLoraError
+from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 
 WireDtype = Literal["float32", "bfloat16", "float16"]

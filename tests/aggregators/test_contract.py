@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from flexlora import FlexLoraError
-from flexlora.aggregators import AGGREGATORS, STATE_TYPES
 from flexlora.aggregators.base import AggregationError, Aggregator
-from flexlora.clients import Broadcast, Update
+from flexlora.aggregators.registry import AGGREGATORS, STATE_TYPES
+from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 
 SHAPES = {"attn.k_proj": (6, 20), "attn.q_proj": (20, 20), "mlp.down_proj": (20, 31)}

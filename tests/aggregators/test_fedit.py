@@ -6,7 +6,7 @@ from torch import nn
 
 from flexlora.aggregators.base import AggregationError
 from flexlora.aggregators.fedit import FedIt
-from flexlora.clients import Update
+from flexlora.federation.messages import Update
 from flexlora.lora.factors import LoraFactors, Scaling
 
 SCALING = Scaling("constant_alpha", 16.0)

@@ -8,7 +8,7 @@ from torch import nn
 
 from flexlora.aggregators.base import AggregationError
 from flexlora.aggregators.flexlora import FlexLora, FlexLoraState
-from flexlora.clients import Change, Update
+from flexlora.federation.messages import Change, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 
 SHAPES = {"attn.q_proj": (24, 24), "mlp.down_proj": (20, 33), "mlp.up_proj": (33, 20)}

@@ -6,7 +6,7 @@ import torch
 
 from flexlora.aggregators.base import AggregationError
 from flexlora.aggregators.zero_pad import ZeroPad
-from flexlora.clients import Update
+from flexlora.federation.messages import Update
 from flexlora.lora.factors import LoraFactors, Scaling
 
 SCALING = Scaling("constant_alpha", 16.0)

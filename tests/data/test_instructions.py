@@ -10,7 +10,7 @@ import pytest
 
 from flexlora.data.examples import Example
 from flexlora.data.instructions import InstructionDataError, load_instructions, read_instructions
-from flexlora.partition import PartitionError
+from flexlora.data.partition import PartitionError
 
 SHARED = Path(os.environ.get("FLEXLORA_SHARED", Path(__file__).parents[2].parent / "shared"))
 

@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from flexlora.clients import ClientSpec, RankPlan
 from flexlora.data.prompts import EncodedExample
 from flexlora.engines.chunks import cut_into_chunks
-from flexlora.training import LocalTraining
+from flexlora.federation.clients import ClientSpec, RankPlan
+from flexlora.training.one_client import LocalTraining
 
 PLAN = RankPlan("any", (("", 1),))
 SETTINGS = LocalTraining(batch_size=4)

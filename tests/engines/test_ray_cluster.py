@@ -7,15 +7,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from flexlora.clients import Broadcast, ClientFailure, ClientSpec, Update, four_types
 from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.data.prompts import EncodedExample
+from flexlora.engines.processes import Workers, WorkersEngine
 from flexlora.engines.ray_cluster import ActorSettings, RayActors, RayEngine, RayError
 from flexlora.engines.simulation import SimulationEngine
-from flexlora.engines.workers import Workers, WorkersEngine
+from flexlora.federation.client_types import four_types
+from flexlora.federation.clients import ClientSpec
+from flexlora.federation.messages import Broadcast, ClientFailure, Update
 from flexlora.lora.factors import Scaling
-from flexlora.model import AdaptedModel, load_base_model, target_modules
-from flexlora.training import LocalTraining
+from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.base_model import load_base_model, target_modules
+from flexlora.training.one_client import LocalTraining
 
 ray = pytest.importorskip("ray")
 

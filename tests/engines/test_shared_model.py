@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from flexlora.clients import Broadcast
 from flexlora.engines import shared_model
 from flexlora.engines.shared_model import SharingError, attach
-from flexlora.model import AdaptedModel, target_modules
+from flexlora.federation.messages import Broadcast
+from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.base_model import target_modules
 
 ROWS = [[5, 6, 7, 8]]
 

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from flexlora.clients import Broadcast, ClientFailure, ClientSpec, RankPlan, Update, stream_seed
 from flexlora.data.prompts import EncodedExample
 from flexlora.engines.base import Engine
 from flexlora.engines.simulation import SimulationEngine
+from flexlora.federation.clients import ClientSpec, RankPlan
+from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import LoraFactors
-from flexlora.model import target_modules
-from flexlora.training import LocalTraining, train_client
+from flexlora.training.base_model import target_modules
+from flexlora.training.one_client import LocalTraining, train_client
 from flexlora.uplink.wire import encode, encode_broadcast
 
 SMALL = RankPlan("small", (("self_attn", 2),))

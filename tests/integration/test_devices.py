@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from flexlora.config import Config, parse_config
-from flexlora.experiment import ExperimentError, run_experiment
-from flexlora.participants import cost_on_device, gather_participants
-from flexlora.planning import plan_experiment
+from flexlora.experiment.config import Config
+from flexlora.experiment.config_file import parse_config
+from flexlora.experiment.estimate import plan_experiment
+from flexlora.experiment.participants import gather_participants
+from flexlora.experiment.run import run_experiment
+from flexlora.experiment.run_folder import ExperimentError
+from flexlora.experiment.workload import cost_on_device
 from flexlora.report.comparison import timed_runs
-from flexlora.report.records import RoundRecord, read_manifest, read_records
 from flexlora.report.run_folder import read_run
-from flexlora.report.tables import bytes_text
+from flexlora.rounds.records import RoundRecord, read_manifest, read_records
+from flexlora.text import bytes_text
 
 pytestmark = pytest.mark.integration
 

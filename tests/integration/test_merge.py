@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from flexlora.adapters import read_adapter, write_adapter
+from flexlora.adapters.folder import read_adapter
+from flexlora.adapters.write import write_adapter
 from flexlora.lora.factors import LoraFactors
 
 pytestmark = pytest.mark.integration
@@ -130,14 +131,14 @@ def test_a_merge_that_is_killed_leaves_nothing(adapters: Path, number: int, code
     # The signal comes between two modules, where a person's would most likely come too.
     program = f"""
 import os, sys
-import flexlora.merging
-decompose, done = flexlora.merging.certified_decomposition, []
+import flexlora.adapters.merge
+decompose, done = flexlora.adapters.merge.certified_decomposition, []
 def killed(*arguments, **options):
     done.append(1)
     if len(done) == 4:
         os.kill(os.getpid(), {int(number)})
     return decompose(*arguments, **options)
-flexlora.merging.certified_decomposition = killed
+flexlora.adapters.merge.certified_decomposition = killed
 sys.argv = ["flexlora", "merge", "a", "b", "c", "--out", "parent/out"]
 from flexlora.cli import main
 main()

@@ -16,10 +16,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexlora.clients import Broadcast
-from flexlora.config import Config, load_config
 from flexlora.data.pretraining import BASE_FOLDER
-from flexlora.experiment import run_experiment
+from flexlora.experiment.config import Config
+from flexlora.experiment.config_file import load_config
+from flexlora.experiment.run import run_experiment
+from flexlora.federation.messages import Broadcast
 from flexlora.uplink.wire import encode, encode_broadcast
 
 pytestmark = pytest.mark.integration
@@ -83,12 +84,12 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
 
 
 def test_clients_have_the_ranks_of_their_plans_and_bytes_are_those_serialised(finished: Path) -> None:
-    from flexlora.participants import gather_participants
-    from flexlora.workbench import Workbench
+    from flexlora.experiment.loaded import LoadedRun
+    from flexlora.experiment.participants import gather_participants
 
     config = load_config(finished / "config.yaml")
-    workbench = Workbench.load(config, gather_participants(config))
-    plans = workbench.participants.plans
+    loaded = LoadedRun.load(config, gather_participants(config))
+    plans = loaded.participants.plans
     expected = {"type1": (1, 1), "type2": (4, 4), "type3": (4, 16), "type4": (16, 16)}
     for record in records_of(finished)[1:]:
         assert record["clients"]
@@ -96,8 +97,8 @@ def test_clients_have_the_ranks_of_their_plans_and_bytes_are_those_serialised(fi
             attention, ffn = expected[client["plan"]]
             names = {"q_proj": attention, "k_proj": attention, "v_proj": attention, "o_proj": attention}
             assert client["ranks"] == {**names, "gate_proj": ffn, "up_proj": ffn, "down_proj": ffn}
-            ranks = plans[client["plan"]].resolve(workbench.shapes)
-            adapter = workbench.model.initial_adapter(ranks, workbench.scaling, 0)
+            ranks = plans[client["plan"]].resolve(loaded.shapes)
+            adapter = loaded.model.initial_adapter(ranks, loaded.scaling, 0)
             assert client["up_bytes"] == len(encode(adapter, "float32"))
             assert client["down_bytes"] == len(encode_broadcast(Broadcast(adapter), "float32"))
 

@@ -10,15 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora.lora.factors import FactorsError, LoraFactors
-from flexlora.lora.product import (
-    ProductError,
-    ProductSum,
-    Spectrum,
-    add_product,
-    add_spectrum,
-    decompose,
-    spectrum_of,
-)
+from flexlora.lora.product import ProductError, ProductSum, Spectrum, add_product, add_spectrum, decompose, spectrum_of
 
 FEW, MANY = 3, 40  # clients: total rank far below, and far above, min(out_features, in_features)
 

@@ -12,11 +12,8 @@ import pytest
 
 from flexlora import FlexLoraError
 from flexlora.report.page import headline, status, write_report
-from flexlora.report.records import (
-    RoundRecord,
-    append_record,
-)
 from flexlora.report.run_folder import read_run
+from flexlora.rounds.records import RoundRecord, append_record
 
 SECTIONS = [
     "headline",

@@ -12,7 +12,9 @@ from flexlora import FlexLoraError
 from flexlora.cli import app
 from flexlora.report.comparison import comparison_notes, distinct_names, timed_runs
 from flexlora.report.page import write_report
-from flexlora.report.records import (
+from flexlora.report.run_folder import read_run
+from flexlora.report.virtual_time import common_target, device_table, timed_run, virtual_cells
+from flexlora.rounds.records import (
     ClientRecord,
     EvaluationRecord,
     ManifestRecord,
@@ -25,8 +27,6 @@ from flexlora.report.records import (
     write_manifest,
     write_references,
 )
-from flexlora.report.run_folder import read_run
-from flexlora.report.virtual_time import common_target, device_table, timed_run, virtual_cells
 
 
 def evaluation(rouge_l: float) -> EvaluationRecord:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from flexlora.clients import Update
+from flexlora.federation.messages import Update
 from flexlora.uplink.base import UplinkStep, receive, send
 
 

@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 from flexlora import FlexLoraError
-from flexlora.aggregators import AGGREGATORS
-from flexlora.clients import Broadcast, ClientFailure, Update
+from flexlora.aggregators.registry import AGGREGATORS
+from flexlora.federation.messages import Broadcast, ClientFailure, Update
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.uplink.wire import (
     UpdateError,

@@ -3,15 +3,7 @@
 from dataclasses import dataclass
 from random import Random
 
-from flexlora.data.generated.lexicon import (
-    ADJECTIVES,
-    NAMES,
-    OBJECTS,
-    OPPOSITES,
-    PLURALS,
-    VERBS,
-    WOMEN,
-)
+from flexlora.data.generated.lexicon import ADJECTIVES, NAMES, OBJECTS, OPPOSITES, PLURALS, VERBS, WOMEN
 from flexlora.data.generated.recipe import capitalised
 
 THINGS: tuple[str, ...] = tuple(noun for noun in OBJECTS if noun in PLURALS and PLURALS[noun] != noun)

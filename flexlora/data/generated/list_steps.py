@@ -4,11 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from flexlora.data.generated.lexicon import (
-    CATEGORIES,
-    CATEGORY_OF,
-    NOUNS,
-)
+from flexlora.data.generated.lexicon import CATEGORIES, CATEGORY_OF, NOUNS
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,7 @@ from functools import partial
 from itertools import combinations
 from random import Random
 
-from flexlora.data.generated.lexicon import (
-    BLAME,
-    CATEGORIES,
-    NAMES,
-    PLURAL_CATEGORIES,
-    PRAISE,
-    TOPICS,
-)
+from flexlora.data.generated.lexicon import BLAME, CATEGORIES, NAMES, PLURAL_CATEGORIES, PRAISE, TOPICS
 from flexlora.data.generated.recipe import Recipe
 from flexlora.data.generated.scenes import DRAWS
 

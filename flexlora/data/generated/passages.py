@@ -5,10 +5,7 @@ from functools import partial
 from itertools import combinations, permutations
 from random import Random
 
-from flexlora.data.generated.lexicon import (
-    CATEGORIES,
-    NOUNS,
-)
+from flexlora.data.generated.lexicon import CATEGORIES, NOUNS
 from flexlora.data.generated.recipe import Recipe, capitalised
 from flexlora.data.generated.scenes import DRAWS, SCENES, Scene, draw_scene, spoken
 

@@ -3,15 +3,7 @@
 from dataclasses import dataclass
 from random import Random
 
-from flexlora.data.generated.lexicon import (
-    ADJECTIVES,
-    CATEGORIES,
-    CITIES,
-    DAYS,
-    NAMES,
-    NUMBER_WORDS,
-    OBJECTS,
-)
+from flexlora.data.generated.lexicon import ADJECTIVES, CATEGORIES, CITIES, DAYS, NAMES, NUMBER_WORDS, OBJECTS
 
 
 @dataclass(frozen=True)

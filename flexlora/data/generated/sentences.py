@@ -5,10 +5,7 @@ from functools import partial
 from random import Random
 
 from flexlora.data.generated.clauses import THINGS, draw_clause, write_clause
-from flexlora.data.generated.lexicon import (
-    DAYS,
-    NAMES,
-)
+from flexlora.data.generated.lexicon import DAYS, NAMES
 from flexlora.data.generated.recipe import Recipe, capitalised
 
 _FORM_WORDINGS: dict[str, tuple[str, str]] = {

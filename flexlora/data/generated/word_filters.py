@@ -5,14 +5,7 @@ from functools import partial
 from itertools import combinations
 from random import Random
 
-from flexlora.data.generated.lexicon import (
-    CATEGORIES,
-    CATEGORY_OF,
-    NOUNS,
-    NUMBER_WORDS,
-    ORDINALS,
-    PLURAL_CATEGORIES,
-)
+from flexlora.data.generated.lexicon import CATEGORIES, CATEGORY_OF, NOUNS, NUMBER_WORDS, ORDINALS, PLURAL_CATEGORIES
 from flexlora.data.generated.list_steps import SEPARATORS, STEPS, ListStep, draw_words, mixed_words
 from flexlora.data.generated.recipe import Recipe, capitalised
 

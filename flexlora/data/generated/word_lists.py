@@ -4,13 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from random import Random
 
-from flexlora.data.generated.lexicon import (
-    CATEGORIES,
-    CATEGORY_OF,
-    FACTS,
-    NOUNS,
-    PLURAL_CATEGORIES,
-)
+from flexlora.data.generated.lexicon import CATEGORIES, CATEGORY_OF, FACTS, NOUNS, PLURAL_CATEGORIES
 from flexlora.data.generated.list_steps import PICKS, SEPARATORS, STEPS, ListStep, Pick, draw_words, mixed_words
 from flexlora.data.generated.recipe import Recipe, capitalised
 

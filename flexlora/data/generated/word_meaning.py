@@ -5,13 +5,7 @@ from functools import partial
 from itertools import combinations
 from random import Random
 
-from flexlora.data.generated.lexicon import (
-    CATEGORIES,
-    CATEGORY_OF,
-    FACTS,
-    NOUNS,
-    PLURAL_CATEGORIES,
-)
+from flexlora.data.generated.lexicon import CATEGORIES, CATEGORY_OF, FACTS, NOUNS, PLURAL_CATEGORIES
 from flexlora.data.generated.list_steps import STEPS
 from flexlora.data.generated.recipe import FEWEST_INPUTS, Recipe, capitalised
 

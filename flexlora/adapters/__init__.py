@@ -1,0 +1,1 @@
+"""PEFT adapter folders without a federation: read, write, merge, inspect."""

@@ -1,0 +1,46 @@
+"""The base model that a configuration names."""
+
+import os
+from typing import Any
+
+import torch
+
+from flexlora.data.pretraining import BASE_FOLDER
+from flexlora.errors import FlexLoraError
+from flexlora.experiment.config import Config
+
+
+def base_name(config: Config) -> str:
+    """Return the folder or hub id of the base model."""
+    name = config.model.name_or_path
+    return str(BASE_FOLDER) if name == "embedded" else os.path.expanduser(name)
+
+
+class BaseModelError(FlexLoraError, ValueError):
+    """A device or rank plan that the base model cannot serve."""
+
+
+def resolve_device(name: str) -> str:
+    """Return the device that ``auto`` stands for, or the one named.
+
+    Raises:
+        BaseModelError: If CUDA is asked for where there is none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise BaseModelError(f"model.device={name} needs a CUDA device and there is none; use model.device=cpu or auto")
+    return name
+
+
+def check_length(config: Any, max_length: int) -> None:
+    """Raise if sequences can be longer than the base model's context.
+
+    Raises:
+        BaseModelError: Naming both lengths.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise BaseModelError(
+            f"data.max_length must be at most {context}, the context of the base model; got {max_length}"
+        )

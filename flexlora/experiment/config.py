@@ -1,0 +1,483 @@
+"""What a run is: the whole configuration, one YAML file plus ``key=value`` overrides."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flexlora.errors import FlexLoraError
+
+
+class ConfigError(FlexLoraError, ValueError):
+    """One or more settings are wrong; the message lists all of them."""
+
+    def __init__(self, problems: Sequence[str], source: str) -> None:
+        self.problems = tuple(problems)
+        noun = "problem" if len(problems) == 1 else "problems"
+        super().__init__(f"{len(problems)} {noun} in {source}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class Section(BaseModel):
+    """A part of a configuration: frozen, and without settings it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The base model, shared by all clients and never changed."""
+
+    name_or_path: str = Field(
+        default="embedded",
+        description="`embedded`, a local folder in Hugging Face format, or a hub id such as `org/model`.",
+    )
+    revision: str | None = Field(
+        default=None, description="Hub revision (branch, tag or commit); null is the default branch."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Type of the base weights; LoRA factors are trained in float32 either way."
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.",
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        default="sdpa", description="Attention kernel of transformers."
+    )
+    trust_remote_code: bool = Field(default=False, description="Let a hub repository run its own model code.")
+    num_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "CPU threads for tensor work in each process; null leaves the choice to PyTorch, but clients of a base of "
+            "at most 100 million parameters train with one."
+        ),
+    )
+    num_processes: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Processes that train clients, with one copy of the base weights on the CPU; null is one per GPU, or one "
+            "per `model.num_threads` cores where the base has at most 100 million parameters, else 1. Results depend "
+            "on threads, not on this."
+        ),
+    )
+    clients_per_group: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most clients that share passes through the base; null decides by tokens and memory, 1 is one.",
+    )
+
+
+class RayConfig(Section):
+    """Train clients on a Ray cluster instead of this machine's processes (needs the extra `flexlora[ray]`)."""
+
+    address: str | None = Field(
+        default=None,
+        description="Of a running cluster, `auto` for the one this machine belongs to, null to start one here.",
+    )
+    num_actors: int | None = Field(
+        default=None, ge=1, description="Copies of the base that train; null is as many as the cluster has room for."
+    )
+    cpus_per_actor: int = Field(default=1, ge=1, description="Cores, and threads, of an actor.")
+    gpus_per_actor: float = Field(default=0.0, ge=0, description="GPUs of an actor; 0 trains on CPUs.")
+
+
+class LoraConfig(Section):
+    """Where adapters sit and how rank turns into scaling."""
+
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default="all-linear", description="`all-linear`, or a list of module name endings such as `[q_proj, v_proj]`."
+    )
+    scaling: Literal["constant_alpha", "constant_ratio", "rslora"] = Field(
+        default="constant_alpha",
+        description=(
+            "Factor in front of B A: `constant_alpha` is lora_alpha / rank (PEFT, the paper), `constant_ratio` is "
+            "lora_alpha at every rank, `rslora` is lora_alpha / sqrt(rank)."
+        ),
+    )
+    lora_alpha: float = Field(default=16.0, gt=0, description="See `lora.scaling`.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability on the input of the adapters.")
+
+
+class CommonData(Section):
+    """What every kind of data has."""
+
+    template: Literal["alpaca", "chat", "plain"] = Field(
+        default="alpaca", description="Prompt format; `chat` uses the tokenizer's own chat template."
+    )
+    max_length: int = Field(
+        default=512, ge=16, description="Longest sequence in tokens; longer inputs are cut, never answers."
+    )
+    loss_on: Literal["answers", "all"] = Field(
+        default="answers", description="Tokens the loss looks at; the paper's released code uses `all`."
+    )
+    num_clients: int | None = Field(
+        default=None, ge=1, description="Number of clients; null takes all there are (or 100)."
+    )
+    test_examples_per_task: int = Field(
+        default=16, ge=1, description="Examples scored per unseen task, and per client when own tasks are scored."
+    )
+    validation_examples: int = Field(
+        default=128, ge=0, description="Size of the fixed validation set, drawn from validation parts of clients."
+    )
+    cache: str = Field(
+        default="auto",
+        min_length=1,
+        description=(
+            "Where examples and their tokens are kept for later runs: a folder, `user` (below `XDG_CACHE_HOME`), "
+            "`none`, or `auto`: `user` for generated data, `none` for all other."
+        ),
+    )
+
+
+class GeneratedData(CommonData):
+    """The built-in corpus of generated text tasks; one task is one client, or several."""
+
+    name: Literal["generated"] = "generated"
+    corpus_seed: int = Field(default=0, description="Seed of the corpus itself, independent of the seed of the run.")
+    examples_per_task: int = Field(
+        default=100, ge=10, description="Examples generated for each client of a task, split 80/10/10."
+    )
+    clients_per_task: int = Field(
+        default=1,
+        ge=1,
+        description="Most clients that have the same task, each with examples of its own; small tasks serve fewer.",
+    )
+    num_unseen_tasks: int = Field(default=64, ge=1, description="Tasks no client has, spread over the families.")
+    unseen_categories: tuple[str, ...] = Field(default=(), description="Families held out as a whole.")
+
+
+class NaturalInstructionsData(CommonData):
+    """Super-Natural Instructions in its original form; one task is one client."""
+
+    name: Literal["natural_instructions"]
+    path: str = Field(description="Folder of task files, or the folder that holds `tasks/`.")
+    subsample_fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the instances kept in each task; the paper uses 0.1 of the full corpus.",
+    )
+    max_examples_per_task: int | None = Field(
+        default=None, ge=10, description="Most instances kept per task; null keeps all."
+    )
+    min_examples: int = Field(
+        default=10, ge=3, description="Tasks with fewer instances after subsampling are left out."
+    )
+    num_unseen_tasks: int = Field(
+        default=0, ge=0, description="Tasks held out by number, seeded, spread over the categories."
+    )
+    unseen_tasks: tuple[str, ...] = Field(default=(), description="Tasks held out by name (with or without `.json`).")
+    unseen_categories: tuple[str, ...] = Field(default=(), description="Tasks held out by category.")
+    languages: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "Leave out tasks that name any other language, for example `[English]`; tasks that name none stay. Empty "
+            "keeps all."
+        ),
+    )
+    exclude_pretraining_tasks: bool = Field(
+        default=True, description="Leave out every task that the embedded base model saw in pretraining."
+    )
+
+
+class InstructionsData(CommonData):
+    """Any instruction data: JSON, JSON lines, CSV, parquet, or a hub data set."""
+
+    name: Literal["instructions"]
+    path: str = Field(description="A file, a folder of files, or a hub id.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Renames columns, for example `{instruction: question, response: answer}`."
+    )
+    partition: Literal["natural", "dirichlet", "iid"] = Field(
+        default="iid", description="How rows are dealt to clients."
+    )
+    client_column: str | None = Field(
+        default=None, description="Column with the owner of a row, for `partition: natural`."
+    )
+    label_column: str | None = Field(
+        default=None, description="Column with the label, for `partition: dirichlet` and tables."
+    )
+    dirichlet_alpha: float = Field(
+        default=0.5, gt=0, description="Concentration of `partition: dirichlet`; small is uneven."
+    )
+    min_examples: int = Field(default=10, ge=3, description="Fewest rows a client may have.")
+    unseen_labels: tuple[str, ...] = Field(default=(), description="Labels held out as unseen tasks.")
+    unseen_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of rows held out where no label is.")
+
+
+DataConfig = Annotated[GeneratedData | NaturalInstructionsData | InstructionsData, Field(discriminator="name")]
+
+
+class RankConfig(Section):
+    """Ranks of one client type; 0 leaves the part without adapter."""
+
+    attention: int = Field(ge=0, description="Rank of attention projections.")
+    ffn: int = Field(ge=0, description="Rank of every other adapted module.")
+    patterns: dict[str, int] = Field(
+        default_factory=dict, description="Regular expression over module paths -> rank; comes before the two above."
+    )
+
+
+class ClientsConfig(Section):
+    """What the clients' devices can afford."""
+
+    ranks_from: Literal["types", "devices"] = Field(
+        default="types",
+        description=(
+            "`types` below, or `devices`: the largest ranks that fit each device's memory, `devices.round_seconds` and "
+            "`devices.round_bytes`, by the estimates of `flexlora plan`; the settings below are then not looked at."
+        ),
+    )
+    types: Literal["paper", "small"] | dict[str, RankConfig] = Field(
+        default="small",
+        description=(
+            "`paper` (8/8, 30/30, 30/200, 200/200 for attention/FFN), `small` (the same idea for small models), or "
+            "a mapping of type name to `{attention: RANK, ffn: RANK}`."
+        ),
+    )
+    distribution: (
+        Literal["uniform", "heavy_tail_light", "heavy_tail_strong", "normal", "extreme_heavy_tail"] | dict[str, float]
+    ) = Field(
+        default="heavy_tail_light",
+        description="How types are spread over clients: a named distribution, or `{type: weight}` in any unit.",
+    )
+    counts: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description=(
+            "Exact number of clients of each type, dealt by the seed; replaces `clients.distribution`, whatever that "
+            "says. Must add up to the clients that `clients.assigned` does not name."
+        ),
+    )
+    assigned: dict[Annotated[str, Field(coerce_numbers_to_str=True)], str] = Field(
+        default_factory=dict,
+        description="Client id -> its type, for clients whose device is known; all others are drawn.",
+    )
+
+
+class DevicesConfig(Section):
+    """Simulated devices of the clients: what they afford, how fast and how reliable they are."""
+
+    profiles: str | None = Field(
+        default=None,
+        description=(
+            "`built_in` (phone, laptop, workstation, server: assumptions of ours), or a CSV file of devices; null "
+            "simulates none."
+        ),
+    )
+    distribution: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="How devices are spread over clients: `{device: weight}` in any unit; empty takes the profiles'.",
+    )
+    counts: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="Exact number of clients of each device; replaces `devices.distribution`.",
+    )
+    assigned: dict[Annotated[str, Field(coerce_numbers_to_str=True)], str] = Field(
+        default_factory=dict, description="Client id -> its device, for clients whose device is known."
+    )
+    types: dict[str, str] = Field(
+        default_factory=dict,
+        description="Device -> client type, with `clients.ranks_from: types`; other devices' clients draw their type.",
+    )
+    max_rank: int = Field(
+        default=64, ge=1, description="Largest rank chosen, with `clients.ranks_from: devices`; powers of two below it."
+    )
+    rank_choices: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="Ranks to choose from instead of powers of two, for example `[8, 30, 200]`."
+    )
+    round_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Most virtual seconds a round may take a device, transfers included; bounds ranks. Null is any.",
+    )
+    round_bytes: int | None = Field(
+        default=None, ge=1, description="Most bytes a round may move, down and up; bounds ranks. Null is any."
+    )
+
+
+class ClockConfig(Section):
+    """The virtual clock that runs when devices are simulated, and what the server does about slow clients."""
+
+    policy: Literal["wait", "deadline", "over_select", "async"] = Field(
+        default="wait",
+        description=(
+            "`wait` for the slowest; `deadline` drops who is late; `over_select` samples more clients and takes the "
+            "first; `async` keeps a cohort at work and steps after every `clock.buffer_size` updates, on changes."
+        ),
+    )
+    deadline_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Virtual seconds after which `deadline`, and if set `over_select`, drop clients.",
+    )
+    over_selection: float = Field(
+        default=1.3, ge=1, description="Clients sampled by `over_select` for each client of the cohort."
+    )
+    jitter: float = Field(
+        default=0.0, ge=0, description="Standard deviation of the logarithm of a factor on each client's time."
+    )
+    day_seconds: float = Field(
+        default=86400.0, gt=0, description="Length of a virtual day; availability repeats daily."
+    )
+    buffer_size: int | None = Field(
+        default=None, ge=1, description="Updates in each server step of `async`; null is half a cohort."
+    )
+    staleness: Literal["constant", "polynomial", "exponential"] = Field(
+        default="polynomial",
+        description="Weight of a change t server steps old: 1, (1 + t)^-rate, or exp(-rate t); for `async`.",
+    )
+    staleness_rate: float = Field(default=0.5, ge=0, description="The rate in it.")
+    max_staleness: int | None = Field(
+        default=None, ge=0, description="Staler updates are dropped by `async`; null drops none."
+    )
+
+
+class FedItMethod(Section):
+    """Weighted average of the factors at one rank (arXiv:2305.05644); with SGD, the paper's FedAvg."""
+
+    name: Literal["fedit"]
+
+
+class ZeroPadMethod(Section):
+    """Factors padded to the largest rank, averaged, truncated on dispatch."""
+
+    name: Literal["zero_pad"]
+
+
+class FlexLoraMethod(Section):
+    """Mean of products, one SVD per module, best approximation per client (arXiv:2402.11505)."""
+
+    name: Literal["flexlora"] = "flexlora"
+    server_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="Directions the server keeps per module; null is the largest rank of any client type.",
+    )
+    split: Literal["b", "balanced"] = Field(
+        default="b", description="Where singular values go: all into B (the paper's code), or their roots into A and B."
+    )
+    error_compensation: bool = Field(
+        default=False,
+        description="Add back what truncation hid from low-rank clients, so that high directions do not decay.",
+    )
+    fold_tail: bool = Field(
+        default=False, description="Send each client the directions above its rank too, as a branch it does not train."
+    )
+    accuracy: Literal["exact", "fast"] = Field(
+        default="exact",
+        description="How near the decomposition is to the best one of its rank: within 1e-6 or 1e-3 of its error.",
+    )
+    most_directions: int | None = Field(
+        default=None,
+        ge=1,
+        description="Directions a round's sum holds per module while updates arrive, to bound memory; null is all.",
+    )
+
+
+MethodConfig = Annotated[FedItMethod | ZeroPadMethod | FlexLoraMethod, Field(discriminator="name")]
+
+
+class TrainingConfig(Section):
+    """Local training of one client in one round."""
+
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="Fresh for each client in each round.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Learning rate of round 1 (after warm-up).")
+    schedule: Literal["constant", "linear", "cosine", "halve"] = Field(
+        default="constant", description="Learning rate over rounds; `halve` divides by two at each of `halve_at`."
+    )
+    halve_at: tuple[int, ...] = Field(default=(15,), description="Rounds at which `schedule: halve` divides by two.")
+    warmup_rounds: int = Field(default=0, ge=0, description="Rounds over which the learning rate rises linearly.")
+    num_epochs: float = Field(default=1.0, gt=0, description="Passes over the client's examples per round.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Upper limit of optimiser steps per client and round."
+    )
+    batch_size: int = Field(default=4, ge=1, description="Examples per forward pass.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forward passes per optimiser step.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled for AdamW.")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="Momentum of SGD.")
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0, description="Norm at which gradients are clipped; null never."
+    )
+
+
+class RoundsConfig(Section):
+    """The federated loop."""
+
+    num_rounds: int = Field(default=20, ge=1, description="Number of server rounds.")
+    cohort_size: int | None = Field(default=None, ge=1, description="Clients per round; null uses `cohort_fraction`.")
+    cohort_fraction: float = Field(
+        default=0.05, gt=0, le=1, description="Share of the clients per round; the paper uses 0.05."
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
+    checkpoint_every: int = Field(
+        default=1,
+        ge=1,
+        description="Rounds between checkpoints; one is on disk before its round is evaluated, should that fail.",
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Stop after this many evaluations without a lower validation loss; null never."
+    )
+    max_failed_rounds: int = Field(
+        default=3,
+        ge=1,
+        description="End the run, with an error, after this many rounds in a row in which every client failed.",
+    )
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Type in which factors travel."
+    )
+
+
+class EvaluationConfig(Section):
+    """What is scored, how often, and against what."""
+
+    every: int = Field(default=5, ge=1, description="Rounds between evaluations; the last round always has one.")
+    max_new_tokens: int = Field(default=32, ge=1, description="Longest generated answer in tokens.")
+    batch_size: int = Field(default=64, ge=1, description="Prompts decoded at once.")
+    rank_group_clients: int = Field(
+        default=8, ge=0, description="Clients per type whose own test data are scored at the end; 0 skips it."
+    )
+    local_only_clients: int = Field(
+        default=8, ge=0, description="Sampled clients that also train alone, for comparison; 0 skips it."
+    )
+    local_only_epochs: float = Field(
+        default=3.0, gt=0, description="Passes over their examples when clients train alone."
+    )
+    fedit_reference: bool = Field(
+        default=True, description="Also run FedIT with every client at the smallest rank, same seed and rounds."
+    )
+    fedit_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Learning rate of that reference, which a small rank may want larger; null is the run's own.",
+    )
+    target_rouge_l: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Unseen ROUGE-L whose virtual time the report gives; null is the best of the weakest that learned.",
+    )
+
+
+class Config(Section):
+    """One run."""
+
+    seed: int = Field(default=0, ge=0, description="Seed of everything random but the generated corpus.")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    ray: RayConfig | None = Field(
+        default=None,
+        description=(
+            "null trains in processes of this machine, a section on a cluster; `model.num_processes` then counts for "
+            "nothing."
+        ),
+    )
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    data: DataConfig = Field(default_factory=GeneratedData)
+    clients: ClientsConfig = Field(default_factory=ClientsConfig)
+    devices: DevicesConfig = Field(default_factory=DevicesConfig)
+    clock: ClockConfig = Field(default_factory=ClockConfig)
+    method: MethodConfig = Field(default_factory=FlexLoraMethod)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    rounds: RoundsConfig = Field(default_factory=RoundsConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

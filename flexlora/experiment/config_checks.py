@@ -1,0 +1,159 @@
+"""Checks settings against one another."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from flexlora.experiment.config import Config, InstructionsData, NaturalInstructionsData
+
+NUM_CLIENTS_SHOWN = 5
+
+
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+def disagreements(config: Config) -> Iterator[str]:
+    """Yield a sentence for each setting that does not fit the others."""
+    if config.training.optimizer == "adamw" and config.training.momentum:
+        yield (
+            f"training.momentum is {config.training.momentum} but only training.optimizer=sgd has momentum; "
+            "set training.momentum=0 or training.optimizer=sgd"
+        )
+    if config.rounds.patience is not None and config.data.validation_examples == 0:
+        yield "rounds.patience needs a validation set; set data.validation_examples above 0 or rounds.patience=null"
+    data = config.data
+    if isinstance(data, NaturalInstructionsData) and (data.max_examples_per_task or math.inf) < data.min_examples:
+        yield (
+            f"data.max_examples_per_task must not be below data.min_examples={data.min_examples}; got "
+            f"{data.max_examples_per_task}"
+        )
+    if isinstance(data, NaturalInstructionsData) and not (
+        data.num_unseen_tasks or data.unseen_tasks or data.unseen_categories
+    ):
+        yield (
+            "data holds out no unseen task; set data.num_unseen_tasks above 0, data.unseen_tasks or "
+            "data.unseen_categories"
+        )
+    if isinstance(data, InstructionsData):
+        if data.partition == "dirichlet" and data.label_column is None:
+            yield "data.partition=dirichlet needs the name of the label column; set data.label_column"
+        if data.partition == "natural" and data.client_column is None:
+            yield "data.partition=natural needs the column with the owner of a row; set data.client_column"
+        if data.unseen_labels and data.label_column is None:
+            yield "data.unseen_labels needs the name of the label column; set data.label_column"
+        if not data.unseen_labels and data.unseen_fraction == 0:
+            yield "data holds out nothing to score; set data.unseen_labels or data.unseen_fraction above 0"
+    types = config.clients.types
+    if isinstance(types, dict):
+        if not types:
+            yield "clients.types is an empty mapping; name at least one type, for example small: {attention: 2, ffn: 2}"
+        for name, ranks in types.items():
+            if ranks.attention == 0 and ranks.ffn == 0 and not any(ranks.patterns.values()):
+                yield f"clients.types.{name} adapts nothing; give attention, ffn or a pattern a rank of at least 1"
+            for pattern, rank in ranks.patterns.items():
+                if rank < 0:
+                    yield f"clients.types.{name}.patterns: rank of {pattern!r} must be 0 or more; got {rank}"
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    yield f"clients.types.{name}.patterns: {pattern!r} must be a regular expression: {error}"
+    known = list(types) if isinstance(types, dict) else ["type1", "type2", "type3", "type4"]
+    yield from _type_disagreements(config, known)
+    yield from _device_disagreements(config, known)
+    yield from _clock_disagreements(config)
+
+
+def _type_disagreements(config: Config, known: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with how clients get one of the ``known`` types."""
+    distribution, counts, assigned = config.clients.distribution, config.clients.counts, config.clients.assigned
+    unknown = [f"{client_id}: {name}" for client_id, name in assigned.items() if name not in known]
+    if unknown:
+        shown = ", ".join(unknown[:NUM_CLIENTS_SHOWN]) + (", ..." if len(unknown) > NUM_CLIENTS_SHOWN else "")
+        yield f"clients.assigned must give types of clients.types, which has {', '.join(known)}; got {shown}"
+    if counts:
+        for name in sorted(counts.keys() - set(known)):
+            yield f"clients.counts names the type {name!r}; clients.types has {', '.join(known)}"
+        num_clients, num_given = config.data.num_clients, sum(counts.values()) + len(assigned)
+        if num_clients is not None and num_given != num_clients:
+            yield (
+                f"clients.counts and clients.assigned are about {num_given} clients but data.num_clients is "
+                f"{num_clients}; change the counts, or set data.num_clients={num_given}"
+            )
+    elif isinstance(distribution, dict):
+        for name, share in distribution.items():
+            if name not in known:
+                yield f"clients.distribution names the type {name!r}; clients.types has {', '.join(known)}"
+            if share < 0:
+                yield f"clients.distribution.{name} must be 0 or more; got {share}"
+        if not any(share > 0 for share in distribution.values()):
+            yield "clients.distribution gives every type weight 0; raise at least one"
+    elif len(known) != 4:
+        yield (
+            f"clients.distribution={distribution} is defined for four types; clients.types has {len(known)}: "
+            "write clients.distribution as {type: weight}"
+        )
+
+
+def _device_disagreements(config: Config, known: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the devices; their names are checked where their profiles are read."""
+    devices = config.devices
+    if devices.profiles is None:
+        changed = sorted(devices.model_fields_set - {"profiles"} - _unchanged(devices))
+        wanted = [f"devices.{name}" for name in changed]
+        wanted += ["clients.ranks_from=devices"] if config.clients.ranks_from == "devices" else []
+        wanted += sorted(f"clock.{name}" for name in config.clock.model_fields_set - _unchanged(config.clock))
+        if wanted:
+            yield f"{', '.join(wanted)} need simulated devices; set devices.profiles=built_in or to a CSV file"
+        return
+    for device, name in devices.types.items():
+        if name not in known:
+            yield f"devices.types.{device} must be a type of clients.types, which has {', '.join(known)}; got {name!r}"
+    if devices.types and config.clients.ranks_from == "devices":
+        yield "devices.types gives devices fixed types but clients.ranks_from=devices chooses ranks; leave one out"
+    bounds = {"round_seconds": devices.round_seconds, "round_bytes": devices.round_bytes}
+    given = [f"devices.{name}" for name, bound in bounds.items() if bound is not None]
+    if given and config.clients.ranks_from == "types":
+        yield f"{', '.join(given)} bound ranks that are chosen; set clients.ranks_from=devices or leave them out"
+
+
+def _clock_disagreements(config: Config) -> Iterator[str]:
+    clock = config.clock
+    if clock.policy == "deadline" and clock.deadline_seconds is None:
+        yield "clock.policy=deadline needs a deadline; set clock.deadline_seconds"
+    if clock.policy in ("wait", "async") and clock.deadline_seconds is not None:
+        yield (
+            f"clock.deadline_seconds={clock.deadline_seconds:g} is not looked at by clock.policy={clock.policy}; "
+            "set clock.policy=deadline or over_select, or clock.deadline_seconds=null"
+        )
+    if clock.policy == "async" and config.method.name != "flexlora":
+        yield (
+            f"clock.policy=async adds up changes of products, which method.name={config.method.name} has none of; "
+            "set method.name=flexlora or another clock.policy"
+        )
+
+
+def _unchanged(section: BaseModel) -> set[str]:
+    """Return the names of the settings that have their default."""
+    defaults = type(section)()
+    return {name for name in type(section).model_fields if getattr(section, name) == getattr(defaults, name)}
+
+
+def missing_paths(config: Config) -> Iterator[str]:
+    """Yield a sentence for each file or folder that is named and does not exist."""
+    data, name = config.data, config.model.name_or_path
+    if isinstance(data, NaturalInstructionsData) and not Path(data.path).expanduser().is_dir():
+        yield f"data.path: must be a folder of task files; there is no folder {data.path}"
+    if isinstance(data, InstructionsData) and _looks_local(data.path) and not Path(data.path).expanduser().exists():
+        yield f"data.path: there is no file or folder {data.path}; a hub id looks like org/name"
+    profiles = config.devices.profiles
+    if profiles not in (None, "built_in") and not Path(profiles).expanduser().is_file():
+        yield f"devices.profiles: must be built_in or a CSV file; there is no file {profiles}"
+    if name != "embedded" and _looks_local(name) and not Path(name).expanduser().is_dir():
+        yield f"model.name_or_path: there is no folder {name}; use `embedded`, a local folder or a hub id like org/name"
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_SUFFIXES

@@ -1,0 +1,207 @@
+"""Reads and writes configurations: a YAML file plus ``key=value`` overrides, and words for what is wrong."""
+
+import copy
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from flexlora.experiment.config import (
+    Config,
+    ConfigError,
+    FedItMethod,
+    FlexLoraMethod,
+    GeneratedData,
+    InstructionsData,
+    NaturalInstructionsData,
+    RankConfig,
+    ZeroPadMethod,
+)
+from flexlora.experiment.config_checks import disagreements, missing_paths
+
+TRUNCATED_VALUE_LENGTH = 80
+
+
+MOST_CHECKS = 6
+
+
+PLACEHOLDER = "?"
+
+
+VARIANT_TAGS = ("generated", "natural_instructions", "instructions", "fedit", "zero_pad", "flexlora")
+
+
+METHOD_TAGS = ("fedit", "zero_pad", "flexlora")
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool = False) -> Config:
+    """Return the configuration in the YAML file ``path`` with ``key.sub=value`` overrides applied.
+
+    Args:
+        path: The YAML file.
+        overrides: Such as ``rounds.num_rounds=3``; values are YAML.
+        check_paths: Also report data and model folders that do not exist.
+
+    Raises:
+        ConfigError: With every problem found, each naming key, value and rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} holds {', '.join(near)}" if near else ""
+        raise ConfigError([f"there is no such file{hint}"], str(path))
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f"must hold a mapping of sections; got {type(tree).__name__}"], str(path))
+    problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
+    source = str(path) if not overrides else f"{path} with {len(overrides)} override(s)"
+    return parse_config(tree, source, problems, check_paths=check_paths)
+
+
+def parse_config(
+    tree: Mapping[str, Any], source: str, problems: Sequence[str] = (), *, check_paths: bool = False
+) -> Config:
+    """Return the configuration in a plain tree, as read from YAML.
+
+    Raises:
+        ConfigError: With every problem found and those already known.
+    """
+    found = list(problems)
+    pruned = copy.deepcopy(dict(tree))
+    config = None
+    # Settings that fail alone would hide those that disagree, so wrong ones are set aside and the rest checked again.
+    for _ in range(MOST_CHECKS):
+        try:
+            config = Config.model_validate(pruned)
+            break
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                found.extend(problem for problem in _explain(detail) if problem not in found)
+                _set_aside(pruned, detail)
+    if config is not None:
+        found.extend(disagreements(config))
+    if config is not None and check_paths:
+        found.extend(problem for problem in missing_paths(config) if PLACEHOLDER not in problem)
+    if found or config is None:
+        raise ConfigError(found or ["no valid setting could be read"], source)
+    return config
+
+
+def _written_location(location: Sequence[Any]) -> list[str]:
+    """Return the key as a person wrote it, without the variants that pydantic adds to the path."""
+    return [
+        str(part)
+        for index, part in enumerate(location)
+        if not (index == 1 and part in VARIANT_TAGS) and not str(part).startswith(("literal[", "dict[", "tuple["))
+    ]
+
+
+def _set_aside(tree: dict[str, Any], detail: Any) -> None:
+    location = _written_location(detail["loc"])
+    node: Any = tree
+    for part in location[:-1]:
+        if not isinstance(node, dict) or part not in node:
+            return
+        node = node[part]
+    if not location or not isinstance(node, dict):
+        return
+    if detail["type"] == "missing" or detail["input"] is None:
+        node[location[-1]] = PLACEHOLDER
+    else:
+        node.pop(location[-1], None)
+
+
+def dump_config(config: Config) -> str:
+    """Return the configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str | None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        return f"override {override!r} must look like key.sub=value"
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return f"override {override!r}: the value is not valid YAML"
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            return f"override {override!r}: {parent} is {child!r}, not a section"
+        node = child
+    # YAML reads 1e-3 as text; numbers written so are meant as numbers.
+    node[last] = _number(value) if isinstance(value, str) else value
+    return None
+
+
+def _number(text: str) -> float | str:
+    # Hub revisions are all digits or look like 12e4567; what people mean as a number has a short exponent.
+    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}", text) else text
+
+
+def _explain(detail: Any) -> Iterator[str]:
+    location = [str(part) for part in detail["loc"]]
+    shown = _written_location(location)
+    if detail["input"] == PLACEHOLDER:
+        return
+    if isinstance(detail["input"], dict) and any(part.startswith("literal[") for part in location):
+        return  # The other reading of the setting, as a mapping, is explained by its own entry.
+    key = ".".join(shown)
+    if detail["type"] == "extra_forbidden":
+        choices = _known_keys(location)
+        near = difflib.get_close_matches(shown[-1], choices, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(choices))}"
+        yield f"{key}: there is no such setting; {hint}"
+    elif detail["type"] == "missing" or detail["input"] is None:
+        yield f"{key}: must be set, for example {key}=VALUE on the command line"
+    elif detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        choices = [tag for tag in VARIANT_TAGS if (tag in METHOD_TAGS) == (key == "method")]
+        given = detail["input"].get("name") if isinstance(detail["input"], dict) else detail["input"]
+        yield f"{key}.name: must be one of {', '.join(choices)}; got {given!r}"
+    else:
+        value = repr(detail["input"])
+        if len(value) > TRUNCATED_VALUE_LENGTH:
+            value = value[:TRUNCATED_VALUE_LENGTH] + "..."
+        yield f"{key}: {_rule(key, detail)}; got {value}"
+
+
+def _rule(key: str, detail: Any) -> str:
+    """Return what a value must be, with an example made of the one given where its shape is wrong."""
+    given = detail["input"] if isinstance(detail["input"], str | int | float) else "VALUE"
+    if detail["type"] == "tuple_type":
+        return f"must be a list, as {key}=[{given}]"
+    if detail["type"] == "dict_type":
+        return f"must be a mapping, as {key}={{NAME: VALUE}}"
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        first = "name" if key in ("data", "method") else next(iter(_known_keys([*key.split("."), ""])), "NAME")
+        return f"must be a section of settings, as {key}.{first}={given}"
+    return detail["msg"]
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    variants: dict[str, type[BaseModel]] = {
+        "generated": GeneratedData,
+        "natural_instructions": NaturalInstructionsData,
+        "instructions": InstructionsData,
+        "fedit": FedItMethod,
+        "zero_pad": ZeroPadMethod,
+        "flexlora": FlexLoraMethod,
+    }
+    if len(location) == 1:
+        return list(Config.model_fields)
+    if location[1] in variants:
+        return list(variants[location[1]].model_fields)
+    if location[0] == "clients" and len(location) > 3:
+        return list(RankConfig.model_fields)
+    annotation = Config.model_fields[location[0]].annotation
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]  # `ray` may be null.
+    return [name for kind in kinds if issubclass(kind, BaseModel) for name in kind.model_fields]

@@ -1,0 +1,125 @@
+"""The corpus that a configuration names, read anew or as an earlier run has kept it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from flexlora.data.corpus_cache import files_state, kept_corpus, user_cache_folder
+from flexlora.data.corpus_file import ExampleFile, store_corpus
+from flexlora.data.examples import Example, FederatedCorpus
+from flexlora.data.generated import all_tasks, split_of
+from flexlora.data.instructions import load_instructions
+from flexlora.data.natural_instructions import HoldOut, Task, federate, load_natural_instructions
+from flexlora.data.pretraining import BASE_FOLDER, INSTANCES_FILE, seen_in_pretraining
+from flexlora.experiment.config import Config, GeneratedData, InstructionsData, NaturalInstructionsData
+
+# Clients whose first example tells how long texts are.
+LENGTH_SAMPLE = 256
+
+
+# What of ``data`` says how examples are used and not which there are.
+NOT_IN_CORPUS = {"template", "max_length", "loss_on", "test_examples_per_task", "validation_examples", "cache"}
+
+
+def length_sample(corpus: FederatedCorpus) -> list[Example]:
+    """Return examples that tell how long texts are: the first one of some clients."""
+    return [example for _, splits in sorted(corpus.clients.items())[:LENGTH_SAMPLE] for example in splits.train[:1]]
+
+
+def corpus_of(config: Config) -> tuple[FederatedCorpus, tuple[str, ...]]:
+    """Return the corpus and warnings about it, as an earlier run has kept them where it could."""
+    data, seed, name = config.data, config.seed, config.model.name_or_path
+    is_embedded = name == "embedded" or Path(name).expanduser().resolve() == BASE_FOLDER
+    decided_by = {"seed": seed, "data": data.model_dump(mode="json", exclude=NOT_IN_CORPUS)}
+    files = None if isinstance(data, GeneratedData) else Path(data.path).expanduser()
+    if files is not None and files.exists():
+        decided_by["files"] = files_state(files) + files_state(BASE_FOLDER / INSTANCES_FILE)
+        decided_by["is_embedded"] = is_embedded
+
+    def read(file: ExampleFile) -> tuple[FederatedCorpus, tuple[str, ...]]:
+        if isinstance(data, InstructionsData):
+            return _read_rows(data, seed, file)
+        return _read_tasks(data, seed, file, base_is_embedded=is_embedded)
+
+    # What a hub id stands for may change without notice.
+    can_be_kept = files is None or files.exists()
+    return kept_corpus(_cache_folder(data) if can_be_kept else None, decided_by, read)
+
+
+def _cache_folder(data: GeneratedData | NaturalInstructionsData | InstructionsData) -> Path | None:
+    """Return where corpora are kept between runs; other people's texts only where the configuration says so."""
+    if data.cache == "none" or (data.cache == "auto" and not isinstance(data, GeneratedData)):
+        return None
+    return user_cache_folder() if data.cache in ("auto", "user") else Path(data.cache).expanduser()
+
+
+def _read_rows(data: InstructionsData, seed: int, file: ExampleFile) -> tuple[FederatedCorpus, tuple[str, ...]]:
+    corpus, summary = load_instructions(
+        data.path,
+        seed,
+        partition=data.partition,
+        num_clients=data.num_clients,
+        dirichlet_alpha=data.dirichlet_alpha,
+        min_examples=data.min_examples,
+        label_column=data.label_column,
+        client_column=data.client_column,
+        columns=data.columns,
+        unseen_labels=data.unseen_labels,
+        unseen_fraction=0.0 if data.unseen_labels else data.unseen_fraction,
+    )
+    counts = {
+        "rows without prompt or answer": summary.num_empty,
+        "rows merged into one with the same prompt": summary.num_repeated,
+        "clients with too few rows": summary.num_too_small,
+        "test examples that a client trains on": summary.num_leaked,
+    }
+    return store_corpus(file, corpus), _left_out(counts)
+
+
+def _left_out(counts: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(f"Left out: {count} {what}." for what, count in counts.items() if count)
+
+
+def _read_tasks(
+    data: GeneratedData | NaturalInstructionsData, seed: int, file: ExampleFile, *, base_is_embedded: bool
+) -> tuple[FederatedCorpus, tuple[str, ...]]:
+    if isinstance(data, NaturalInstructionsData):
+        corpus, summary = load_natural_instructions(
+            data.path,
+            seed,
+            hold_out=HoldOut(data.unseen_tasks, data.unseen_categories, data.num_unseen_tasks),
+            fraction=data.subsample_fraction,
+            max_examples=data.max_examples_per_task,
+            min_examples=data.min_examples,
+            num_clients=data.num_clients,
+            languages=data.languages,
+            exclude=seen_in_pretraining if base_is_embedded and data.exclude_pretraining_tasks else None,
+            file=file,
+        )
+    else:
+        corpus, summary = federate(
+            _generated_tasks(data),
+            seed,
+            hold_out=HoldOut(categories=data.unseen_categories, num_tasks=data.num_unseen_tasks),
+            examples_per_client=data.examples_per_task,
+            num_clients=data.num_clients,
+            file=file,
+        )
+    counts = {
+        "tasks seen in pretraining": summary.num_seen_in_pretraining,
+        "tasks in other languages": summary.num_other_language,
+        "tasks with too few examples": summary.num_too_small,
+        "instances without answer": summary.num_unanswered,
+        "test examples that a client trains on": summary.num_leaked,
+    }
+    missing = tuple(f"Held-out task {task} was left out too." for task in summary.unseen_left_out)
+    return corpus, _left_out(counts) + missing
+
+
+def _generated_tasks(data: GeneratedData) -> Iterator[Task]:
+    """Yield the tasks of the generated corpus that clients may have."""
+    for task in all_tasks(data.corpus_seed):
+        # Those of the pretraining part are never clients, whatever the base: runs stay comparable.
+        if split_of(task) == "federated":
+            drawn = task.draw(data.examples_per_task * data.clients_per_task, data.corpus_seed)
+            examples = tuple(Example(task.definition, text, (answer,)) for text, answer in drawn.items())
+            yield Task(task.task_id, task.definition, examples, task.category)

@@ -1,0 +1,120 @@
+"""Is this machine ready: versions, devices, files, offline state, and how to mend what is not."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flexlora.data.pretraining import BASE_FOLDER
+
+REQUIRED = ("torch", "transformers", "peft", "safetensors", "scipy", "rouge-score", "pydantic", "matplotlib")
+
+
+# Package -> the extra that brings it, and what it is for.
+OPTIONAL = {"datasets": ("flexlora[hub]", "parquet and hub data sets"), "ray": ("flexlora[ray]", "clusters")}
+
+
+LITTLE_DISK_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        check: What was looked at.
+        found: What is there.
+        is_fine: Whether nothing needs doing.
+        fix: What to do, empty when nothing.
+        is_fatal: Whether ``flexlora run`` cannot work like this.
+    """
+
+    check: str
+    found: str
+    is_fine: bool = True
+    fix: str = ""
+    is_fatal: bool = False
+
+    def to_json(self) -> dict[str, str | bool]:
+        """Return the fields as a plain mapping."""
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Return every finding, fine ones included."""
+    return [
+        Finding("flexlora", importlib.metadata.version("flexlora")),
+        _python(),
+        *(_package(name) for name in REQUIRED),
+        *(_optional(name, *what) for name, what in OPTIONAL.items()),
+        _device(),
+        _threads(),
+        _hub(),
+        _embedded_model(),
+        _disk(),
+    ]
+
+
+def _python() -> Finding:
+    return Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "not installed", False, f"pip install {name}", True)
+
+
+def _optional(name: str, extra: str, purpose: str) -> Finding:
+    if importlib.util.find_spec(name) is None:
+        return Finding(name, "not installed", False, f"pip install '{extra}', for {purpose}")
+    return Finding(name, importlib.metadata.version(name))
+
+
+def _device() -> Finding:
+    try:
+        import torch
+    except ImportError:
+        return Finding("device", "unknown without torch", False, "pip install torch", True)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        bfloat16 = "with" if torch.cuda.is_bf16_supported() else "without"
+        return Finding("device", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bfloat16} bfloat16")
+    built = torch.version.cuda
+    if built:
+        return Finding("device", f"CPU; torch is built for CUDA {built} but sees no GPU", False, "check nvidia-smi")
+    return Finding("device", "CPU")
+
+
+def _threads() -> Finding:
+    import torch
+
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    if threads > cores:
+        return Finding("threads", f"{threads} on {cores} cores", False, "unset OMP_NUM_THREADS")
+    return Finding("threads", f"{threads} on {cores} cores")
+
+
+def _hub() -> Finding:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return Finding("hub", "HF_HUB_OFFLINE is set: only local folders and what is cached already")
+    return Finding("hub", "online; contacted only for hub ids. HF_HUB_OFFLINE=1 forbids it")
+
+
+def _embedded_model() -> Finding:
+    weights = BASE_FOLDER / "model.safetensors"
+    if not weights.is_file():
+        return Finding("embedded model", f"{weights} is missing", False, "install flexlora again", True)
+    return Finding("embedded model", f"{weights.stat().st_size / 1e6:.1f} MB")
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free
+    found = f"{free / 1e9:.0f} GB free here"
+    if free < LITTLE_DISK_BYTES:
+        return Finding("disk", found, False, "free some space or choose --out on another disk")
+    return Finding("disk", found)

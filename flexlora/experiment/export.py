@@ -1,0 +1,109 @@
+"""Global adapters of a run, at any rank."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexlora.adapters.merge_into_base import merge_into_base
+from flexlora.adapters.write import write_adapter
+from flexlora.aggregators.base import Aggregator
+from flexlora.aggregators.registry import AGGREGATORS, STATE_TYPES
+from flexlora.experiment.base import base_name
+from flexlora.experiment.config import Config
+from flexlora.experiment.loaded import LoadedRun, scaling_rule
+from flexlora.experiment.run_folder import ADAPTERS_FOLDER, ExperimentError, read_run_config
+from flexlora.federation.messages import Broadcast
+from flexlora.lora.factors import AdapterState, Scaling
+from flexlora.lora.product import ProductSum, Spectrum, Split, add_product, decompose
+from flexlora.rounds.checkpoint import load_latest
+from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER, Loop, Outcome
+from flexlora.training.base_model import load_base_model
+
+
+def write_run_adapters(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: Path) -> None:
+    """Write the global adapter at the server's rank and at the rank of each kind of client."""
+    federation = loop.federation
+    for leftover in (folder / ADAPTERS_FOLDER).glob(".*"):
+        shutil.rmtree(leftover)  # A write that was killed before it could appear.
+    wanted = {max(federation.server_ranks.values())}
+    wanted |= {max(plan.resolve(loaded.shapes).values()) for plan in loaded.participants.plans.values()}
+    top = max(federation.server_ranks.values())
+    whole = loop.aggregator.broadcast(outcome.state, federation.server_ranks)
+    for rank in sorted(rank for rank in wanted if rank <= top):
+        adapter = adapter_at_rank(whole, rank, loop.federation.scaling)
+        write_adapter(folder / ADAPTERS_FOLDER / f"rank-{rank}", adapter, loaded.base_name)
+
+
+def export_run(run_folder: Path, folder: Path, *, rank: int | None, merged: bool) -> dict[str, Any]:
+    """Write the global adapter of a run as a standard PEFT folder, or merged into the whole model.
+
+    Args:
+        run_folder: The folder of a run that has got past round 0.
+        folder: Where to write; must not exist.
+        rank: In 1 to the server's rank; None takes all of it. Modules whose server rank is smaller keep theirs.
+        merged: Write base and adapter as one model, with the tokenizer.
+
+    Returns:
+        What was written: ``rank``, ``modules`` and, for a merged model, ``merged``.
+
+    Raises:
+        ExperimentError: If the run has no checkpoint, the rank is out of range, or ``folder`` exists.
+    """
+    config = read_run_config(run_folder)
+    if folder.exists():
+        raise ExperimentError(f"--out must not exist yet; {folder} does")
+    aggregator, state, server_ranks = final_state(config, run_folder)
+    top = max(server_ranks.values())
+    if rank is not None and not 1 <= rank <= top:
+        raise ExperimentError(f"--rank must be in 1..{top}, the server's rank in this run; got {rank}")
+    adapter = adapter_at_rank(aggregator.broadcast(state, server_ranks), rank or top, scaling_rule(config))
+    if merged:
+        base, tokenizer = load_base_model(
+            base_name(config),
+            dtype=config.model.dtype,
+            device="cpu",
+            attn_implementation=config.model.attn_implementation,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        merge_into_base(base, tokenizer, adapter, folder)
+    else:
+        write_adapter(folder, adapter, base_name(config))
+    written: dict[str, Any] = {"rank": rank or top, "modules": len(adapter)}
+    return {**written, "merged": True} if merged else written
+
+
+def final_state(config: Config, run_folder: Path) -> tuple[Aggregator[Any], Any, dict[str, int]]:
+    """Return the method, its newest state and the server's rank per module, without loading the base model."""
+    checkpoint = load_latest(run_folder / CHECKPOINTS_FOLDER, STATE_TYPES)
+    if checkpoint is None or checkpoint.server_round == 0:
+        raise ExperimentError(f"{run_folder} has no round to take an adapter from yet; let the run finish one")
+    options = config.method.model_dump(exclude={"name"})
+    aggregator = AGGREGATORS[config.method.name](scaling=scaling_rule(config), **options)
+    return aggregator, checkpoint.state, dict(checkpoint.progress["server_ranks"])
+
+
+def adapter_at_rank(adapter: Broadcast, rank: int, scaling: Scaling, split: Split = "b") -> AdapterState:
+    """Return the best approximation of an adapter whose modules have at most this rank (Eckart and Young).
+
+    Whatever the method, the change is cut and not its factors, whose rows mean nothing in an order of their own.
+    """
+    factors = {}
+    for module, spectrum in adapter_spectra(adapter).items():
+        own = min(rank, adapter.trainable[module].rank)
+        factors[module] = spectrum.factors(own, scaling(own), split, adapter.trainable[module].A).to(torch.float32)
+    return factors
+
+
+def adapter_spectra(adapter: Broadcast) -> dict[str, Spectrum]:
+    """Return the singular value decomposition of each module's change, trained and frozen part together."""
+    frozen = adapter.frozen or {}
+    spectra = {}
+    for module, factors in adapter.trainable.items():
+        total = add_product(ProductSum(*factors.shape), factors, 1.0)
+        if module in frozen:
+            total = add_product(total, frozen[module], 1.0)
+        spectra[module] = decompose(total)
+    return spectra

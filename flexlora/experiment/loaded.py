@@ -1,0 +1,143 @@
+"""A loaded base model with the participants: what round loops, references and scores are made from."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from flexlora.data.encoded_clients import EncodedClients, encoding_name
+from flexlora.data.prompts import EncodedExample, encode_many
+from flexlora.engines.base import Engine
+from flexlora.engines.processes import Workers, WorkersEngine, plan_processes
+from flexlora.engines.ray_cluster import ActorSettings, RayActors, RayEngine
+from flexlora.engines.simulation import SimulationEngine
+from flexlora.experiment.base import BaseModelError, base_name, check_length, resolve_device
+from flexlora.experiment.config import Config
+from flexlora.experiment.participants import Participants
+from flexlora.experiment.stages import Notify, Stage
+from flexlora.federation.clients import RankPlan
+from flexlora.federation.streams import stream
+from flexlora.lora.factors import Scaling
+from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.base_model import load_base_model, target_modules
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A loaded base model with the participants: what loops, references and evaluations are made from.
+
+    Attributes:
+        config: The run.
+        participants: Clients and data.
+        model: The base, shared by all clients.
+        shapes: Module path -> (out_features, in_features) of every module that some client adapts.
+        scaling: The scaling rule.
+        base_name: What adapters name as their base.
+    """
+
+    config: Config
+    participants: Participants
+    model: AdaptedModel
+    shapes: Mapping[str, tuple[int, int]]
+    scaling: Scaling
+    base_name: str
+
+    @staticmethod
+    def load(config: Config, participants: Participants, notify: Notify = lambda event: None) -> "LoadedRun":
+        """Load the base model and find the modules that clients adapt."""
+        notify(Stage("Loading the base model"))
+        if config.model.num_threads is not None:
+            torch.set_num_threads(config.model.num_threads)
+        device = resolve_device(config.model.device)
+        if device.startswith("cuda"):
+            # Resuming to the same bits needs kernels that add in a fixed order.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        name = base_name(config)
+        base, tokenizer = load_base_model(
+            name,
+            dtype=config.model.dtype,
+            device=device,
+            attn_implementation=config.model.attn_implementation,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        check_length(base.config, config.data.max_length)
+        shapes = adapted_shapes(target_modules(base, config.lora.target_modules), participants.plans.values())
+        model = AdaptedModel(base, tokenizer, dropout=config.lora.dropout)
+        scaling = scaling_rule(config)
+        return LoadedRun(config, participants, model, shapes, scaling, name)
+
+    def engine(self, engine: SimulationEngine) -> Engine:
+        return WorkersEngine(engine, self._workers) if self.config.ray is None else RayEngine(engine, self._actors)
+
+    @cached_property
+    def _actors(self) -> RayActors:
+        settings = self.config.ray
+        assert settings is not None
+        return RayActors(
+            self.model,
+            ActorSettings(settings.address, settings.num_actors, settings.cpus_per_actor, settings.gpus_per_actor),
+        )
+
+    @cached_property
+    def _workers(self) -> Workers:
+        settings = self.config.model
+        device, size = resolve_device(settings.device), self.model.num_parameters
+        return Workers(self.model, *plan_processes(device, size, settings.num_processes, settings.num_threads))
+
+    def training_examples(self, client_id: str) -> Sequence[EncodedExample]:
+        """Return the tokenised training examples of a client."""
+        return self._encoded(client_id)
+
+    @cached_property
+    def _encoded(self) -> EncodedClients:
+        data, seed, corpus, tokenizer = (
+            self.config.data,
+            self.config.seed,
+            self.participants.corpus,
+            self.model.tokenizer,
+        )
+
+        def encode(client_id: str) -> Sequence[EncodedExample]:
+            examples = corpus.clients[client_id].train
+            rng = stream(seed, "answers", client_id)
+            return encode_many(
+                examples,
+                tokenizer,
+                data.template,
+                data.max_length,
+                loss_on=data.loss_on,
+                answer_indices=[int(rng.integers(len(example.outputs))) for example in examples],
+            )
+
+        folder = None
+        if corpus.folder is not None:
+            name = encoding_name(tokenizer, [data.template, data.max_length, data.loss_on, seed])
+            folder = None if name is None else corpus.folder / name
+        return EncodedClients(corpus.clients, encode, folder)
+
+
+def scaling_rule(config: Config) -> Scaling:
+    """Return the rule every client's scaling follows."""
+    return Scaling(config.lora.scaling, config.lora.lora_alpha)
+
+
+def adapted_shapes(shapes: Mapping[str, tuple[int, int]], plans: Iterable[RankPlan]) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the modules that at least one plan adapts.
+
+    Raises:
+        BaseModelError: If a plan adapts none of them.
+    """
+    adapted: set[str] = set()
+    for plan in plans:
+        ranks = plan.resolve(shapes)
+        if not ranks:
+            raise BaseModelError(
+                f"clients.types.{plan.name} adapts none of the {len(shapes)} target modules, such as "
+                f"{next(iter(shapes))}; its patterns are {', '.join(pattern for pattern, _ in plan.patterns)}"
+            )
+        adapted |= ranks.keys()
+    return {module: shapes[module] for module in sorted(adapted)}

@@ -1,0 +1,179 @@
+"""Who takes part in a run, and with what data: configuration -> examples and client specifications."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+from flexlora.data.examples import Example, FederatedCorpus
+from flexlora.data.partition import fixed_validation
+from flexlora.experiment.config import Config, ConfigError, RankConfig
+from flexlora.experiment.corpora import corpus_of
+from flexlora.experiment.device_ranks import Affordable, affordable_plans, left_out_clients, never_there
+from flexlora.experiment.workload import Workload, workload_of
+from flexlora.federation.client_types import TypeRanks, assign_plans, deal_plans, fixed_plans, rank_plans
+from flexlora.federation.clients import ClientError, ClientSpec, RankPlan, count_plans
+from flexlora.federation.streams import stream
+from flexlora.rounds.clock import Clock, Policy
+from flexlora.rounds.costs import STEP_RATE, ClientCost
+from flexlora.rounds.devices import DeviceProfile, assign_devices, device_profiles
+
+
+@dataclass(frozen=True)
+class Participants:
+    """The clients of a run and their data, without any model.
+
+    Attributes:
+        corpus: All examples.
+        validation: The fixed validation set, from clients' validation parts.
+        clients: Sorted by id.
+        plans: Rank plans that at least one client has, by name.
+        warnings: What a person should know, for example how many tasks were left out.
+        devices: Profiles of the devices that at least one client has, by name; empty when none are simulated.
+        affordable: Name of a plan -> what its device affords, for the client with the most examples of those that have
+            it; empty unless ranks are chosen from devices.
+        left_out: Of each device with clients that it affords no ranks for, the one with the fewest examples.
+        workload: What rounds take; None when no devices are simulated.
+    """
+
+    corpus: FederatedCorpus
+    validation: tuple[Example, ...]
+    clients: tuple[ClientSpec, ...]
+    plans: Mapping[str, RankPlan]
+    warnings: tuple[str, ...]
+    devices: Mapping[str, DeviceProfile] = field(default_factory=dict)
+    affordable: Mapping[str, Affordable] = field(default_factory=dict)
+    left_out: Sequence[Affordable] = ()
+    workload: Workload | None = None
+
+    def in_words(self) -> str:
+        """Return how many clients of each type there are, and how many unseen tasks."""
+        counts = count_plans(client.plan for client in self.clients)
+        types = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        return f"{len(self.clients):,} clients ({types}), {len(self.corpus.unseen)} unseen tasks"
+
+
+def gather_participants(config: Config) -> Participants:
+    """Read the data, deal them to clients and give each client its ranks."""
+    corpus, warnings = corpus_of(config)
+    rng = stream(config.seed, "validation")
+    validation = fixed_validation(corpus.clients, config.data.validation_examples, rng)
+    ids = sorted(corpus.clients)
+    profiles, device_of = _devices_of_each(ids, config)
+    workload = workload_of(config, corpus) if profiles else None
+    chosen: Mapping[str, Affordable] = {}
+    if config.clients.ranks_from == "devices":
+        assert workload is not None, "the configuration has been checked"
+        chosen = affordable_plans(config, corpus, workload, profiles, device_of)
+        plan_of = {client_id: found.plan for client_id, found in chosen.items()}
+        warnings = (*warnings, *left_out_clients(chosen, corpus))
+    else:
+        plan_of = _plan_of_each(ids, config_plans(config), config, device_of)
+    clients = tuple(
+        ClientSpec(client_id, plan, len(splits.train), splits.category, device_of[client_id])
+        for client_id, splits in sorted(corpus.clients.items())
+        if (plan := plan_of[client_id]) is not None
+    )
+    if chosen and not clients:
+        raise ClientError(f"no device affords any rank. {' '.join(left_out_clients(chosen, corpus))}")
+    used = {client.plan.name: client.plan for client in clients}
+    _require_one_rank(config, used)
+    had = {client.device for client in clients}
+    devices = {name: profile for name, profile in profiles.items() if name in had}
+    by_size = [chosen[client_id] for client_id in sorted(chosen, key=lambda name: len(corpus.clients[name].train))]
+    found = Participants(
+        corpus,
+        validation,
+        clients,
+        dict(sorted(used.items())),
+        warnings,
+        devices,
+        affordable={own.plan.name: own for own in by_size if own.plan is not None},
+        left_out=list({own.profile.name: own for own in reversed(by_size) if own.plan is None}.values()),
+        workload=workload,
+    )
+    never = [] if workload is None else never_there(config, workload, devices, clients)
+    return replace(found, warnings=(*warnings, *never))
+
+
+def _devices_of_each(client_ids: Sequence[str], config: Config) -> tuple[Mapping[str, DeviceProfile], dict[str, str]]:
+    """Return the device profiles and client id -> name of its device; no profiles and empty names without devices."""
+    devices = config.devices
+    profiles = device_profiles(devices.profiles)
+    if not profiles:
+        return {}, dict.fromkeys(client_ids, "")
+    device_of = assign_devices(
+        client_ids,
+        profiles,
+        config.seed,
+        distribution=devices.distribution,
+        counts=devices.counts,
+        assigned=devices.assigned,
+    )
+    return profiles, device_of
+
+
+def _require_one_rank(config: Config, used: Mapping[str, RankPlan]) -> None:
+    """Raise if the method needs one rank and the clients have several."""
+    if config.method.name == "fedit" and len({tuple(sorted(plan.patterns)) for plan in used.values()}) > 1:
+        one_type = f"clients.distribution='{{{min(used)}: 1}}' without clients.counts and clients.assigned"
+        one_rank = "devices.rank_choices=[1]" if config.clients.ranks_from == "devices" else one_type
+        raise ConfigError(
+            [
+                "method.name=fedit averages factors of one rank, but the clients have the types "
+                f"{', '.join(sorted(used))}; give all of them one, for example {one_rank}"
+            ],
+            "the configuration",
+        )
+
+
+def config_plans(config: Config) -> dict[str, RankPlan]:
+    """Return type name -> plan of the types that a configuration defines."""
+    types = config.clients.types
+    return rank_plans(types if isinstance(types, str) else {name: _type_ranks(own) for name, own in types.items()})
+
+
+def policy_of(config: Config, method: str, cohort_size: int) -> Policy:
+    """Return what the server does about clients that differ in speed.
+
+    A method that cannot add late changes up, as that of a reference, waits where the run does not.
+    """
+    settings = config.clock.model_dump(exclude={"policy", "buffer_size"})
+    name = config.clock.policy
+    if name == "async" and method != "flexlora":
+        name = "wait"
+    return Policy(name=name, buffer_size=config.clock.buffer_size or max(1, cohort_size // 2), **settings)
+
+
+def clock_of(config: Config, participants: Participants, method: str, cohort_size: int) -> Clock | None:
+    """Return the virtual clock of a loop of ``method``; None when no devices are simulated."""
+    workload = participants.workload
+    if workload is None:
+        return None
+
+    @cache
+    def ranks_of(plan: RankPlan) -> dict[str, int]:
+        return plan.resolve(workload.shapes)
+
+    def cost_of(client: ClientSpec) -> ClientCost:
+        rate = participants.devices[client.device].flops_per_second * STEP_RATE
+        return workload.cost(ranks_of(client.plan), client.num_examples, rate)
+
+    return Clock(participants.devices, cost_of, policy_of(config, method, cohort_size), config.seed)
+
+
+def _plan_of_each(
+    client_ids: Sequence[str], plans: Mapping[str, RankPlan], config: Config, device_of: Mapping[str, str]
+) -> dict[str, RankPlan]:
+    """Return client id -> plan: those assigned, by name or by device, and the others by counts or distribution."""
+    by_device = config.devices.types
+    fixed = {
+        client_id: plans[by_device[device]] for client_id, device in device_of.items() if device in by_device
+    } | fixed_plans(client_ids, plans, config.clients.assigned)
+    others = [client_id for client_id in client_ids if client_id not in fixed]
+    if config.clients.counts:
+        return fixed | deal_plans(others, plans, config.clients.counts, config.seed)
+    return fixed | assign_plans(others, plans, config.clients.distribution, config.seed)
+
+
+def _type_ranks(ranks: RankConfig) -> TypeRanks:
+    return {"attention": ranks.attention, "ffn": ranks.ffn, "patterns": ranks.patterns}

@@ -1,0 +1,116 @@
+"""Builds a round loop from a loaded run: method, engine, clients, schedule and scorer."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexlora.aggregators.base import Aggregator
+from flexlora.aggregators.registry import AGGREGATORS, STATE_TYPES
+from flexlora.engines.simulation import SimulationEngine
+from flexlora.experiment.config import Config
+from flexlora.experiment.loaded import LoadedRun
+from flexlora.experiment.participants import clock_of
+from flexlora.experiment.scoring import Scorer
+from flexlora.experiment.stages import Notify
+from flexlora.federation.clients import ClientSpec, largest_ranks
+from flexlora.federation.streams import stream_seed
+from flexlora.rounds.loop_parts import Federation, Loop, RoundSettings
+from flexlora.training.one_client import LocalTraining
+from flexlora.training.schedule import learning_rate_at
+
+
+def round_loop(
+    loaded: LoadedRun,
+    method: Mapping[str, Any],
+    clients: Sequence[ClientSpec],
+    folder: Path,
+    notify: Notify,
+    base_learning_rate: float | None = None,
+) -> Loop:
+    """Return a round loop of ``method`` over ``clients`` that keeps its files in ``folder``.
+
+    Args:
+        method: As in the configuration, with its ``name``.
+        clients: Everybody who can be sampled.
+        folder: Where records and checkpoints go.
+        notify: Told about each step.
+        base_learning_rate: What the schedule starts from; None takes that of the configuration.
+    """
+    rounds, training = loaded.config.rounds, loaded.config.training
+    options = {key: value for key, value in method.items() if key != "name"}
+    aggregator: Aggregator[Any] = AGGREGATORS[method["name"]](scaling=loaded.scaling, **options)
+    ranks = largest_ranks({client.plan for client in clients}, loaded.shapes)
+    if (server_rank := options.get("server_rank")) is not None:
+        ranks = {module: server_rank for module in ranks}
+    seed = stream_seed(loaded.config.seed, "initial-adapter")
+    base = training.learning_rate if base_learning_rate is None else base_learning_rate
+
+    def learning_rate(server_round: int) -> float:
+        return learning_rate_at(
+            server_round,
+            base=base,
+            schedule=training.schedule,
+            num_rounds=rounds.num_rounds,
+            warmup_rounds=training.warmup_rounds,
+            halve_at=training.halve_at,
+        )
+
+    return Loop(
+        aggregator=aggregator,
+        state_types=STATE_TYPES,
+        engine=loaded.engine(
+            SimulationEngine(
+                loaded.model,
+                loaded.training_examples,
+                local_training(loaded.config),
+                learning_rate,
+                loaded.config.seed,
+                rounds.wire_dtype,
+                clients_per_group=loaded.config.model.clients_per_group,
+            )
+        ),
+        federation=Federation(
+            clients=clients,
+            shapes=loaded.shapes,
+            server_ranks=ranks,
+            initial_adapter=loaded.model.initial_adapter(ranks, loaded.scaling, seed),
+            scaling=loaded.scaling,
+            wire_dtype=rounds.wire_dtype,
+        ),
+        settings=RoundSettings(
+            num_rounds=rounds.num_rounds,
+            cohort_size=cohort_size(loaded.config, len(clients)),
+            seed=loaded.config.seed,
+            evaluate_every=loaded.config.evaluation.every,
+            patience=rounds.patience,
+            max_failed_rounds=rounds.max_failed_rounds,
+            keep_checkpoints=rounds.keep_checkpoints,
+            checkpoint_every=rounds.checkpoint_every,
+        ),
+        learning_rate=learning_rate,
+        evaluator=Scorer(loaded),
+        folder=folder,
+        notify=notify,
+        clock=clock_of(loaded.config, loaded.participants, method["name"], cohort_size(loaded.config, len(clients))),
+    )
+
+
+def local_training(config: Config) -> LocalTraining:
+    """Return the settings of one client's training."""
+    training = config.training
+    return LocalTraining(
+        optimizer=training.optimizer,
+        batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        num_epochs=training.num_epochs,
+        max_steps=training.max_steps,
+        max_grad_norm=training.max_grad_norm,
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
+    )
+
+
+def cohort_size(config: Config, num_clients: int) -> int:
+    """Return how many clients take part in each round."""
+    rounds = config.rounds
+    return min(num_clients, rounds.cohort_size or max(1, round(rounds.cohort_fraction * num_clients)))

@@ -1,0 +1,106 @@
+"""Scores of a loaded model: unseen tasks, the validation set, and each rank group."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flexlora.data.examples import Example
+from flexlora.experiment.loaded import LoadedRun
+from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks
+from flexlora.federation.messages import Broadcast
+from flexlora.federation.streams import stream
+from flexlora.rounds.records import EvaluationRecord, RankGroupRecord, ScoreRecord
+from flexlora.training.evaluation import Score, answer_loss, combine, evaluate
+
+
+def score(loaded: LoadedRun, adapter: Broadcast | None, tasks: Mapping[str, Sequence[Example]]) -> dict[str, Score]:
+    """Return the score of the base with this adapter on each task."""
+    data, evaluation = loaded.config.data, loaded.config.evaluation
+    return evaluate(
+        loaded.model,
+        adapter,
+        tasks,
+        template=data.template,
+        max_length=data.max_length,
+        max_new_tokens=evaluation.max_new_tokens,
+        batch_size=evaluation.batch_size,
+    )
+
+
+def validation_loss(loaded: LoadedRun, adapter: Broadcast | None) -> float | None:
+    """Return nats per answer token on the fixed validation set, None without one."""
+    examples, data = loaded.participants.validation, loaded.config.data
+    if not examples:
+        return None
+    batch_size = loaded.config.evaluation.batch_size
+    return answer_loss(loaded.model, adapter, examples, data.template, data.max_length, batch_size)
+
+
+def unseen_tasks(loaded: LoadedRun) -> dict[str, Sequence[Example]]:
+    """Return the examples that zero-shot scores are about."""
+    limit = loaded.config.data.test_examples_per_task
+    return {task: splits.test[:limit] for task, splits in loaded.participants.corpus.unseen.items()}
+
+
+def own_tests(loaded: LoadedRun, clients: Sequence[ClientSpec]) -> dict[str, Sequence[Example]]:
+    """Return the test examples of some clients that have any."""
+    limit, corpus = loaded.config.data.test_examples_per_task, loaded.participants.corpus
+    tests = {client.client_id: corpus.clients[client.client_id].test[:limit] for client in clients}
+    return {client_id: examples for client_id, examples in tests.items() if examples}
+
+
+def sampled_clients(loaded: LoadedRun, per_plan: int, purpose: str) -> dict[str, list[ClientSpec]]:
+    """Return up to ``per_plan`` clients of each plan that have test examples, seeded, sorted by id."""
+    sampled: dict[str, list[ClientSpec]] = {}
+    for name in loaded.participants.plans:
+        candidates = [
+            client
+            for client in loaded.participants.clients
+            if client.plan.name == name and loaded.participants.corpus.clients[client.client_id].test
+        ]
+        order = stream(loaded.config.seed, purpose, name).permutation(len(candidates))[:per_plan]
+        sampled[name] = [candidates[index] for index in sorted(order)]
+    return sampled
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores adapters for the round loop: unseen tasks, the validation set, and each rank group at the end."""
+
+    loaded: LoadedRun
+
+    def scores(self, adapter: Broadcast | None) -> EvaluationRecord:
+        """Return the scores of the base with this adapter, or of the base alone for None."""
+        corpus = self.loaded.participants.corpus
+        by_task = score(self.loaded, adapter, unseen_tasks(self.loaded))
+        categories: dict[str, list[Score]] = {}
+        for task, own in by_task.items():
+            categories.setdefault(corpus.unseen[task].category or "all", []).append(own)
+        return EvaluationRecord(
+            unseen=combined_record(by_task.values()),
+            unseen_unweighted=combined_record(by_task.values(), weighted=False),
+            categories={name: combined_record(scores) for name, scores in sorted(categories.items())},
+            validation_loss=validation_loss(self.loaded, adapter),
+        )
+
+    def rank_groups(self, broadcast: Callable[[RankPlan], Broadcast]) -> dict[str, RankGroupRecord]:
+        """Return, per plan, the adapter cut to its ranks on the unseen tasks and on its clients' own test data."""
+        per_plan = self.loaded.config.evaluation.rank_group_clients
+        groups = {}
+        for name, clients in sampled_clients(self.loaded, per_plan, "rank-groups").items() if per_plan else ():
+            plan = self.loaded.participants.plans[name]
+            # Without the frozen branch of methods that send one: what a device of these ranks can keep.
+            adapter, own = Broadcast(broadcast(plan).trainable), own_tests(self.loaded, clients)
+            groups[name] = RankGroupRecord(
+                ranks=compact_ranks(plan.resolve(self.loaded.shapes), self.loaded.shapes),
+                num_clients=len(own),
+                unseen=combined_record(score(self.loaded, adapter, unseen_tasks(self.loaded)).values()),
+                own=combined_record(score(self.loaded, adapter, own).values()) if own else None,
+                base_own=combined_record(score(self.loaded, None, own).values()) if own else None,
+            )
+        return groups
+
+
+def combined_record(scores: Iterable[Score], *, weighted: bool = True) -> ScoreRecord:
+    """Return the mean over tasks, weighted by their examples or not, as it is recorded."""
+    return ScoreRecord(**dataclasses.asdict(combine(list(scores), weighted=weighted)))

@@ -1,0 +1,133 @@
+"""What one client's round takes, whatever its ranks, examples and device: from shapes and the lengths of its texts."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flexlora.data.examples import Example, FederatedCorpus
+from flexlora.data.prompts import IGNORED, encode_many
+from flexlora.experiment.base import base_name
+from flexlora.experiment.config import Config, TrainingConfig
+from flexlora.experiment.corpora import length_sample
+from flexlora.rounds.costs import STEP_RATE, BaseShape, ClientCost, DeviceCost, LocalWork, client_cost, device_cost
+from flexlora.rounds.devices import DeviceProfile
+from flexlora.training.base_model import load_empty_model, target_modules
+
+# A batch is as long as its longest example.
+PADDING = 1.25
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is needed to estimate a round of any client of a run.
+
+    Attributes:
+        base: Of the base model.
+        shapes: Module path -> (out_features, in_features) of every target module.
+        batch_tokens: Tokens in one forward pass of a whole batch, padding included.
+        answer_tokens: Tokens of such a pass that the loss looks at.
+        training: How clients train.
+        wire_bytes: Of one number on its way.
+    """
+
+    base: BaseShape
+    shapes: Mapping[str, tuple[int, int]]
+    batch_tokens: float
+    answer_tokens: float
+    training: TrainingConfig
+    wire_bytes: int
+
+    def cost(self, ranks: Mapping[str, int], num_examples: float, flops_per_second: float) -> ClientCost:
+        """Return what a client with these ranks and examples spends in one round.
+
+        Args:
+            ranks: Module path -> rank.
+            num_examples: Of the client; a mean may be a fraction.
+            flops_per_second: Of matrix products, as ``measure_flops_per_second`` gives it.
+        """
+        batch_size = self.training.batch_size
+        # A batch is never larger than what the client has.
+        share = min(1.0, num_examples / batch_size)
+        work = LocalWork(
+            num_tokens=self.num_seen(num_examples) * self.batch_tokens / batch_size,
+            batch_tokens=share * self.batch_tokens,
+            answer_tokens=share * self.answer_tokens,
+            optimizer=self.training.optimizer,
+        )
+        return client_cost(self.base, ranks, self.shapes, work, flops_per_second, self.wire_bytes)
+
+    def num_seen(self, num_examples: float) -> float:
+        """Return how many examples a client's round trains on, those of later epochs again."""
+        training = self.training
+        per_step = training.batch_size * training.gradient_accumulation_steps
+        steps_per_epoch = max(1, math.ceil(num_examples / per_step))
+        num_steps = max(1, math.ceil(training.num_epochs * steps_per_epoch))
+        epochs, rest = divmod(min(num_steps, training.max_steps or num_steps), steps_per_epoch)
+        return epochs * num_examples + min(num_examples, rest * per_step)
+
+    def tail_bytes(self, ranks: Mapping[str, int], server_ranks: Mapping[str, int]) -> int:
+        """Return the most that a folded tail adds to the broadcast of a client with these ranks."""
+        rest = (max(0, rank - ranks.get(module, 0)) * sum(self.shapes[module]) for module, rank in server_ranks.items())
+        return sum(rest) * self.wire_bytes
+
+
+def measure_workload(
+    config: Config, examples: Iterable[Example], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Workload:
+    """Return the workload of a run, with lengths from a sample of its examples.
+
+    Args:
+        config: The run.
+        examples: A sample, one per client say.
+        base: The base model; its weights are not looked at.
+        tokenizer: Its tokenizer.
+    """
+    text, data, training = base.config.get_text_config(), config.data, config.training
+    encoded = encode_many(list(examples), tokenizer, data.template, data.max_length, loss_on=data.loss_on)
+    lengths = [len(example.input_ids) for example in encoded]
+    answers = sum(label != IGNORED for example in encoded for label in example.labels) / len(encoded)
+    shape = BaseShape(
+        num_parameters=sum(parameter.numel() for parameter in base.parameters()),
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocab_size=text.vocab_size,
+        bytes_per_parameter={"float32": 4, "bfloat16": 2}[config.model.dtype],
+    )
+    return Workload(
+        base=shape,
+        shapes=target_modules(base, config.lora.target_modules),
+        batch_tokens=training.batch_size * sum(lengths) / len(lengths) * (PADDING if training.batch_size > 1 else 1.0),
+        answer_tokens=answers * training.batch_size,
+        training=training,
+        wire_bytes={"float32": 4, "bfloat16": 2, "float16": 2}[config.rounds.wire_dtype],
+    )
+
+
+def workload_of(config: Config, corpus: FederatedCorpus) -> Workload:
+    """Return what a round takes; reads the base model's shapes and tokenizer, but no weights."""
+    base, tokenizer = load_empty_model(
+        base_name(config), revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+    )
+    return measure_workload(config, length_sample(corpus), base, tokenizer)
+
+
+def cost_on_device(
+    workload: Workload,
+    profile: DeviceProfile,
+    ranks: Mapping[str, int],
+    num_examples: float,
+    folded_ranks: Mapping[str, int],
+) -> DeviceCost:
+    """Return what a round costs on a device.
+
+    Args:
+        ranks: Module path -> rank.
+        num_examples: Of the client.
+        folded_ranks: Module path -> rank up to which the tail is sent along; empty when it is not.
+    """
+    cost = workload.cost(ranks, num_examples, profile.flops_per_second * STEP_RATE)
+    down_bytes = cost.transfer_bytes + workload.tail_bytes(ranks, folded_ranks)
+    return device_cost(profile, cost, down_bytes, cost.transfer_bytes)

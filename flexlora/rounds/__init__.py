@@ -1,0 +1,1 @@
+"""The algorithm: the round loop, its virtual clock, records and checkpoints."""

@@ -1,0 +1,219 @@
+"""The algorithm: sample, broadcast, train, aggregate, evaluate, record. The only round loop there is."""
+
+import dataclasses
+import logging
+from typing import Any
+
+from flexlora.lora.spectrum import share_inside
+from flexlora.rounds.checkpoint import Checkpoint, load_latest, replace_progress, save_checkpoint
+from flexlora.rounds.cohort import cohort_work
+from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER, Loop, Outcome, Progress, RoundEvent, Stopwatch
+from flexlora.rounds.outcomes import mean_loss, train_cohort
+from flexlora.rounds.records import (
+    RECORDS_FILE,
+    EvaluationRecord,
+    RoundRecord,
+    SpectrumRecord,
+    append_record,
+    keep_rounds,
+    read_records,
+    rounded,
+    to_line,
+)
+
+log = logging.getLogger(__name__)
+
+
+def run_rounds(loop: Loop) -> Outcome:
+    """Run all rounds that are left and return how it ended.
+
+    Everything needed to go on is in ``loop.folder``: a run that was killed continues from its newest checkpoint, writes
+    the same records and ends with the same state as one that was not, times apart.
+    """
+    settings = loop.settings
+    server_round, state, progress = _resumed(loop) or _started(loop)
+    while server_round < settings.num_rounds and progress.stopped is None:
+        server_round += 1
+        state, progress, record = _train_round(loop, server_round, state, progress)
+        progress = _finish_round(loop, state, progress, record)
+    has_progress = progress.num_updates > 0 and progress.failed_rounds_in_a_row < settings.max_failed_rounds
+    return Outcome(state, server_round, progress.stopped, has_progress)
+
+
+def _resumed(loop: Loop) -> tuple[int, Any, Progress] | None:
+    """Return round, state and progress of the newest checkpoint, with the records brought in line; None without one.
+
+    A checkpoint whose round had yet to be scored is scored first.
+    """
+    checkpoint = load_latest(loop.folder / CHECKPOINTS_FOLDER, loop.state_types)
+    if checkpoint is None:
+        return None
+    server_round, state, records = checkpoint.server_round, checkpoint.state, loop.folder / RECORDS_FILE
+    progress = Progress.from_json(checkpoint.progress["loop"], checkpoint.sent)
+    record = RoundRecord.model_validate_json(checkpoint.progress["record"])
+    if record.evaluation is None and _is_scored(loop, server_round, progress):
+        keep_rounds(records, server_round - 1)
+        return server_round, state, _finish_round(loop, state, progress, record, is_saved=True)
+    keep_rounds(records, server_round)
+    written = read_records(records)
+    if not written or written[-1].server_round < server_round:
+        append_record(records, record)
+    gave_up = progress.failed_rounds_in_a_row >= loop.settings.max_failed_rounds
+    if gave_up and server_round < loop.settings.num_rounds:
+        # The cause may have been mended meanwhile: a resumed run tries again.
+        progress = dataclasses.replace(progress, failed_rounds_in_a_row=0, stopped=None)
+    return server_round, state, progress
+
+
+def _started(loop: Loop) -> tuple[int, Any, Progress]:
+    """Evaluate the base model as round 0 and return that round, the first state and the first progress."""
+    loop.folder.mkdir(parents=True, exist_ok=True)
+    (loop.folder / RECORDS_FILE).unlink(missing_ok=True)
+    watch = Stopwatch()
+    loop.notify(RoundEvent("evaluating", 0))
+    with watch.stage("evaluate"):
+        scores = loop.evaluator.scores(None)
+    started = None if loop.clock is None else 0.0
+    record = RoundRecord(
+        server_round=0, evaluation=scores, seconds=watch.seconds, virtual_seconds=started, virtual_clock_seconds=started
+    )
+    progress = Progress(best_validation_loss=scores.validation_loss)
+    state = loop.aggregator.init(loop.federation.initial_adapter)
+    _save(loop, state, progress, record)
+    append_record(loop.folder / RECORDS_FILE, record)
+    loop.notify(RoundEvent("done", 0, record=record))
+    return 0, state, progress
+
+
+def _finish_round(
+    loop: Loop, state: Any, progress: Progress, record: RoundRecord, *, is_saved: bool = False
+) -> Progress:
+    """Checkpoint and score a trained round, each where it is due, write its record and return the progress after it.
+
+    The checkpoint comes first: an evaluation that takes the process down, for want of memory most of all, must not take
+    the training along. Scores are added to it afterwards.
+
+    Args:
+        is_saved: The round comes from its checkpoint.
+    """
+    settings, server_round = loop.settings, record.server_round
+    if not is_saved and (_is_last(loop, server_round, progress) or server_round % settings.checkpoint_every == 0):
+        _save(loop, state, progress, record)
+        is_saved = True
+    if _is_scored(loop, server_round, progress):
+        progress, record = _score_round(loop, state, progress, record)
+        if is_saved:
+            remembered = _remembered(loop, progress, record)
+            replace_progress(loop.folder / CHECKPOINTS_FOLDER, server_round, remembered)
+        elif progress.stopped is not None:
+            _save(loop, state, progress, record)
+    append_record(loop.folder / RECORDS_FILE, record)
+    loop.notify(RoundEvent("done", server_round, len(record.clients), record=record))
+    return progress
+
+
+def _is_last(loop: Loop, server_round: int, progress: Progress) -> bool:
+    return server_round == loop.settings.num_rounds or progress.stopped is not None
+
+
+def _is_scored(loop: Loop, server_round: int, progress: Progress) -> bool:
+    return _is_last(loop, server_round, progress) or server_round % loop.settings.evaluate_every == 0
+
+
+def _save(loop: Loop, state: Any, progress: Progress, record: RoundRecord) -> None:
+    checkpoint = Checkpoint(record.server_round, state, _remembered(loop, progress, record), progress.sent)
+    save_checkpoint(loop.folder / CHECKPOINTS_FOLDER, checkpoint, loop.settings.keep_checkpoints)
+
+
+def _remembered(loop: Loop, progress: Progress, record: RoundRecord) -> dict[str, Any]:
+    # The record travels inside the checkpoint, so that being killed between the two writes loses neither.
+    return {
+        "loop": progress.to_json(),
+        "record": to_line(record),
+        "server_ranks": dict(loop.federation.server_ranks),
+    }
+
+
+def _train_round(loop: Loop, server_round: int, state: Any, progress: Progress) -> tuple[Any, Progress, RoundRecord]:
+    """Return state, progress and record after a round that has not been scored."""
+    settings, federation, watch = loop.settings, loop.federation, Stopwatch()
+    with watch.stage("total"):
+        work = cohort_work(loop, server_round, state, progress, watch)
+        loop.notify(RoundEvent("cohort", server_round, work.num_clients))
+        state, clients, problem = train_cohort(loop, server_round, state, work, watch)
+        began, progress = progress.clock.now, work.progress
+        num_updates = sum(client.outcome == "ok" for client in clients) if problem is None else 0
+        progress = _count_updates(progress, num_updates, settings.max_failed_rounds)
+        with watch.stage("spectra"):
+            spectra = loop.aggregator.spectra(state)
+            plans = sorted({client.plan for client in federation.clients}, key=lambda plan: plan.name)
+            kept = {plan.name: share_inside(spectra, plan.resolve(federation.shapes)) for plan in plans}
+    record = RoundRecord(
+        server_round=server_round,
+        learning_rate=loop.learning_rate(server_round),
+        clients=clients,
+        up_bytes=sum(client.up_bytes for client in clients),
+        down_bytes=sum(client.down_bytes for client in clients),
+        num_ok=sum(client.outcome == "ok" for client in clients),
+        num_failed=sum(client.outcome == "failed" for client in clients),
+        train_loss=mean_loss(clients),
+        spectra={
+            module: SpectrumRecord(
+                singular_values=[rounded(value) for value in spectrum.S.tolist()], tail=rounded(spectrum.tail)
+            )
+            for module, spectrum in spectra.items()
+        },
+        energy_kept={name: rounded(share) for name, share in kept.items()},
+        energy_above_smallest=rounded(1.0 - min(kept.values())),
+        note=problem,
+        stopped=progress.stopped,
+        seconds=watch.seconds,
+        virtual_seconds=None if loop.clock is None else progress.clock.now - began,
+        virtual_clock_seconds=None if loop.clock is None else progress.clock.now,
+    )
+    return state, progress, record
+
+
+def _score_round(loop: Loop, state: Any, progress: Progress, record: RoundRecord) -> tuple[Progress, RoundRecord]:
+    """Return progress and record of a trained round with the scores of its global adapter."""
+    settings, federation, server_round = loop.settings, loop.federation, record.server_round
+    watch = Stopwatch(dict(record.seconds))
+    loop.notify(RoundEvent("evaluating", server_round, len(record.clients)))
+    with watch.stage("total"), watch.stage("evaluate"):
+        scores = loop.evaluator.scores(loop.aggregator.broadcast(state, federation.server_ranks))
+        # A run that is through anyway has not been stopped.
+        patience = None if server_round == settings.num_rounds else settings.patience
+        progress = _watch_validation(progress, scores, patience)
+        if _is_last(loop, server_round, progress):
+            groups = loop.evaluator.rank_groups(
+                lambda plan: loop.aggregator.broadcast(state, plan.resolve(federation.shapes))
+            )
+            scores = scores.model_copy(update={"rank_groups": groups})
+    update = {"evaluation": scores, "stopped": progress.stopped, "seconds": watch.seconds}
+    return progress, record.model_copy(update=update)
+
+
+def _count_updates(progress: Progress, num_updates: int, max_failed_rounds: int) -> Progress:
+    failed_in_a_row = 0 if num_updates else progress.failed_rounds_in_a_row + 1
+    stopped = progress.stopped
+    if failed_in_a_row >= max_failed_rounds:
+        stopped = f"every client failed in {failed_in_a_row} rounds in a row (rounds.max_failed_rounds)"
+    return dataclasses.replace(
+        progress,
+        failed_rounds_in_a_row=failed_in_a_row,
+        num_updates=progress.num_updates + num_updates,
+        stopped=stopped,
+    )
+
+
+def _watch_validation(progress: Progress, scores: EvaluationRecord, patience: int | None) -> Progress:
+    loss, best = scores.validation_loss, progress.best_validation_loss
+    if loss is None:
+        return progress
+    if best is None or loss < best:
+        return dataclasses.replace(progress, best_validation_loss=loss, evaluations_without_gain=0)
+    without_gain = progress.evaluations_without_gain + 1
+    stopped = progress.stopped
+    if patience is not None and without_gain >= patience and stopped is None:
+        stopped = f"validation loss did not fall below {best:.4f} in {without_gain} evaluations (rounds.patience)"
+    return dataclasses.replace(progress, evaluations_without_gain=without_gain, stopped=stopped)

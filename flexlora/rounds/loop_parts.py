@@ -1,0 +1,185 @@
+"""What a round loop is made of, and what it remembers."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from flexlora.aggregators.base import Aggregator
+from flexlora.engines.base import Engine
+from flexlora.federation.clients import ClientSpec, RankPlan
+from flexlora.federation.messages import Broadcast
+from flexlora.lora.factors import AdapterState, Scaling
+from flexlora.rounds.clock import Breakdown, Clock, ClockState, Trip
+from flexlora.rounds.records import ClientRecord, EvaluationRecord, RankGroupRecord, RoundRecord
+from flexlora.uplink.base import UplinkStep
+from flexlora.uplink.wire import WireDtype
+
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """How long the loop runs and what it keeps; the fields are those of ``rounds`` in the configuration."""
+
+    num_rounds: int
+    cohort_size: int
+    seed: int
+    evaluate_every: int = 1
+    patience: int | None = None
+    max_failed_rounds: int = 3
+    keep_checkpoints: int = 2
+    checkpoint_every: int = 1
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who takes part, with what: all that stays the same over the rounds.
+
+    Attributes:
+        clients: Everybody who can be sampled.
+        shapes: Module path -> (out_features, in_features) of every adapted module.
+        server_ranks: Module path -> rank of the global adapter that is evaluated and exported.
+        initial_adapter: PEFT's initial factors at the server ranks.
+        scaling: The rule every client's scaling follows.
+        wire_dtype: In which factors travel.
+    """
+
+    clients: Sequence[ClientSpec]
+    shapes: Mapping[str, tuple[int, int]]
+    server_ranks: Mapping[str, int]
+    initial_adapter: AdapterState
+    scaling: Scaling
+    wire_dtype: WireDtype = "float32"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop remembers besides the aggregator's state.
+
+    Attributes:
+        clock: Where virtual time stands, if it is simulated.
+        sent: What clients that are still at work were sent, by ``_sent_name``; checkpointed as tensors.
+    """
+
+    best_validation_loss: float | None = None
+    evaluations_without_gain: int = 0
+    failed_rounds_in_a_row: int = 0
+    num_updates: int = 0
+    stopped: str | None = None
+    clock: ClockState = field(default_factory=ClockState)
+    sent: Mapping[str, Broadcast] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the tensors as plain values."""
+        return dataclasses.asdict(dataclasses.replace(self, sent={}))
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any], sent: Mapping[str, Broadcast]) -> "Progress":
+        """Return the progress whose plain values these are; those that earlier versions lack have their defaults."""
+        clock = dict(values.get("clock", {}))
+        trips = []
+        for trip in clock.pop("trips", ()):
+            breakdown = trip["breakdown"] and Breakdown(**trip["breakdown"])
+            trips.append(Trip(**{**trip, "breakdown": breakdown}))
+        state = ClockState(**clock, trips=tuple(trips))
+        return Progress(**{**values, "clock": state, "sent": sent})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended.
+
+    Attributes:
+        state: The aggregator's state after the last round.
+        server_round: That round.
+        stopped: Why it ended before ``num_rounds``, or None.
+        has_progress: Whether any client's update was ever aggregated and the run did not end in failures.
+    """
+
+    state: Any
+    server_round: int
+    stopped: str | None
+    has_progress: bool
+
+
+@dataclass(frozen=True)
+class RoundEvent:
+    """What a display may show while a round is running.
+
+    Attributes:
+        kind: ``cohort`` (sampled), ``client`` (one outcome arrived), ``evaluating`` or ``done``.
+        server_round: The round it belongs to.
+        num_clients: Size of the cohort.
+        client: The outcome, for ``client``.
+        record: The record, for ``done``.
+    """
+
+    kind: Literal["cohort", "client", "evaluating", "done"]
+    server_round: int
+    num_clients: int = 0
+    client: ClientRecord | None = None
+    record: RoundRecord | None = None
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Scores models while the loop runs."""
+
+    def scores(self, adapter: Broadcast | None) -> EvaluationRecord:
+        """Return the scores of the base with this adapter, or of the base alone for None."""
+        ...
+
+    def rank_groups(self, broadcast: Callable[[RankPlan], Broadcast]) -> dict[str, RankGroupRecord]:
+        """Return how each kind of client is served, once, after the last round."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Everything a run is made of.
+
+    Attributes:
+        aggregator: The method.
+        state_types: The dataclasses its states are made of, for reading checkpoints.
+        engine: What trains a cohort.
+        federation: Who takes part, with what.
+        settings: How long and how often.
+        learning_rate: Round -> learning rate, for the record; the engine uses the same function.
+        evaluator: Scores the global adapter.
+        folder: Where ``records.jsonl`` and ``checkpoints/`` are.
+        notify: Told about each step, for progress displays.
+        uplink: The steps whose client ends the engine runs, in the same order; their server ends run here.
+        clock: Decides who is there, who is late and how long a round takes, in virtual time; None lets everybody be
+            there and in time.
+    """
+
+    aggregator: Aggregator[Any]
+    state_types: tuple[type, ...]
+    engine: Engine
+    federation: Federation
+    settings: RoundSettings
+    learning_rate: Callable[[int], float]
+    evaluator: Evaluator
+    folder: Path
+    notify: Callable[[RoundEvent], None] = lambda event: None
+    uplink: Sequence[UplinkStep] = ()
+    clock: Clock | None = None
+
+
+@dataclass
+class Stopwatch:
+    """Wall seconds per stage of one round."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,342 @@
+"""What a run writes down: one JSON line per round, the references beside it and the manifest.
+
+`records.jsonl` holds one `RoundRecord` per line, `references.json` one `ReferencesRecord`, `manifest.json` one
+`ManifestRecord`. Every file is strict JSON: NaN and the infinities travel as the strings ``"NaN"``, ``"Infinity"``
+and ``"-Infinity"`` and come back as floats. Wall-clock times appear only in fields called ``seconds`` and in
+``ManifestRecord.started``, so that two runs can be compared with those left out.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flexlora.errors import FlexLoraError
+
+log = logging.getLogger(__name__)
+
+RECORDS_FILE = "records.jsonl"
+
+
+REFERENCES_FILE = "references.json"
+
+
+MANIFEST_FILE = "manifest.json"
+
+
+class RecordsError(FlexLoraError, ValueError):
+    """A record file cannot be read as what it should be."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+RecordT = TypeVar("RecordT", bound=_Record)
+
+
+class ScoreRecord(_Record):
+    """Quality of one model on one set of examples."""
+
+    rouge_l: float = Field(description="ROUGE-L F-measure of generated text, 0 to 100")
+    exact_match: float = Field(description="Share of generated answers equal to a reference, 0 to 100")
+    loss: float = Field(description="Cross-entropy in nats per answer token")
+    num_examples: int = Field(ge=0)
+    num_tasks: int = Field(ge=0)
+
+
+class RankGroupRecord(_Record):
+    """How the global adapter, cut to the ranks of one plan, serves the clients of that plan."""
+
+    ranks: dict[str, int] = Field(description="Module path -> rank")
+    num_clients: int = Field(ge=0, description="Clients whose own test data were used")
+    unseen: ScoreRecord | None = Field(default=None, description="Unseen tasks, adapter truncated to these ranks")
+    own: ScoreRecord | None = Field(default=None, description="These clients' own test data, same adapter")
+    base_own: ScoreRecord | None = Field(default=None, description="The base model alone, there")
+
+
+class EvaluationRecord(_Record):
+    """One evaluation of one model."""
+
+    unseen: ScoreRecord = Field(description="Unseen tasks, weighted by examples")
+    unseen_unweighted: ScoreRecord = Field(description="Unseen tasks, plain mean over tasks")
+    categories: dict[str, ScoreRecord] = Field(default={}, description="Category of unseen tasks -> its score")
+    validation_loss: float | None = Field(
+        default=None, description="Nats per answer token on the fixed set that early stopping watches"
+    )
+    rank_groups: dict[str, RankGroupRecord] = Field(default={}, description="Plan name -> its group")
+
+
+class ClientRecord(_Record):
+    """One sampled client in one round."""
+
+    client_id: str
+    plan: str = Field(description="Name of its rank plan")
+    ranks: dict[str, int] = Field(description="Module path -> rank it trained")
+    num_examples: int = Field(ge=0)
+    up_bytes: int = Field(default=0, ge=0)
+    down_bytes: int = Field(default=0, ge=0)
+    outcome: Literal["ok", "failed"]
+    stage: str | None = Field(default=None, description="Where it failed; null when it did not")
+    reason: str | None = Field(default=None, description="Why it failed; null when it did not")
+    loss: float | None = Field(default=None, description="Mean training loss over its steps, nats per token")
+    steps: int | None = Field(default=None, description="Optimiser steps it took")
+    device: str | None = Field(default=None, description="Its simulated device; null when none are")
+    virtual_seconds: float | None = Field(default=None, description="From being sent off to its arrival or failure")
+    staleness: int | None = Field(default=None, description="Server steps between the model it took and its update")
+
+
+class SpectrumRecord(_Record):
+    """Singular values of the global change of one module."""
+
+    singular_values: list[float] = Field(description="Descending, scaling included")
+    tail: float = Field(default=0.0, description="Frobenius norm of what the listed values leave out")
+
+
+class RoundRecord(_Record):
+    """One line of `records.jsonl`. Round 0 is the base model before training and has no clients."""
+
+    server_round: int = Field(ge=0)
+    learning_rate: float | None = None
+    clients: list[ClientRecord] = []
+    up_bytes: int = Field(default=0, ge=0, description="Sum over the clients of this round")
+    down_bytes: int = Field(default=0, ge=0, description="Sum over the clients of this round")
+    num_ok: int = Field(default=0, ge=0)
+    num_failed: int = Field(default=0, ge=0)
+    train_loss: float | None = Field(default=None, description="Mean over surviving clients, weighted by examples")
+    spectra: dict[str, SpectrumRecord] = Field(default={}, description="Module path -> spectrum after the round")
+    energy_kept: dict[str, float] = Field(
+        default={},
+        description="Plan name -> share (0 to 1) of the squared singular values, over all modules, inside its ranks",
+    )
+    energy_above_smallest: float | None = Field(
+        default=None, description="Share (0 to 1) of the squared singular values above the smallest plan's ranks"
+    )
+    evaluation: EvaluationRecord | None = None
+    note: str | None = Field(default=None, description="Anything unusual about the round, for a person")
+    stopped: str | None = Field(default=None, description="Why the run ends here, if it ends early")
+    seconds: dict[str, float] = Field(
+        default={}, description="Stage (broadcast, train, aggregate, evaluate, checkpoint, total) -> wall time"
+    )
+    virtual_seconds: float | None = Field(default=None, description="What the round took on the virtual clock, if any")
+    virtual_clock_seconds: float | None = Field(default=None, description="The virtual clock at the end of the round")
+
+
+class LocalClientRecord(_Record):
+    """One sampled client that also trained alone, for `evaluation.local_only_epochs` passes over its examples."""
+
+    client_id: str
+    plan: str
+    own: ScoreRecord | None = Field(default=None, description="Its local-only adapter on its own test data")
+    global_own: ScoreRecord | None = Field(default=None, description="The global adapter, cut to its ranks, there")
+    base_own: ScoreRecord | None = Field(default=None, description="The base model alone, there")
+    unseen: ScoreRecord | None = Field(default=None, description="Its local-only adapter on the unseen tasks")
+    failure: str | None = Field(default=None, description="Why it has no scores; null when it has")
+
+
+class LocalOnlyRecord(_Record):
+    """Clients that train alone: what federating is compared with. Averages are over the listed clients."""
+
+    clients: list[LocalClientRecord] = []
+    own: ScoreRecord | None = None
+    global_own: ScoreRecord | None = None
+    base_own: ScoreRecord | None = None
+    unseen: ScoreRecord | None = None
+
+
+class RoundScoreRecord(_Record):
+    """The unseen-task score of a reference run after one of its rounds."""
+
+    server_round: int = Field(ge=0)
+    unseen: ScoreRecord
+    virtual_clock_seconds: float | None = Field(default=None, description="Its virtual clock then, if any")
+
+
+class ReferenceRunRecord(_Record):
+    """A complete second run, kept short."""
+
+    rank: str = Field(description="Its ranks in words, for example '2 in every module'")
+    ranks: dict[str, int] = Field(default={}, description="Module path -> rank")
+    learning_rate: float | None = Field(default=None, description="Where its schedule starts, if not where the run's")
+    evaluations: list[RoundScoreRecord] = []
+    final: EvaluationRecord | None = None
+    up_bytes: int = Field(default=0, ge=0)
+    down_bytes: int = Field(default=0, ge=0)
+
+
+class ReferencesRecord(_Record):
+    """What the run is compared with; each part is null until it has been measured."""
+
+    base: EvaluationRecord | None = None
+    local_only: LocalOnlyRecord | None = None
+    fedit_smallest_rank: ReferenceRunRecord | None = None
+
+
+class ManifestRecord(_Record):
+    """What it takes to tell two runs apart or to repeat one."""
+
+    flexlora_version: str
+    packages: dict[str, str] = Field(default={}, description="Package -> version")
+    python: str
+    platform: str
+    seed: int
+    config_hash: str
+    data_hashes: dict[str, str] = {}
+    base_model: str
+    num_parameters: int = Field(ge=0, description="Parameters of the base model")
+    method: str
+    num_clients: int = Field(ge=0)
+    num_unseen_tasks: int = Field(ge=0)
+    num_rounds: int | None = Field(default=None, description="Rounds asked for; null when unknown")
+    cohort_size: int | None = None
+    device: str | None = None
+    num_threads: int | None = Field(default=None, description="CPU threads of tensor work; results depend on them")
+    plan_counts: dict[str, int] = Field(default={}, description="Plan name -> clients that have it")
+    plan_ranks: dict[str, dict[str, int]] = Field(default={}, description="Plan name -> module path -> rank")
+    device_counts: dict[str, int] = Field(default={}, description="Simulated device -> clients that have it")
+    policy: str | None = Field(default=None, description="How the server treats slow clients; null without devices")
+    target_rouge_l: float | None = Field(default=None, description="Unseen ROUGE-L whose virtual time is of interest")
+    warnings: list[str] = []
+    started: str | None = Field(default=None, description="ISO 8601 time at which the run first started")
+    seconds: dict[str, float] = Field(default={}, description="Wall times outside the rounds")
+
+
+def to_line(record: RoundRecord) -> str:
+    """Return the record as one line of strict JSON, line break included."""
+    return record.model_dump_json() + "\n"
+
+
+def append_record(path: Path, record: RoundRecord) -> None:
+    """Add one line to a record file and bring it to the disk.
+
+    Not atomic: a process killed meanwhile leaves part of a line, which `read_records` drops and the next append
+    cuts off.
+    """
+    path.touch(exist_ok=True)
+    with path.open("r+b") as file:
+        content = file.read()
+        whole, torn = _split_torn_line(content)
+        if torn:
+            log.warning("%s: cut off an incomplete last line of %d bytes", path, len(torn))
+        file.seek(len(whole))
+        file.truncate()
+        missing_break = b"\n" if whole and not whole.endswith(b"\n") else b""
+        file.write(missing_break + to_line(record).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> list[RoundRecord]:
+    """Return the rounds in a record file, in order; none when there is no such file.
+
+    A last line that a killed process left incomplete is dropped with a warning in the log.
+
+    Raises:
+        RecordsError: A complete line is not a round record, or rounds are not in ascending order.
+    """
+    if not path.exists():
+        return []
+    return [record for record, _ in _parse(path)]
+
+
+def keep_rounds(path: Path, last_round: int) -> None:
+    """Drop every round after ``last_round`` from a record file, atomically; lines that stay keep their bytes.
+
+    This is what a resumed run calls with the round of its checkpoint, so that it can append from there.
+    """
+    if not path.exists():
+        return
+    _write(path, b"".join(line + b"\n" for record, line in _parse(path) if record.server_round <= last_round))
+
+
+def write_references(path: Path, references: ReferencesRecord) -> None:
+    """Write the references atomically."""
+    _write(path, references.model_dump_json(indent=1).encode() + b"\n")
+
+
+def read_references(path: Path) -> ReferencesRecord:
+    """Return the references, all of them empty when there is no such file."""
+    return _read_one(path, ReferencesRecord) or ReferencesRecord()
+
+
+def write_manifest(path: Path, manifest: ManifestRecord) -> None:
+    """Write the manifest atomically."""
+    _write(path, manifest.model_dump_json(indent=1).encode() + b"\n")
+
+
+def read_manifest(path: Path) -> ManifestRecord | None:
+    """Return the manifest, or None when there is no such file."""
+    return _read_one(path, ManifestRecord)
+
+
+def _split_torn_line(content: bytes) -> tuple[bytes, bytes]:
+    """Split off a last line that is neither terminated nor complete."""
+    end = content.rfind(b"\n") + 1
+    fragment = content[end:]
+    if not fragment:
+        return content, b""
+    try:
+        RoundRecord.model_validate_json(fragment)
+    except ValidationError:
+        return content[:end], fragment
+    return content, b""
+
+
+def _parse(path: Path) -> Iterator[tuple[RoundRecord, bytes]]:
+    whole, torn = _split_torn_line(path.read_bytes())
+    if torn:
+        log.warning("%s: dropped an incomplete last line of %d bytes; its writer was interrupted", path, len(torn))
+    previous = -1
+    # Split at the byte, not with splitlines: JSON strings may hold U+2028 and other breaks that are none here.
+    for number, line in enumerate(whole.removesuffix(b"\n").split(b"\n") if whole else [], start=1):
+        try:
+            record = RoundRecord.model_validate_json(line)
+        except ValidationError as error:
+            raise RecordsError(
+                f"{path}, line {number}, is not a round record: {_first_problem(error)}; restore the file, or resume "
+                "the run from a checkpoint before it"
+            ) from error
+        if record.server_round <= previous:
+            raise RecordsError(
+                f"{path}, line {number}: rounds must ascend; got round {record.server_round} after round {previous}; "
+                "remove the lines of the older attempt"
+            )
+        previous = record.server_round
+        yield record, line
+
+
+def _read_one(path: Path, kind: type[RecordT]) -> RecordT | None:
+    if not path.exists():
+        return None
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise RecordsError(
+            f"{path} is not what it should be: {_first_problem(error)}; restore the file or remove it"
+        ) from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}" if where else problem["msg"]
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+SIGNIFICANT_DIGITS = 6
+
+
+def rounded(value: float) -> float:
+    """Return the value with as many digits as records keep."""
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")

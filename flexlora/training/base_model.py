@@ -1,0 +1,135 @@
+"""Loads a base model, with or without its weights, and finds the modules to adapt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from flexlora.errors import FlexLoraError
+
+ModelDtype = Literal["float32", "bfloat16"]
+
+
+class ModelError(FlexLoraError, ValueError):
+    """A base model that cannot be loaded or adapted as asked."""
+
+
+def load_base_model(
+    name_or_path: str,
+    *,
+    dtype: ModelDtype,
+    device: str,
+    attn_implementation: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a causal language model, frozen and in evaluation mode, and its tokenizer.
+
+    Args:
+        name_or_path: A local folder or a hub id.
+        dtype: Of the base weights; LoRA factors stay float32.
+        device: Where the weights go, for example ``cpu`` or ``cuda:0``.
+        attn_implementation: As transformers names it: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Let a hub repository run its own model code.
+
+    Raises:
+        ModelError: If there is no such model, or the machine is offline and has no copy of it.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(name_or_path, error) from error
+    return frozen(model).to(device), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def load_empty_model(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model without weights (on the meta device) and its tokenizer, for plans and shapes.
+
+    Raises:
+        ModelError: If there is no such model, or the machine is offline and has no copy of it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(name_or_path, error) from error
+    return model, tokenizer
+
+
+def _not_loadable(name_or_path: str, error: Exception) -> ModelError:
+    if Path(name_or_path).exists():
+        rule = f"the folder {name_or_path} must hold a causal language model as transformers saves it"
+    else:
+        rule = (
+            f"the base model must be a local folder or a hub id; there is no folder {name_or_path}, and no such model "
+            "came from the hub. Check the spelling, the network (HF_HUB_OFFLINE, the local cache), and HF_TOKEN if the "
+            "model is gated"
+        )
+    return ModelError(f"{rule}. Reason: {' '.join(str(error).split())[:300]}")
+
+
+def frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model without gradients and in evaluation mode."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def target_modules(
+    model: PreTrainedModel, selection: Literal["all-linear"] | Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Return module path -> ``(out_features, in_features)`` of the modules to adapt, sorted by path.
+
+    Args:
+        model: The base model, not yet adapted.
+        selection: ``all-linear`` for every linear module but the output layer, or the last parts of paths, such as
+            ``("q_proj", "self_attn.v_proj")``.
+
+    Raises:
+        ModelError: If a name matches no linear module.
+    """
+    head = model.get_output_embeddings()
+    linear = {
+        path: features(module) for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
+    if selection == "all-linear":
+        return {path: linear[path] for path in sorted(linear) if model.get_submodule(path) is not head}
+    chosen: dict[str, tuple[int, int]] = {}
+    for suffix in selection:
+        found = {path: shape for path, shape in linear.items() if path == suffix or path.endswith(f".{suffix}")}
+        if not found:
+            names = sorted({path.rpartition(".")[2] for path in linear})
+            raise ModelError(f"target_modules must name linear modules; got {suffix!r}, there are {', '.join(names)}")
+        chosen |= found
+    return dict(sorted(chosen.items()))
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Return ``(out_features, in_features)`` of a linear module."""
+    if isinstance(module, Conv1D):
+        # GPT-2 stores the transpose of what nn.Linear stores.
+        return module.weight.shape[1], module.weight.shape[0]
+    assert isinstance(module, nn.Linear)
+    return module.out_features, module.in_features

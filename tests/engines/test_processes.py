@@ -1,0 +1,399 @@
+import contextlib
+import dataclasses
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flexlora.data.prompts import EncodedExample
+from flexlora.engines import chunks
+from flexlora.engines import processes as workers_module
+from flexlora.engines.base import Engine
+from flexlora.engines.processes import Workers, WorkersEngine, plan_processes
+from flexlora.engines.simulation import SimulationEngine
+from flexlora.federation.clients import ClientSpec, RankPlan
+from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.lora.factors import Scaling
+from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.base_model import load_base_model, target_modules
+from flexlora.training.one_client import LocalTraining
+from flexlora.uplink.wire import encode_broadcast
+
+BASE = Path(workers_module.__file__).parents[1] / "models" / "base"
+SMALL = RankPlan("small", (("self_attn", 2),))
+LARGE = RankPlan("large", (("self_attn", 3), ("mlp", 5)))
+# One step of 4 rows of 130 tokens is a chunk of its own.
+SETTINGS = LocalTraining(batch_size=4, max_steps=1)
+COHORT = [ClientSpec(f"client {index}", (SMALL, LARGE)[index % 2], 4 + index) for index in range(8)]
+MODULE = "model.layers.0.self_attn.q_proj"
+PATIENCE_SECONDS = 120
+
+# A module that children can import, as they could not import this one.
+CLIENT_SIDE = """
+import dataclasses, os, time
+from pathlib import Path
+from flexlora.training.one_client import train_client
+
+@dataclasses.dataclass(frozen=True)
+class Stamp:
+    "Notes in which process a client trained."
+    def send(self, update, rng):
+        return dataclasses.replace(update, metrics={**update.metrics, "process": os.getpid()})
+    def receive(self, updates, rng):
+        yield from updates
+
+@dataclasses.dataclass(frozen=True)
+class Stuck:
+    "Trains in one process only; in others it says who it is and never ends."
+    here: int
+    folder: str
+    interrupted: bool = False
+    def __call__(self, model, broadcast, examples, settings, learning_rate, seed):
+        if os.getpid() == self.here and not self.interrupted:
+            return train_client(model, broadcast, examples, settings, learning_rate, seed)
+        if os.getpid() == self.here:
+            while not list(Path(self.folder).iterdir()):
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        (Path(self.folder) / str(os.getpid())).touch()
+        time.sleep(3600)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_client_is_a_chunk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "_STEP_TOKENS", {"cpu": (512, 512)})
+        yield
+
+
+def examples_of(client_id):
+    rng = np.random.default_rng(int(client_id.split()[1]))
+    rows = [tuple(rng.integers(3, 259, 130).tolist()) for _ in range(4 + int(client_id.split()[1]))]
+    return [EncodedExample(row, (*[-100] * 60, *row[60:])) for row in rows]
+
+
+def learning_rate(server_round):
+    return 0.01 / server_round
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    network, tokenizer = load_base_model(str(BASE), dtype="float32", device="cpu", attn_implementation="sdpa")
+    return AdaptedModel(network, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def broadcasts(embedded):
+    shapes = target_modules(embedded.network, "all-linear")
+    scaling = Scaling("constant_alpha", 16.0)
+    return {plan: Broadcast(embedded.initial_adapter(plan.resolve(shapes), scaling, 0)) for plan in (SMALL, LARGE)}
+
+
+@pytest.fixture(scope="module")
+def client_side(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "client_side_of_the_workers_test.py").write_text(CLIENT_SIDE, encoding="utf-8")
+    sys.path.append(str(folder))
+    yield importlib.import_module("client_side_of_the_workers_test")
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def simulation(embedded):
+    return SimulationEngine(embedded, examples_of, SETTINGS, learning_rate, seed=11)
+
+
+@pytest.fixture(scope="module")
+def workers(embedded, client_side):
+    pool = Workers(embedded, ["cpu"], 1, seconds_before_children=0)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def engine(simulation, workers, broadcasts):
+    """Returns an engine whose child is ready."""
+    engine = WorkersEngine(simulation, workers)
+    wait_for_children(engine, broadcasts)
+    return engine
+
+
+def wait_for_children(engine, broadcasts):
+    for _ in range(PATIENCE_SECONDS):
+        list(engine.train(1, COHORT[:4], broadcasts))
+        if all(child is not None and child.has_worked for child in engine.workers.pool.children):
+            return
+        time.sleep(0.3)
+    raise AssertionError("no child got ready")
+
+
+def child_of(engine):
+    (child,) = engine.workers.pool.children
+    return child
+
+
+def assert_same(outcomes, expected, **tolerance):
+    assert [outcome.client_id for outcome in outcomes] == [outcome.client_id for outcome in expected]
+    for outcome, other in zip(outcomes, expected, strict=True):
+        assert isinstance(outcome, Update)
+        assert (outcome.weight, outcome.up_bytes, outcome.down_bytes) == (
+            other.weight,
+            other.up_bytes,
+            other.down_bytes,
+        )
+        assert outcome.payload.keys() == other.payload.keys()
+        for path, factors in outcome.payload.items():
+            for name in ("A", "B"):
+                torch.testing.assert_close(
+                    getattr(factors, name), getattr(other.payload[path], name), **{"rtol": 0, "atol": 0} | tolerance
+                )
+
+
+def is_running(process_id):
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_it_is_an_engine(simulation, embedded):
+    assert isinstance(WorkersEngine(simulation, Workers(embedded, [], 1)), Engine)
+
+
+def test_two_processes_give_the_bits_of_one_and_the_numbers_of_a_plain_simulation(
+    engine, simulation, embedded, broadcasts, client_side
+):
+    stamped = dataclasses.replace(simulation, uplink=[client_side.Stamp()])
+    together = list(dataclasses.replace(engine, engine=stamped).train(2, COHORT, broadcasts))
+    assert {update.metrics["process"] for update in together} == {os.getpid(), child_of(engine).process.pid}
+    alone = list(WorkersEngine(simulation, Workers(embedded, [], 1)).train(2, COHORT, broadcasts))
+    assert_same(together, alone)
+    assert all(update.metrics["loss"] == other.metrics["loss"] for update, other in zip(together, alone, strict=True))
+    assert_same(together, list(simulation.train(2, COHORT, broadcasts)), atol=1e-5)
+
+
+def test_a_client_that_fails_in_any_process_is_reported_and_the_others_go_on(engine, simulation, broadcasts):
+    def some_are_empty(client_id):
+        return [] if client_id in ("client 1", "client 2", "client 6") else examples_of(client_id)
+
+    lacking = dataclasses.replace(simulation, examples_of=some_are_empty)
+    outcomes = list(dataclasses.replace(engine, engine=lacking).train(1, COHORT, broadcasts))
+    failures = [outcome for outcome in outcomes if isinstance(outcome, ClientFailure)]
+    assert [failure.client_id for failure in failures] == ["client 1", "client 2", "client 6"]
+    assert {failure.reason for failure in failures} == {"a client needs at least one training example; got none"}
+    assert failures[0].down_bytes == len(encode_broadcast(broadcasts[LARGE], "float32"))
+
+
+def test_what_cannot_be_sent_to_a_child_fails_as_it_would_here(engine, simulation, broadcasts):
+    def some_are_gone(client_id):
+        if client_id == "client 5":
+            raise OSError("disk is gone")
+        return examples_of(client_id)
+
+    lacking = dataclasses.replace(engine, engine=dataclasses.replace(simulation, examples_of=some_are_gone))
+    outcomes = list(lacking.train(1, COHORT, {LARGE: broadcasts[LARGE]}))
+    assert [outcome.client_id for outcome in outcomes] == [client.client_id for client in COHORT]
+    failures = {outcome.client_id: outcome for outcome in outcomes if isinstance(outcome, ClientFailure)}
+    assert failures.keys() == {"client 0", "client 2", "client 4", "client 5", "client 6"}
+    assert (failures["client 0"].stage, failures["client 5"].stage) == ("broadcast", "train")
+    assert failures["client 5"].reason == "OSError: disk is gone"
+
+
+def test_engines_share_the_children(engine, simulation, workers, broadcasts):
+    before = child_of(engine).process.pid
+    other = WorkersEngine(dataclasses.replace(simulation, seed=12), workers)
+    one, another = (next(iter(list(each.train(1, COHORT, broadcasts)))) for each in (engine, other))
+    assert not torch.equal(one.payload[MODULE].B, another.payload[MODULE].B)
+    assert child_of(engine).process.pid == before
+
+
+def test_an_engine_that_children_cannot_be_told_of_trains_here(engine, simulation, workers, broadcasts, caplog):
+    own_way = dataclasses.replace(simulation, train_one=lambda *arguments: (broadcasts[SMALL].trainable, {"loss": 1.0}))
+    outcomes = list(WorkersEngine(own_way, workers).train(1, COHORT[::2], broadcasts))
+    assert all(isinstance(outcome, Update) for outcome in outcomes)
+    assert "Clients train in one process, as others cannot be told how" in caplog.text
+
+
+def test_a_killed_child_loses_only_the_clients_it_was_training(engine, simulation, broadcasts, client_side, tmp_path):
+    stuck = dataclasses.replace(simulation, train_one=client_side.Stuck(os.getpid(), str(tmp_path)))
+    outcomes, process_id = [], child_of(engine).process.pid
+    for outcome in dataclasses.replace(engine, engine=stuck).train(1, COHORT, broadcasts):
+        outcomes.append(outcome)
+        for path in tmp_path.iterdir():
+            assert int(path.name) == process_id
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+    assert [outcome.client_id for outcome in outcomes] == [client.client_id for client in COHORT]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, ClientFailure)]
+    assert len(failures) == 1
+    assert failures[0].stage == "train"
+    assert f"process {process_id} was killed (signal 9" in failures[0].reason
+    assert "while it trained this client" in failures[0].reason
+    wait_for_children(engine, broadcasts)
+    assert child_of(engine).process.pid != process_id
+
+
+def test_a_child_that_is_killed_between_chunks_loses_nothing(engine, broadcasts):
+    child = child_of(engine)
+    child.process.kill()
+    outcomes = list(engine.train(1, COHORT, broadcasts))
+    assert all(isinstance(outcome, Update) for outcome in outcomes)
+
+
+def test_an_interruption_passes_and_ends_the_children_that_are_at_work(
+    engine, simulation, broadcasts, client_side, tmp_path
+):
+    process = child_of(engine).process
+    stuck = dataclasses.replace(simulation, train_one=client_side.Stuck(os.getpid(), str(tmp_path), interrupted=True))
+    with pytest.raises(KeyboardInterrupt):
+        list(dataclasses.replace(engine, engine=stuck).train(1, COHORT, broadcasts))
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_children_ignore_an_interruption_of_their_own(engine, broadcasts):
+    process = child_of(engine).process
+    os.kill(process.pid, signal.SIGINT)
+    assert all(isinstance(outcome, Update) for outcome in engine.train(1, COHORT, broadcasts))
+    assert process.poll() is None
+
+
+def test_without_a_child_that_can_start_training_goes_on_here_and_says_so(
+    simulation, embedded, broadcasts, monkeypatch, caplog
+):
+    monkeypatch.setattr(sys, "executable", str(BASE / "no_python"))
+    lonely = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=0))
+    for _ in range(2):
+        assert all(isinstance(outcome, Update) for outcome in lonely.train(1, COHORT[:2], broadcasts))
+    assert caplog.text.count("Training goes on in fewer processes than planned") == 1
+    assert "no_python" in caplog.text
+
+
+def test_the_last_words_of_a_child_that_cannot_start_are_passed_on(
+    simulation, embedded, broadcasts, monkeypatch, caplog, tmp_path
+):
+    (tmp_path / "transformers.py").write_text("raise ImportError('broken installation')", encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    lonely = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=0))
+    for _ in range(PATIENCE_SECONDS):
+        assert all(isinstance(outcome, Update) for outcome in lonely.train(1, COHORT[:2], broadcasts))
+        if lonely.workers.pool.gave_up:
+            break
+        time.sleep(0.3)
+    assert "ended with exit status 1: ImportError: broken installation" in caplog.text
+    assert lonely.workers.pool.children == [None]
+
+
+def test_a_short_run_starts_no_child(simulation, embedded, broadcasts):
+    short = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=3600))
+    assert len(list(short.train(1, COHORT[:2], broadcasts))) == 2
+    assert short.workers.pool.children == [None]
+
+
+def test_chunks_are_cut_no_further_ahead_than_outcomes_are_taken(simulation, embedded, broadcasts):
+    asked = []
+
+    def counted(client_id):
+        asked.append(client_id)
+        return examples_of(client_id)
+
+    slow = WorkersEngine(dataclasses.replace(simulation, examples_of=counted), Workers(embedded, [], 1))
+    outcomes = slow.train(1, COHORT, broadcasts)
+    next(outcomes)
+    assert asked == ["client 0"]
+    outcomes.close()
+
+
+def test_children_end_when_their_workers_are_forgotten(simulation, embedded, broadcasts):
+    passing = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=0))
+    list(passing.train(1, COHORT[:2], broadcasts))
+    process = child_of(passing).process
+    del passing
+    assert process.returncode == -signal.SIGKILL
+
+
+PARENT = """
+import sys, time
+sys.path[:0] = [{tests!r}]
+from flexlora.federation.clients import ClientSpec, RankPlan
+from flexlora.federation.messages import Broadcast
+from flexlora.engines.simulation import SimulationEngine
+from flexlora.engines.processes import Workers, WorkersEngine
+from flexlora.lora.factors import Scaling
+from flexlora.data.prompts import EncodedExample
+from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.base_model import load_base_model, target_modules
+from flexlora.training.one_client import LocalTraining
+import torch
+torch.set_num_threads(1)
+model = AdaptedModel(*load_base_model({base!r}, dtype="float32", device="cpu", attn_implementation="sdpa"))
+plan = RankPlan("small", (("self_attn", 2),))
+shapes = target_modules(model.network, "all-linear")
+broadcasts = {{plan: Broadcast(model.initial_adapter(plan.resolve(shapes), Scaling("constant_alpha", 16.0), 0))}}
+row = tuple(range(3, 133))
+simulation = SimulationEngine(
+    model, lambda client_id: [EncodedExample(row, row)] * 4, LocalTraining(batch_size=4), lambda server_round: 0.01, 0
+)
+engine = WorkersEngine(simulation, Workers(model, ["cpu"], 1, seconds_before_children=0))
+cohort = [ClientSpec(str(index), plan, 4) for index in range(4)]
+while not (engine.workers.pool.children[0] and engine.workers.pool.children[0].has_worked):
+    list(engine.train(1, cohort, broadcasts))
+print(engine.workers.pool.children[0].process.pid, flush=True)
+{end}
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("time.sleep(3600)", -signal.SIGKILL),
+        ("raise SystemExit(3)", 3),
+    ],
+)
+def test_a_parent_without_a_main_guard_leaves_no_child_behind_however_it_ends(tmp_path, end, code):
+    script = tmp_path / "script.py"
+    script.write_text(PARENT.format(tests=str(tmp_path), base=str(BASE), end=end), encoding="utf-8")
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert code == 3 or is_running(child)
+        if code < 0:
+            parent.kill()
+    assert parent.returncode == code
+    for _ in range(10 * PATIENCE_SECONDS):
+        if not is_running(child):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child lives on")
+
+
+def test_processes_are_planned_from_cores_threads_and_the_size_of_the_base(monkeypatch):
+    monkeypatch.setattr(workers_module, "_num_cores", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    small, large = 10**6, 10**9
+    assert plan_processes("cpu", small, None, None) == (["cpu"] * 7, 1)
+    assert plan_processes("cpu", small, None, 4) == (["cpu"], 4)
+    assert plan_processes("cpu", small, 3, None) == (["cpu"] * 2, 1)
+    assert plan_processes("cpu", small, 1, None) == ([], 1)
+    assert plan_processes("cpu", large, None, None) == ([], 8)
+    assert plan_processes("cpu", large, 2, None) == (["cpu"], 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert plan_processes("cuda", large, None, None) == (["cuda:1", "cuda:2"], 2)
+    assert plan_processes("cuda:1", large, None, None) == ([], 8)
+    assert plan_processes("cuda:1", large, 2, 1) == (["cuda:1"], 1)
+
+
+@pytest.mark.parametrize(("text", "cores"), [("max 100000", 8), ("300000 100000", 3), ("50000 100000", 1), ("", 8)])
+def test_a_containers_quota_counts_as_its_cores(text, cores, monkeypatch, tmp_path):
+    (tmp_path / "cpu.max").write_text(text, encoding="ascii")
+    monkeypatch.setattr(workers_module, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert workers_module._num_cores() == cores

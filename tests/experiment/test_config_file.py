@@ -1,0 +1,205 @@
+"""The configuration reports every mistake at once, with key, rule, value and fix."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flexlora.experiment.config import Config, ConfigError
+from flexlora.experiment.config_file import dump_config, load_config, parse_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+
+
+def problems(tree: dict[str, object], **options: bool) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree, "test", **options)
+    return str(caught.value)
+
+
+def test_defaults_are_a_valid_configuration() -> None:
+    assert parse_config({}, "empty") == Config()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_says_what_it_is_for(path: Path) -> None:
+    overrides = [] if path.stem == "demo" else ["data.path=somewhere"]
+    load_config(path, overrides)
+    head = path.read_text(encoding="utf-8").split("seed:")[0]
+    for word in ("Launch:", "Expected:", "Cost:"):
+        assert word in head
+
+
+def test_a_dumped_configuration_reads_back_equal() -> None:
+    config = parse_config({"data": {"name": "natural_instructions", "path": "x", "num_unseen_tasks": 3}}, "test")
+    assert parse_config(yaml.safe_load(dump_config(config)), "dump") == config
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    message = problems(
+        {
+            "seed": -1,
+            "model": {"dtype": "int8", "dtypo": "float32"},
+            "training": {"momentum": 0.5},
+            "rounds": {"patience": 2},
+            "data": {"name": "natural_instructions", "validation_examples": 0},
+        }
+    )
+    for expected in (
+        "seed: Input should be greater than or equal to 0; got -1",
+        "model.dtype: Input should be 'float32' or 'bfloat16'; got 'int8'",
+        "model.dtypo: there is no such setting; did you mean dtype?",
+        "data.path: must be set",
+        "training.momentum is 0.5",
+        "rounds.patience needs a validation set",
+        "data holds out no unseen task",
+    ):
+        assert expected in message
+    assert message.startswith("7 problems in test")
+
+
+def test_a_wrong_variant_lists_the_right_ones() -> None:
+    assert "method.name: must be one of fedit, zero_pad, flexlora; got 'fedavg'" in problems(
+        {"method": {"name": "fedavg"}}
+    )
+    assert "data.name: must be one of generated, natural_instructions, instructions; got None" in problems({"data": {}})
+
+
+def test_wrong_keys_inside_a_variant_get_a_suggestion() -> None:
+    assert "did you mean error_compensation?" in problems({"method": {"name": "flexlora", "error_compensatoin": True}})
+    assert "did you mean ffn?" in problems({"clients": {"types": {"a": {"attention": 1, "fnn": 2}}}})
+
+
+def test_missing_paths_are_reported_when_asked(tmp_path: Path) -> None:
+    data = {"name": "natural_instructions", "path": str(tmp_path / "nope"), "num_unseen_tasks": 1}
+    message = problems({"data": data, "model": {"name_or_path": "./nowhere"}}, check_paths=True)
+    assert "data.path: must be a folder of task files" in message
+    assert "model.name_or_path: there is no folder ./nowhere" in message
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"clients": {"distribution": {"phone": 1}}}, "clients.distribution names the type 'phone'"),
+        ({"clients": {"distribution": {"type1": 0}}}, "gives every type weight 0"),
+        ({"clients": {"types": {"a": {"attention": 1, "ffn": 1}}}}, "is defined for four types"),
+        (
+            {"clients": {"types": {"a": {"attention": 0, "ffn": 0}}, "distribution": {"a": 1}}},
+            "clients.types.a adapts nothing",
+        ),
+        ({"clients": {"counts": {"phone": 1}}}, "clients.counts names the type 'phone'; clients.types has type1"),
+        ({"clients": {"counts": {"type1": -1}}}, "clients.counts.type1: Input should be greater than or equal to 0"),
+        (
+            {"clients": {"assigned": {"a": "phone", "b": "type1"}}},
+            "clients.assigned must give types of clients.types, which has type1, type2, type3, type4; got a: phone",
+        ),
+        (
+            {
+                "clients": {"counts": {"type1": 6}, "assigned": {"a": "type2"}},
+                "data": {"name": "generated", "num_clients": 9},
+            },
+            "are about 7 clients but data.num_clients is 9; change the counts, or set data.num_clients=7",
+        ),
+        ({"data": {"name": "instructions", "path": "x", "partition": "natural"}}, "set data.client_column"),
+        ({"data": {"name": "instructions", "path": "x", "unseen_labels": ["a"]}}, "set data.label_column"),
+        ({"data": {"name": "instructions", "path": "x", "unseen_fraction": 0}}, "holds out nothing to score"),
+    ],
+)
+def test_settings_that_disagree_are_named_with_the_fix(tree: dict[str, object], expected: str) -> None:
+    assert expected in problems(tree)
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"devices": {"rank_choices": 8}}, "devices.rank_choices: must be a list, as devices.rank_choices=[8]; got 8"),
+        (
+            {"devices": "built_in"},
+            "devices: must be a section of settings, as devices.profiles=built_in; got 'built_in'",
+        ),
+        ({"data": "generated"}, "data: must be a section of settings, as data.name=generated; got 'generated'"),
+        ({"clients": {"counts": 3}}, "clients.counts: must be a mapping, as clients.counts={NAME: VALUE}; got 3"),
+        ({"ray": {"x": 3}}, "address"),
+    ],
+)
+def test_values_of_the_wrong_shape_are_answered_with_an_example(tree: dict[str, object], expected: str) -> None:
+    assert expected in problems(tree)
+
+
+def test_counts_replace_a_distribution_that_would_not_fit() -> None:
+    types = {name: {"attention": 1, "ffn": 1} for name in ("phone", "server")}
+    config = parse_config({"clients": {"types": types, "counts": {"phone": 3}, "assigned": {7: "server"}}}, "test")
+    assert config.clients.counts == {"phone": 3}
+    assert config.clients.assigned == {"7": "server"}
+    assert parse_config(yaml.safe_load(dump_config(config)), "dump") == config
+
+
+def test_all_languages_are_kept_unless_some_are_named() -> None:
+    data = {"name": "natural_instructions", "path": "x", "num_unseen_tasks": 3}
+    assert parse_config({"data": data}, "test").data.languages == ()  # type: ignore[union-attr]
+    chosen = parse_config({"data": {**data, "languages": ["English"]}}, "test")
+    assert chosen.data.languages == ("English",)  # type: ignore[union-attr]
+
+
+def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 3\nrounds: {num_rounds: 5}\n")
+    config = load_config(path, ["rounds.num_rounds=7", "training.learning_rate=1e-4", "method.name=zero_pad"])
+    assert (config.seed, config.rounds.num_rounds) == (3, 7)
+    assert config.training.learning_rate == 1e-4
+    assert config.method.name == "zero_pad"
+
+
+def test_broken_overrides_and_files_are_explained(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 3\n")
+    with pytest.raises(ConfigError, match=r"must look like key\.sub=value"):
+        load_config(path, ["rounds"])
+    with pytest.raises(ConfigError, match="seed is 3, not a section"):
+        load_config(path, ["seed.sub=1"])
+    with pytest.raises(ConfigError, match=r"there is no such file.*c\.yaml"):
+        load_config(tmp_path / "d.yaml")
+    path.write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(path)
+    path.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"clock": {"policy": "over_select"}}, "clock.policy need simulated devices; set devices.profiles=built_in"),
+        ({"clients": {"ranks_from": "devices"}}, "clients.ranks_from=devices need simulated devices"),
+        ({"devices": {"max_rank": 8}}, "devices.max_rank need simulated devices"),
+        ({"devices": {"profiles": "built_in"}, "clock": {"policy": "deadline"}}, "set clock.deadline_seconds"),
+        (
+            {"devices": {"profiles": "built_in"}, "clock": {"deadline_seconds": 3}},
+            "clock.deadline_seconds=3 is not looked at by clock.policy=wait",
+        ),
+        (
+            {"devices": {"profiles": "built_in"}, "clock": {"policy": "async"}, "method": {"name": "zero_pad"}},
+            "clock.policy=async adds up changes of products, which method.name=zero_pad has none of",
+        ),
+        (
+            {"devices": {"profiles": "built_in", "types": {"phone": "tiny"}}},
+            "devices.types.phone must be a type of clients.types, which has type1, type2, type3, type4; got 'tiny'",
+        ),
+        (
+            {"devices": {"profiles": "built_in", "round_seconds": 5}},
+            "devices.round_seconds bound ranks that are chosen; set clients.ranks_from=devices",
+        ),
+    ],
+)
+def test_devices_and_clock_that_contradict_the_rest_are_reported(tree: dict[str, object], expected: str) -> None:
+    assert expected in problems(tree)
+
+
+def test_a_device_file_that_is_not_there_is_reported_when_asked() -> None:
+    assert "there is no file nowhere.csv" in problems({"devices": {"profiles": "nowhere.csv"}}, check_paths=True)
+
+
+def test_settings_written_out_with_their_defaults_need_no_devices() -> None:
+    config = parse_config({"seed": 3}, "test")
+    assert parse_config(yaml.safe_load(dump_config(config)), "dump") == config
