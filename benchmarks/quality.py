@@ -50,6 +50,7 @@ def measure_seed(config_path: str, overrides: Sequence[str], runs: Sequence[Run]
     from flexlora.experiment.baselines import at_smallest_ranks
     from flexlora.experiment.config_file import load_config
     from flexlora.experiment.loaded import LoadedRun
+    from flexlora.experiment.method_config import read_method
     from flexlora.experiment.participants import gather_participants
     from flexlora.experiment.scoring import Scorer
     from flexlora.rounds.loop import run_rounds
@@ -64,7 +65,7 @@ def measure_seed(config_path: str, overrides: Sequence[str], runs: Sequence[Run]
         # FedIT has one rank only: what the weakest client can afford.
         own = at_smallest_ranks(loaded) if run.method == "fedit" else loaded.participants.clients
         shutil.rmtree(folder, ignore_errors=True)
-        loop = round_loop(loaded, METHODS[run.method], own, folder, lambda event: None, run.learning_rate)
+        loop = round_loop(loaded, read_method(METHODS[run.method]), own, folder, lambda event: None, run.learning_rate)
         loop = _validated_only(loop, loaded)
         outcome = run_rounds(loop)
         adapter = loop.aggregator.broadcast(outcome.state, loop.federation.server_ranks)

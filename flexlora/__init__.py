@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from flexlora.adapters.inspection import inspect_adapter
     from flexlora.adapters.merge import MergeResult, merge
     from flexlora.adapters.write import write_adapter
-    from flexlora.aggregators.base import Aggregator
-    from flexlora.aggregators.registry import AGGREGATORS
+    from flexlora.aggregators.base import AggregationError, Aggregator, require_server_ranks, weighed
+    from flexlora.aggregators.registry import AGGREGATORS, aggregation_method
+    from flexlora.aggregators.settings import Traits, option
     from flexlora.engines.base import Engine
     from flexlora.errors import FlexLoraError
     from flexlora.experiment.config import Config, ConfigError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         add_product,
         certified_decomposition,
         certified_decompositions,
+        spectrum_of,
     )
     from flexlora.report.page import write_report
     from flexlora.rounds.records import RoundRecord, read_records
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AGGREGATORS",
     "AdapterState",
+    "AggregationError",
     "Aggregator",
     "Broadcast",
     "Certificate",
@@ -64,10 +67,12 @@ __all__ = [
     "RunResult",
     "Scaling",
     "Spectrum",
+    "Traits",
     "Update",
     "UplinkStep",
     "__version__",
     "add_product",
+    "aggregation_method",
     "certified_decomposition",
     "certified_decompositions",
     "dump_config",
@@ -76,11 +81,15 @@ __all__ = [
     "inspect_adapter",
     "load_config",
     "merge",
+    "option",
     "parse_config",
     "plan_experiment",
     "read_adapter",
     "read_records",
+    "require_server_ranks",
     "run_experiment",
+    "spectrum_of",
+    "weighed",
     "write_adapter",
     "write_report",
 ]
@@ -90,8 +99,9 @@ _NAMES = {
     "flexlora.adapters.inspection": ("inspect_adapter",),
     "flexlora.adapters.merge": ("MergeResult", "merge"),
     "flexlora.adapters.write": ("write_adapter",),
-    "flexlora.aggregators.base": ("Aggregator",),
-    "flexlora.aggregators.registry": ("AGGREGATORS",),
+    "flexlora.aggregators.base": ("AggregationError", "Aggregator", "require_server_ranks", "weighed"),
+    "flexlora.aggregators.registry": ("AGGREGATORS", "aggregation_method"),
+    "flexlora.aggregators.settings": ("Traits", "option"),
     "flexlora.engines.base": ("Engine",),
     "flexlora.errors": ("FlexLoraError",),
     "flexlora.experiment.config": ("Config", "ConfigError"),
@@ -110,6 +120,7 @@ _NAMES = {
         "add_product",
         "certified_decomposition",
         "certified_decompositions",
+        "spectrum_of",
     ),
     "flexlora.report.page": ("write_report",),
     "flexlora.rounds.records": ("RoundRecord", "read_records"),

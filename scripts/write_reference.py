@@ -10,8 +10,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from flexlora.aggregators.registry import method_names
 from flexlora.cli import app
 from flexlora.experiment.config import Config
+from flexlora.experiment.method_config import method_model
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -27,8 +29,9 @@ def configuration_page() -> str:
     ]
     lines += ["", "## Top level", "", *_table("", _leaves(Config))]
     for name, field in Config.model_fields.items():
-        for model in _models(field.annotation):
-            tag = model.model_fields.get("name")
+        models = [method_model(method) for method in method_names()] if name == "method" else _models(field.annotation)
+        for model in models:
+            tag = model.model_fields.get("name") if name in ("data", "method") else None
             suffix = f", `name: {get_args(tag.annotation)[0]}`" if tag else ""
             lines += ["", f"## `{name}`{suffix}", "", model.__doc__ or "", "", *_table(f"{name}.", _leaves(model))]
     lines += ["", "## `clients.types.NAME`", "", "Ranks of one client type.", ""]

@@ -32,6 +32,7 @@ RANKS = {
     "report": 7,
     "experiment": 8,
     "cli": 9,
+    "testing": 9,
 }
 # What rooms may see of lower rooms, where that is less than all of it.
 NARROW = {

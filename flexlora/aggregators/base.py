@@ -1,12 +1,15 @@
-"""The one protocol behind which every aggregation method stands."""
+"""The protocol of every aggregation method, and what its states may be made of."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints, runtime_checkable
+
+from torch import Tensor
 
 from flexlora.errors import FlexLoraError
 from flexlora.federation.messages import Broadcast, Change, Update
-from flexlora.lora.factors import AdapterState
+from flexlora.lora.factors import AdapterState, LoraFactors
 from flexlora.lora.product import Spectrum
 
 State = TypeVar("State")
@@ -21,7 +24,11 @@ class Aggregator(Protocol[State]):
     """A federated LoRA method: state in, state out; a checkpoint is that state saved.
 
     A state is made of frozen dataclasses, mappings with string keys, tuples, tensors, numbers, strings and None only,
-    so that it can be saved without pickle.
+    so that it can be saved without pickle. Its dataclasses are found through the return type of ``init`` and the types
+    of their fields, so those have to name them.
+
+    What must hold on all states: modules sorted by path, tensors without gradient and contiguous (others would round
+    differently after a resume), nothing shared with what came in or goes out.
     """
 
     def init(self, adapter: AdapterState) -> State:
@@ -75,3 +82,95 @@ def weighed(state_modules: Iterable[str], updates: Iterable[Update]) -> Iterator
         yield update
     if total <= 0:
         raise AggregationError(f"the weights of a round must add up to more than 0; got {total}")
+
+
+def require_server_ranks(adapter: AdapterState, ranks: Mapping[str, int], who: str) -> None:
+    """Raise unless ``ranks`` names, for every module, the rank of the server's adapter.
+
+    Args:
+        adapter: The server's.
+        ranks: Module path -> rank of a client.
+        who: What messages call the client.
+
+    Raises:
+        AggregationError: Naming the module and both ranks.
+    """
+    for module, factors in adapter.items():
+        if ranks.get(module, 0) != factors.rank:
+            raise AggregationError(
+                f"this method needs one rank per module on every client, {factors.rank} in {module!r}; {who} has "
+                f"{ranks.get(module, 0)}. Give all clients one rank (clients.distribution) or choose a method for "
+                "mixed ranks, such as flexlora"
+            )
+
+
+def require_rank_within(server: LoraFactors, module: str, rank: int) -> None:
+    """Raise unless ``rank`` is one that the server's factors can be cut to.
+
+    Raises:
+        AggregationError: Naming the module and both ranks.
+    """
+    if not 1 <= rank <= server.rank:
+        raise AggregationError(
+            f"this method needs ranks in 1..{server.rank}, the rank of the server's adapter in {module!r}; got {rank}. "
+            "Start the server at the largest rank in clients.distribution"
+        )
+
+
+def state_types(aggregator: Aggregator[Any]) -> tuple[type, ...]:
+    """Return the dataclasses that the states of a method may hold, from its type hints.
+
+    Raises:
+        AggregationError: If ``init`` has no return type, or one that cannot be resolved.
+    """
+    method = type(aggregator)
+    try:
+        state = get_type_hints(method.init).get("return")
+        found: dict[type, None] = {}
+        _collect(state, found)
+    except NameError as error:
+        raise AggregationError(f"type hints of {method.__name__} and of its state must resolve; {error}") from error
+    if state is None:
+        raise AggregationError(f"{method.__name__}.init must have a return type, which says what a checkpoint may hold")
+    return tuple(found)
+
+
+def check_state(state: Any, types: Iterable[type], name: str = "state") -> None:
+    """Raise unless a checkpoint can save a state and read it back.
+
+    Args:
+        state: What ``init`` or ``aggregate`` returned.
+        types: The dataclasses it may hold, as ``state_types`` returns them.
+        name: What messages call it.
+
+    Raises:
+        AggregationError: Naming the part that cannot be saved.
+    """
+    if state is None or isinstance(state, Tensor | bool | int | float | str):
+        return
+    if isinstance(state, Mapping):
+        for key, item in cast("Mapping[Any, Any]", state).items():
+            if not isinstance(key, str):
+                raise AggregationError(f"{name}: keys of mappings in a state must be strings; got {key!r}")
+            check_state(item, types, f"{name}/{key}")
+    elif isinstance(state, tuple):
+        for index, item in enumerate(cast("tuple[Any, ...]", state)):
+            check_state(item, types, f"{name}/{index}")
+    elif type(state) in types:
+        for field in dataclasses.fields(state):
+            check_state(getattr(state, field.name), types, f"{name}/{field.name}")
+    else:
+        raise AggregationError(
+            f"{name}: a state may hold frozen dataclasses that the return type of init leads to, mappings, tuples, "
+            f"tensors, numbers, strings and None; got {type(state).__name__}"
+        )
+
+
+def _collect(hint: object, found: dict[type, None]) -> None:
+    """Add the dataclasses that a type hint leads to."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in found:
+        found[hint] = None
+        for field_hint in get_type_hints(hint).values():
+            _collect(field_hint, found)
+    for argument in get_args(hint):
+        _collect(argument, found)

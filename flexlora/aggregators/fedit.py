@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from flexlora.aggregators.base import AggregationError, weighed
+from flexlora.aggregators.base import require_server_ranks, weighed
+from flexlora.aggregators.registry import aggregation_method
+from flexlora.aggregators.settings import Traits
 from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import Spectrum, spectrum_of
@@ -22,15 +24,18 @@ class FedItState:
     adapter: Mapping[str, LoraFactors]
 
 
+@aggregation_method("fedit")
 @dataclass(frozen=True)
 class FedIt:
-    """Averages the factors of clients that all have the same rank in every module.
+    """Weighted average of the factors at one rank (arXiv:2305.05644); with SGD, the paper's FedAvg.
 
     Attributes:
         scaling: The scaling rule of the clients.
     """
 
     scaling: Scaling
+
+    traits = Traits(needs_one_rank=True)
 
     def init(self, adapter: AdapterState) -> FedItState:
         """Return the initial adapter, its scalings taken over by the rule."""
@@ -47,7 +52,7 @@ class FedIt:
         B = {module: torch.zeros_like(factors.B) for module, factors in state.adapter.items()}
         for update in weighed(state.adapter, updates):
             ranks = {module: factors.rank for module, factors in update.payload.items()}
-            _require_server_ranks(state.adapter, ranks, f"client {update.client_id!r}")
+            require_server_ranks(state.adapter, ranks, f"client {update.client_id!r}")
             total += update.weight
             for module, factors in update.payload.items():
                 client = _at_server(factors, self.scaling)
@@ -66,7 +71,7 @@ class FedIt:
         Raises:
             AggregationError: If they are not.
         """
-        _require_server_ranks(state.adapter, ranks, "the receiving client")
+        require_server_ranks(state.adapter, ranks, "the receiving client")
         return Broadcast({module: state.adapter[module].to(torch.float32) for module in sorted(ranks)})
 
     def spectra(self, state: FedItState) -> dict[str, Spectrum]:
@@ -77,14 +82,3 @@ class FedIt:
 def _at_server(factors: LoraFactors, scaling: Scaling) -> LoraFactors:
     """Return a float64 copy under the scaling that the rule gives for its rank."""
     return factors.to(torch.float64).with_scaling(scaling(factors.rank))
-
-
-def _require_server_ranks(adapter: AdapterState, ranks: Mapping[str, int], who: str) -> None:
-    """Raise unless ``ranks`` names the rank of the server's adapter for every module."""
-    for module, factors in adapter.items():
-        if ranks.get(module, 0) != factors.rank:
-            raise AggregationError(
-                f"fedit averages A and B and needs one rank per module on every client, {factors.rank} in {module!r}; "
-                f"{who} has {ranks.get(module, 0)}. Give all clients one rank (clients.distribution) or choose "
-                "zero_pad or flexlora"
-            )

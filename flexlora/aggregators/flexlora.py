@@ -38,18 +38,19 @@ and a zero ``B``: round 1 starts as standard LoRA does.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flexlora.aggregators.base import AggregationError, weighed
+from flexlora.aggregators.registry import aggregation_method
+from flexlora.aggregators.settings import Traits, option
 from flexlora.federation.messages import Broadcast, Change, Update
-from flexlora.lora.certificate import Accuracy
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import (
     ProductSum,
     Spectrum,
-    Split,
     add_product,
     add_spectrum,
     certified_decompositions,
@@ -72,30 +73,44 @@ class FlexLoraState:
     max_ranks: Mapping[str, int]
 
 
+@aggregation_method("flexlora")
 @dataclass(frozen=True)
 class FlexLora:
-    """Averages products and redistributes them by singular value decomposition.
+    """Mean of products, one SVD per module, best approximation per client (arXiv:2402.11505).
 
     Attributes:
         scaling: The scaling rule of the clients.
-        server_rank: Directions of ``G`` to keep in each module; None keeps as many as the initial adapter has or any
-            update ever brought, which loses nothing that could be dispatched.
-        split: All singular values in ``B`` (the paper's) or balanced over both factors.
-        error_compensation: Add back what the ranks of this round's participants could not hold.
-        fold_tail: Send what a client's rank cannot hold as a frozen branch.
-        accuracy: How near to the best approximation the decomposition is: 1e-6 (``exact``) or 1e-3 (``fast``) of the
-            error that no approximation of the same rank can avoid.
-        most_directions: Directions that the sum of a round holds while updates arrive; None holds all of them. What
-            it loses is added to ``tail`` of the spectra.
+        server_rank: With None, as many directions as the initial adapter has or any update ever brought, which loses
+            nothing that could be dispatched.
+        most_directions: What a bounded sum loses is added to ``tail`` of the spectra.
     """
 
     scaling: Scaling
-    server_rank: int | None = None
-    split: Split = "b"
-    error_compensation: bool = False
-    fold_tail: bool = False
-    accuracy: Accuracy = "exact"
-    most_directions: int | None = None
+    server_rank: int | None = option(
+        None, "Directions the server keeps per module; null is the largest rank of any client type.", ge=1
+    )
+    split: Literal["b", "balanced"] = option(
+        "b", "Where singular values go: all into B (the paper's code), or their roots into A and B."
+    )
+    error_compensation: bool = option(
+        False, "Add back what truncation hid from low-rank clients, so that high directions do not decay."
+    )
+    fold_tail: bool = option(
+        False, "Send each client the directions above its rank too, as a branch it does not train."
+    )
+    accuracy: Literal["exact", "fast"] = option(
+        "exact", "How near the decomposition is to the best one of its rank: within 1e-6 or 1e-3 of its error."
+    )
+    most_directions: int | None = option(
+        None, "Directions a round's sum holds per module while updates arrive, to bound memory; null is all.", ge=1
+    )
+
+    @property
+    def traits(self) -> Traits:
+        """What others must know of this method."""
+        return Traits(
+            adds_changes=True, linear_in_products=True, folds_tail=self.fold_tail, server_rank=self.server_rank
+        )
 
     def init(self, adapter: AdapterState) -> FlexLoraState:
         """Return the state whose aggregate is the change of ``adapter``, none for PEFT's initial one."""

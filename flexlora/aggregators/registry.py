@@ -1,18 +1,219 @@
-"""Aggregation methods by the name a configuration uses, and what their states are made of."""
+"""Finds aggregation methods by name: the package's own, those of other packages, and those of a file.
 
-from flexlora.aggregators.fedit import FedIt, FedItState
-from flexlora.aggregators.flexlora import FlexLora, FlexLoraState
-from flexlora.aggregators.zero_pad import ZeroPad, ZeroPadState
-from flexlora.lora.factors import LoraFactors
-from flexlora.lora.product import Spectrum
+- A method of the package is the class that ``aggregators/NAME.py`` registers as ``NAME``.
+- Another package offers a method by an entry point of the group ``flexlora.methods``.
+- A configuration names a file with ``method.path``; a class that runs through ``aggregation_method`` registers itself.
 
-AGGREGATORS: dict[str, type[FedIt] | type[ZeroPad] | type[FlexLora]] = {
-    "fedit": FedIt,
-    "zero_pad": ZeroPad,
-    "flexlora": FlexLora,
-}
+Names, options and traits of the package's own methods are read from the source of their files without importing them:
+an import would load torch, and a mistake in a configuration has to be told before that.
+"""
+
+import __future__
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from flexlora.aggregators.settings import Traits, option
+from flexlora.errors import FlexLoraError
+
+ENTRY_POINTS = "flexlora.methods"
+METHOD_FOLDER = Path(__file__).parent
+
+Method = TypeVar("Method", bound=type)
+
+_registered: dict[str, type] = {}
+
+
+class MethodError(FlexLoraError, ValueError):
+    """A method that cannot be found, loaded or registered."""
+
+
+def aggregation_method(name: str) -> Callable[[Method], Method]:
+    """Register the decorated dataclass as the method that configurations call ``name``.
+
+    Its fields are ``scaling``, the scaling rule of the clients, and its options, each made by ``option``. It has the
+    functions of ``flexlora.aggregators.base.Aggregator``.
+
+    Raises:
+        MethodError: If the name is not a lower-case identifier, or another method has it.
+    """
+    if not (name.isidentifier() and name == name.lower()):
+        raise MethodError(f"the name of a method must be a lower-case identifier such as ffa_lora; got {name!r}")
+
+    def register(method: Method) -> Method:
+        file = _own_files().get(name)
+        if file is not None and method.__module__ != f"flexlora.aggregators.{name}":
+            raise MethodError(f"the package has a method {name} itself ({file.name}); choose another name")
+        _registered[name] = method
+        return method
+
+    return register
+
+
+def method_names() -> tuple[str, ...]:
+    """Return the names of all methods that are known without loading a file, sorted."""
+    return tuple(sorted({*_own_files(), *_entry_points(), *_registered}))
+
+
+def method_class(name: str, path: str | None = None) -> type:
+    """Return the class of a method, imported.
+
+    Args:
+        name: As in ``method.name``.
+        path: The Python file that registers it; None for methods of the package and of installed packages.
+
+    Raises:
+        MethodError: If there is no such method, or its code cannot be loaded.
+    """
+    if path is not None:
+        registered = load_file(path)
+        if name not in registered:
+            raise MethodError(f"method.name: must be a method of {path}, which has {_listed(registered)}; got {name!r}")
+        return registered[name]
+    if name not in _registered and name in _own_files():
+        importlib.import_module(f"flexlora.aggregators.{name}")
+    elif name not in _registered and name in _entry_points():
+        _load_entry_point(name)
+    if name not in _registered:
+        raise MethodError(f"method.name: must be one of {_listed(method_names())}; got {name!r}")
+    return _registered[name]
+
+
+def method_outline(name: str, path: str | None = None) -> type:
+    """Return a class with the options and the traits of a method; of the package's own, without importing them.
+
+    Construct it with ``scaling=None``: nothing but fields and ``traits`` may be used.
+
+    Raises:
+        MethodError: As ``method_class``.
+    """
+    file = None if path is not None else _own_files().get(name)
+    return method_class(name, path) if file is None else _outline(file)
+
+
+def load_file(path: str) -> Mapping[str, type]:
+    """Run a Python file, once as long as it does not change, and return the methods it registers by name.
+
+    Raises:
+        MethodError: If there is no such file, it fails, or it registers nothing.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file() or file.suffix != ".py":
+        raise MethodError(f"method.path: must be a Python file; there is no file {path} that ends in .py")
+    return _loaded(str(file.resolve()), hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+class Methods(Mapping[str, type]):
+    """All known methods by name; a class is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> type:
+        """Return the class of a method."""
+        if name not in method_names():
+            raise KeyError(name)
+        return method_class(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(method_names())
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(method_names())
+
+
+AGGREGATORS = Methods()
 """Constructed as ``AGGREGATORS[name](scaling=..., **options)``; the fields of the dataclass are the options."""
 
 
-STATE_TYPES: tuple[type, ...] = (FedItState, ZeroPadState, FlexLoraState, LoraFactors, Spectrum)
-"""Every dataclass that may occur in a state: a checkpoint writes these by name and reads no others."""
+@cache
+def _own_files() -> Mapping[str, Path]:
+    """Return name -> file of the package's own methods."""
+    return {file.stem: file for file in sorted(METHOD_FOLDER.glob("*.py")) if _method_node(file) is not None}
+
+
+@cache
+def _method_node(file: Path) -> ast.ClassDef | None:
+    """Return the definition of the class that a file registers under the file's own name."""
+    for node in ast.parse(file.read_bytes()).body:
+        if isinstance(node, ast.ClassDef):
+            calls = [decorator for decorator in node.decorator_list if isinstance(decorator, ast.Call)]
+            if any(ast.unparse(call) == f"aggregation_method({file.stem!r})" for call in calls):
+                return node
+    return None
+
+
+@cache
+def _outline(file: Path) -> type:
+    """Return the class of a method from its definition alone; its functions lack what the file imports."""
+    node = _method_node(file)
+    assert node is not None
+    node.decorator_list = [call for call in node.decorator_list if not isinstance(call, ast.Call)] + [
+        call
+        for call in node.decorator_list
+        if isinstance(call, ast.Call) and not ast.unparse(call).startswith("aggregation_method(")
+    ]
+    # Annotations stay text: those of functions name types of other files. Those of options name none.
+    flags = __future__.annotations.compiler_flag
+    names: dict[str, Any] = {"__name__": __name__, "dataclass": dataclass, "option": option, "Traits": Traits}
+    exec(compile(ast.Module([node], []), str(file), "exec", flags, dont_inherit=True), names)
+    outline: type = names[node.name]
+    for option_name, annotation in outline.__annotations__.items():
+        if option_name == "scaling":
+            outline.__annotations__[option_name] = object
+        else:
+            outline.__annotations__[option_name] = eval(annotation, {"Literal": Literal})
+    return outline
+
+
+@cache
+def _entry_points() -> Mapping[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _load_entry_point(name: str) -> None:
+    point = _entry_points()[name]
+    try:
+        found = point.load()
+    except Exception as error:
+        raise MethodError(
+            f"the method {name} of {point.value} cannot be loaded; {type(error).__name__}: {error}"
+        ) from error
+    if name not in _registered and isinstance(found, type):
+        aggregation_method(name)(found)
+
+
+@cache
+def _loaded(file: str, digest: str) -> Mapping[str, type]:
+    """Return what a file with this SHA-256 registers."""
+    module_name = f"flexlora_method_{digest[:16]}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and type hints look their module up.
+    sys.modules[module_name] = module
+    before = dict(_registered)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        if isinstance(error, MethodError):
+            raise
+        raise MethodError(f"method.path: {file} cannot be run; {type(error).__name__}: {error}") from error
+    found = {name: method for name, method in _registered.items() if before.get(name) is not method}
+    if not found:
+        raise MethodError(
+            f"method.path: {file} registers no method; write @aggregation_method('NAME') above its dataclass"
+        )
+    return found
+
+
+def _listed(names: object) -> str:
+    return ", ".join(sorted(names)) or "none"  # type: ignore[call-overload]

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from flexlora.aggregators.base import AggregationError, weighed
+from flexlora.aggregators.base import require_rank_within, weighed
+from flexlora.aggregators.registry import aggregation_method
 from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import Spectrum, spectrum_of
@@ -36,9 +37,10 @@ class ZeroPadState:
     adapter: Mapping[str, LoraFactors]
 
 
+@aggregation_method("zero_pad")
 @dataclass(frozen=True)
 class ZeroPad:
-    """Averages zero-padded factors.
+    """Factors padded to the largest rank, averaged, truncated on dispatch.
 
     Attributes:
         scaling: The scaling rule of the clients.
@@ -63,7 +65,7 @@ class ZeroPad:
         for update in weighed(state.adapter, updates):
             total += update.weight
             for module, factors in update.payload.items():
-                _require_rank_within(state.adapter[module], module, factors.rank)
+                require_rank_within(state.adapter[module], module, factors.rank)
                 client = _folded(factors)
                 A[module][: client.rank] += update.weight * client.A
                 B[module][:, : client.rank] += update.weight * client.B
@@ -87,7 +89,7 @@ class ZeroPad:
         """
         trainable: dict[str, LoraFactors] = {}
         for module, rank in sorted(ranks.items()):
-            _require_rank_within(state.adapter[module], module, rank)
+            require_rank_within(state.adapter[module], module, rank)
             trainable[module] = state.adapter[module].truncate(rank).with_scaling(self.scaling(rank)).to(torch.float32)
         return Broadcast(trainable)
 
@@ -99,12 +101,3 @@ class ZeroPad:
 def _folded(factors: LoraFactors) -> LoraFactors:
     """Return a float64 copy with scaling 1."""
     return factors.to(torch.float64).with_scaling(1.0)
-
-
-def _require_rank_within(server: LoraFactors, module: str, rank: int) -> None:
-    """Raise unless ``rank`` is one that the server's factors can be cut to."""
-    if not 1 <= rank <= server.rank:
-        raise AggregationError(
-            f"zero_pad needs ranks in 1..{server.rank}, the rank of the server's adapter in {module!r}; got {rank}. "
-            "Start the server at the largest rank in clients.distribution"
-        )

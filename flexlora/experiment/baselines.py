@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.experiment.loaded import LoadedRun
+from flexlora.experiment.method_config import FEDERATED_AVERAGING, read_method
 from flexlora.experiment.round_loop import local_training, round_loop
 from flexlora.experiment.scoring import Scorer, combined_record, own_tests, sampled_clients, score, unseen_tasks
 from flexlora.experiment.stages import Notify, Stage, rounds_stage
@@ -52,7 +53,7 @@ def measure_references(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: 
         references = references.model_copy(update={"local_only": _local_only(loaded, loop, outcome.state, notify)})
         write_references(path, references)
     # FedIT has one rank in any run, so a run of FedIT is its own reference.
-    is_fedit = loaded.config.method.name == "fedit"
+    is_fedit = loaded.config.method == read_method({"name": FEDERATED_AVERAGING})
     if evaluation.fedit_reference and not is_fedit and references.fedit_smallest_rank is None:
         references = references.model_copy(
             update={"fedit_smallest_rank": _fedit_reference(loaded, base, outcome.server_round, folder, notify)}
@@ -119,7 +120,9 @@ def _fedit_reference(
     clients = at_smallest_ranks(loaded)
     ranks = clients[0].plan.resolve(loaded.shapes)
     learning_rate = loaded.config.evaluation.fedit_learning_rate
-    loop = round_loop(loaded, {"name": "fedit"}, clients, folder / FEDIT_FOLDER, notify, learning_rate)
+    loop = round_loop(
+        loaded, read_method({"name": FEDERATED_AVERAGING}), clients, folder / FEDIT_FOLDER, notify, learning_rate
+    )
     rounds = dataclasses.replace(loop.settings, num_rounds=num_rounds, patience=None)
     loop = dataclasses.replace(loop, settings=rounds, evaluator=ReferenceScorer(loaded, base))
     notify(rounds_stage("Reference: FedIT, every client at the smallest rank", loop))

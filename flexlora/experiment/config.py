@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from flexlora.errors import FlexLoraError
+from flexlora.experiment.config_section import Section
+from flexlora.experiment.method_config import MethodConfig, read_method
 
 
 class ConfigError(FlexLoraError, ValueError):
@@ -15,12 +17,6 @@ class ConfigError(FlexLoraError, ValueError):
         self.problems = tuple(problems)
         noun = "problem" if len(problems) == 1 else "problems"
         super().__init__(f"{len(problems)} {noun} in {source}:\n" + "\n".join(f"  - {problem}" for problem in problems))
-
-
-class Section(BaseModel):
-    """A part of a configuration: frozen, and without settings it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -334,51 +330,6 @@ class ClockConfig(Section):
     )
 
 
-class FedItMethod(Section):
-    """Weighted average of the factors at one rank (arXiv:2305.05644); with SGD, the paper's FedAvg."""
-
-    name: Literal["fedit"]
-
-
-class ZeroPadMethod(Section):
-    """Factors padded to the largest rank, averaged, truncated on dispatch."""
-
-    name: Literal["zero_pad"]
-
-
-class FlexLoraMethod(Section):
-    """Mean of products, one SVD per module, best approximation per client (arXiv:2402.11505)."""
-
-    name: Literal["flexlora"] = "flexlora"
-    server_rank: int | None = Field(
-        default=None,
-        ge=1,
-        description="Directions the server keeps per module; null is the largest rank of any client type.",
-    )
-    split: Literal["b", "balanced"] = Field(
-        default="b", description="Where singular values go: all into B (the paper's code), or their roots into A and B."
-    )
-    error_compensation: bool = Field(
-        default=False,
-        description="Add back what truncation hid from low-rank clients, so that high directions do not decay.",
-    )
-    fold_tail: bool = Field(
-        default=False, description="Send each client the directions above its rank too, as a branch it does not train."
-    )
-    accuracy: Literal["exact", "fast"] = Field(
-        default="exact",
-        description="How near the decomposition is to the best one of its rank: within 1e-6 or 1e-3 of its error.",
-    )
-    most_directions: int | None = Field(
-        default=None,
-        ge=1,
-        description="Directions a round's sum holds per module while updates arrive, to bound memory; null is all.",
-    )
-
-
-MethodConfig = Annotated[FedItMethod | ZeroPadMethod | FlexLoraMethod, Field(discriminator="name")]
-
-
 class TrainingConfig(Section):
     """Local training of one client in one round."""
 
@@ -460,6 +411,9 @@ class EvaluationConfig(Section):
     )
 
 
+MethodSection = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(read_method)]
+
+
 class Config(Section):
     """One run."""
 
@@ -477,7 +431,7 @@ class Config(Section):
     clients: ClientsConfig = Field(default_factory=ClientsConfig)
     devices: DevicesConfig = Field(default_factory=DevicesConfig)
     clock: ClockConfig = Field(default_factory=ClockConfig)
-    method: MethodConfig = Field(default_factory=FlexLoraMethod)
+    method: MethodSection = Field(default_factory=lambda: read_method({}))
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     rounds: RoundsConfig = Field(default_factory=RoundsConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

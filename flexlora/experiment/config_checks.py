@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from flexlora.experiment.config import Config, InstructionsData, NaturalInstructionsData
+from flexlora.experiment.method_config import DEFAULT_METHOD
 
 NUM_CLIENTS_SHOWN = 5
 
@@ -128,10 +129,10 @@ def _clock_disagreements(config: Config) -> Iterator[str]:
             f"clock.deadline_seconds={clock.deadline_seconds:g} is not looked at by clock.policy={clock.policy}; "
             "set clock.policy=deadline or over_select, or clock.deadline_seconds=null"
         )
-    if clock.policy == "async" and config.method.name != "flexlora":
+    if clock.policy == "async" and not config.method.traits().adds_changes:
         yield (
-            f"clock.policy=async adds up changes of products, which method.name={config.method.name} has none of; "
-            "set method.name=flexlora or another clock.policy"
+            f"clock.policy=async adds up late changes, which method.name={config.method.name} cannot do; set "
+            f"method.name={DEFAULT_METHOD} or another clock.policy"
         )
 
 

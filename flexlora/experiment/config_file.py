@@ -10,18 +10,18 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from flexlora.errors import FlexLoraError
 from flexlora.experiment.config import (
     Config,
     ConfigError,
-    FedItMethod,
-    FlexLoraMethod,
     GeneratedData,
     InstructionsData,
     NaturalInstructionsData,
     RankConfig,
-    ZeroPadMethod,
 )
 from flexlora.experiment.config_checks import disagreements, missing_paths
+from flexlora.experiment.config_section import Section
+from flexlora.experiment.method_config import method_model, method_named
 
 TRUNCATED_VALUE_LENGTH = 80
 
@@ -32,10 +32,11 @@ MOST_CHECKS = 6
 PLACEHOLDER = "?"
 
 
-VARIANT_TAGS = ("generated", "natural_instructions", "instructions", "fedit", "zero_pad", "flexlora")
-
-
-METHOD_TAGS = ("fedit", "zero_pad", "flexlora")
+DATA_SECTIONS: Mapping[str, type[Section]] = {
+    "generated": GeneratedData,
+    "natural_instructions": NaturalInstructionsData,
+    "instructions": InstructionsData,
+}
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool = False) -> Config:
@@ -82,8 +83,8 @@ def parse_config(
             config = Config.model_validate(pruned)
             break
         except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                found.extend(problem for problem in _explain(detail) if problem not in found)
+            for detail in _details(error):
+                found.extend(problem for problem in _explain(detail, pruned) if problem not in found)
                 _set_aside(pruned, detail)
     if config is not None:
         found.extend(disagreements(config))
@@ -94,12 +95,22 @@ def parse_config(
     return config
 
 
+def _details(error: ValidationError) -> Iterator[dict[str, Any]]:
+    """Yield the errors, those within the section of a method with their whole location."""
+    for detail in error.errors(include_url=False):
+        inner = detail.get("ctx", {}).get("error")
+        if isinstance(inner, ValidationError):
+            yield from ({**own, "loc": (*detail["loc"], *own["loc"])} for own in _details(inner))
+        else:
+            yield dict(detail)
+
+
 def _written_location(location: Sequence[Any]) -> list[str]:
     """Return the key as a person wrote it, without the variants that pydantic adds to the path."""
     return [
         str(part)
         for index, part in enumerate(location)
-        if not (index == 1 and part in VARIANT_TAGS) and not str(part).startswith(("literal[", "dict[", "tuple["))
+        if not (index == 1 and part in DATA_SECTIONS) and not str(part).startswith(("literal[", "dict[", "tuple["))
     ]
 
 
@@ -148,33 +159,34 @@ def _number(text: str) -> float | str:
     return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}", text) else text
 
 
-def _explain(detail: Any) -> Iterator[str]:
+def _explain(detail: Any, tree: Mapping[str, Any]) -> Iterator[str]:
     location = [str(part) for part in detail["loc"]]
     shown = _written_location(location)
     if detail["input"] == PLACEHOLDER:
         return
     if isinstance(detail["input"], dict) and any(part.startswith("literal[") for part in location):
         return  # The other reading of the setting, as a mapping, is explained by its own entry.
-    key = ".".join(shown)
-    if detail["type"] == "extra_forbidden":
-        choices = _known_keys(location)
+    key, error = ".".join(shown), detail.get("ctx", {}).get("error")
+    if isinstance(error, FlexLoraError):
+        yield str(error)
+    elif detail["type"] == "extra_forbidden":
+        choices = _known_keys(location, tree)
         near = difflib.get_close_matches(shown[-1], choices, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(choices))}"
         yield f"{key}: there is no such setting; {hint}"
     elif detail["type"] == "missing" or detail["input"] is None:
         yield f"{key}: must be set, for example {key}=VALUE on the command line"
     elif detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        choices = [tag for tag in VARIANT_TAGS if (tag in METHOD_TAGS) == (key == "method")]
         given = detail["input"].get("name") if isinstance(detail["input"], dict) else detail["input"]
-        yield f"{key}.name: must be one of {', '.join(choices)}; got {given!r}"
+        yield f"{key}.name: must be one of {', '.join(DATA_SECTIONS)}; got {given!r}"
     else:
         value = repr(detail["input"])
         if len(value) > TRUNCATED_VALUE_LENGTH:
             value = value[:TRUNCATED_VALUE_LENGTH] + "..."
-        yield f"{key}: {_rule(key, detail)}; got {value}"
+        yield f"{key}: {_rule(key, detail, tree)}; got {value}"
 
 
-def _rule(key: str, detail: Any) -> str:
+def _rule(key: str, detail: Any, tree: Mapping[str, Any]) -> str:
     """Return what a value must be, with an example made of the one given where its shape is wrong."""
     given = detail["input"] if isinstance(detail["input"], str | int | float) else "VALUE"
     if detail["type"] == "tuple_type":
@@ -182,24 +194,18 @@ def _rule(key: str, detail: Any) -> str:
     if detail["type"] == "dict_type":
         return f"must be a mapping, as {key}={{NAME: VALUE}}"
     if detail["type"] in ("model_type", "model_attributes_type"):
-        first = "name" if key in ("data", "method") else next(iter(_known_keys([*key.split("."), ""])), "NAME")
+        first = "name" if key == "data" else next(iter(_known_keys([*key.split("."), ""], tree)), "NAME")
         return f"must be a section of settings, as {key}.{first}={given}"
     return detail["msg"]
 
 
-def _known_keys(location: Sequence[str]) -> list[str]:
-    variants: dict[str, type[BaseModel]] = {
-        "generated": GeneratedData,
-        "natural_instructions": NaturalInstructionsData,
-        "instructions": InstructionsData,
-        "fedit": FedItMethod,
-        "zero_pad": ZeroPadMethod,
-        "flexlora": FlexLoraMethod,
-    }
+def _known_keys(location: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
     if len(location) == 1:
         return list(Config.model_fields)
-    if location[1] in variants:
-        return list(variants[location[1]].model_fields)
+    if location[0] == "method":
+        return list(method_model(*method_named(tree["method"])).model_fields)
+    if location[1] in DATA_SECTIONS:
+        return list(DATA_SECTIONS[location[1]].model_fields)
     if location[0] == "clients" and len(location) > 3:
         return list(RankConfig.model_fields)
     annotation = Config.model_fields[location[0]].annotation

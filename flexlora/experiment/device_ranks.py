@@ -8,7 +8,7 @@ from functools import cache
 from itertools import product
 
 from flexlora.data.examples import FederatedCorpus
-from flexlora.experiment.config import Config, FlexLoraMethod
+from flexlora.experiment.config import Config
 from flexlora.experiment.workload import Workload, cost_on_device
 from flexlora.federation.client_types import ATTENTION_PATTERN, type_plan
 from flexlora.federation.clients import ClientSpec, RankPlan
@@ -149,9 +149,10 @@ def affordable_plans(
     seconds, seconds_from = time_budget(config)
     budget = Budget(rank_choices(config), seconds, config.devices.round_bytes, seconds_from)
     folded: dict[str, int] = {}
-    if isinstance(config.method, FlexLoraMethod) and config.method.fold_tail:
+    traits = config.method.traits()
+    if traits.folds_tail:
         # What the other devices can afford is not known yet: the tail is counted at its most.
-        folded = dict.fromkeys(workload.shapes, config.method.server_rank or max(budget.choices))
+        folded = dict.fromkeys(workload.shapes, traits.server_rank or max(budget.choices))
 
     @cache
     def afforded(device: str, num_examples: int) -> Affordable:

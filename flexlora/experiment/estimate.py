@@ -9,7 +9,7 @@ import torch
 
 from flexlora.engines.processes import plan_processes
 from flexlora.experiment.base import base_name, check_length, resolve_device
-from flexlora.experiment.config import Config, FlexLoraMethod
+from flexlora.experiment.config import Config
 from flexlora.experiment.corpora import length_sample
 from flexlora.experiment.device_ranks import Budget, exceeded, time_budget
 from flexlora.experiment.loaded import adapted_shapes
@@ -114,10 +114,10 @@ def plan_experiment(config: Config) -> Plan:
     torch.set_num_threads(threads)
     rate = measure_flops_per_second(shape.hidden_size, shape.intermediate_size, tokens, device)
     server_ranks = largest_ranks(participants.plans.values(), shapes)
-    if isinstance(config.method, FlexLoraMethod) and config.method.server_rank is not None:
-        server_ranks = dict.fromkeys(server_ranks, config.method.server_rank)
-    folds_tail = isinstance(config.method, FlexLoraMethod) and config.method.fold_tail
-    folded_ranks = server_ranks if folds_tail else {}
+    traits = config.method.traits()
+    if traits.server_rank is not None:
+        server_ranks = dict.fromkeys(server_ranks, traits.server_rank)
+    folded_ranks = server_ranks if traits.folds_tail else {}
     rows = []
     for name, plan in participants.plans.items():
         ranks = plan.resolve(shapes)
@@ -199,7 +199,7 @@ def _plan_facts(
 
     sent, counted = per_round, per_round
     if participants.devices:
-        policy = policy_of(config, config.method.name, per_round)
+        policy = policy_of(config, config.method.traits(), per_round)
         sent = min(num_clients, clients_per_round(policy, per_round))
         counted = sent if policy.name == "async" else min(sent, per_round)
 

@@ -8,11 +8,11 @@ import torch
 
 from flexlora.adapters.merge_into_base import merge_into_base
 from flexlora.adapters.write import write_adapter
-from flexlora.aggregators.base import Aggregator
-from flexlora.aggregators.registry import AGGREGATORS, STATE_TYPES
+from flexlora.aggregators.base import Aggregator, state_types
 from flexlora.experiment.base import base_name
 from flexlora.experiment.config import Config
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
+from flexlora.experiment.round_loop import aggregator_of
 from flexlora.experiment.run_folder import ADAPTERS_FOLDER, ExperimentError, read_run_config
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState, Scaling
@@ -77,11 +77,10 @@ def export_run(run_folder: Path, folder: Path, *, rank: int | None, merged: bool
 
 def final_state(config: Config, run_folder: Path) -> tuple[Aggregator[Any], Any, dict[str, int]]:
     """Return the method, its newest state and the server's rank per module, without loading the base model."""
-    checkpoint = load_latest(run_folder / CHECKPOINTS_FOLDER, STATE_TYPES)
+    aggregator = aggregator_of(config.method, scaling_rule(config))
+    checkpoint = load_latest(run_folder / CHECKPOINTS_FOLDER, state_types(aggregator))
     if checkpoint is None or checkpoint.server_round == 0:
         raise ExperimentError(f"{run_folder} has no round to take an adapter from yet; let the run finish one")
-    options = config.method.model_dump(exclude={"name"})
-    aggregator = AGGREGATORS[config.method.name](scaling=scaling_rule(config), **options)
     return aggregator, checkpoint.state, dict(checkpoint.progress["server_ranks"])
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from flexlora.aggregators.settings import Traits
 from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.partition import fixed_validation
 from flexlora.experiment.config import Config, ConfigError, RankConfig
@@ -114,12 +115,12 @@ def _devices_of_each(client_ids: Sequence[str], config: Config) -> tuple[Mapping
 
 def _require_one_rank(config: Config, used: Mapping[str, RankPlan]) -> None:
     """Raise if the method needs one rank and the clients have several."""
-    if config.method.name == "fedit" and len({tuple(sorted(plan.patterns)) for plan in used.values()}) > 1:
+    if config.method.traits().needs_one_rank and len({tuple(sorted(plan.patterns)) for plan in used.values()}) > 1:
         one_type = f"clients.distribution='{{{min(used)}: 1}}' without clients.counts and clients.assigned"
         one_rank = "devices.rank_choices=[1]" if config.clients.ranks_from == "devices" else one_type
         raise ConfigError(
             [
-                "method.name=fedit averages factors of one rank, but the clients have the types "
+                f"method.name={config.method.name} needs one rank for all clients, but they have the types "
                 f"{', '.join(sorted(used))}; give all of them one, for example {one_rank}"
             ],
             "the configuration",
@@ -132,20 +133,20 @@ def config_plans(config: Config) -> dict[str, RankPlan]:
     return rank_plans(types if isinstance(types, str) else {name: _type_ranks(own) for name, own in types.items()})
 
 
-def policy_of(config: Config, method: str, cohort_size: int) -> Policy:
+def policy_of(config: Config, traits: Traits, cohort_size: int) -> Policy:
     """Return what the server does about clients that differ in speed.
 
-    A method that cannot add late changes up, as that of a reference, waits where the run does not.
+    A method that cannot add late changes, as that of a reference, waits even where the run does not.
     """
     settings = config.clock.model_dump(exclude={"policy", "buffer_size"})
     name = config.clock.policy
-    if name == "async" and method != "flexlora":
+    if name == "async" and not traits.adds_changes:
         name = "wait"
     return Policy(name=name, buffer_size=config.clock.buffer_size or max(1, cohort_size // 2), **settings)
 
 
-def clock_of(config: Config, participants: Participants, method: str, cohort_size: int) -> Clock | None:
-    """Return the virtual clock of a loop of ``method``; None when no devices are simulated."""
+def clock_of(config: Config, participants: Participants, traits: Traits, cohort_size: int) -> Clock | None:
+    """Return the virtual clock of a loop whose method has these traits; None when no devices are simulated."""
     workload = participants.workload
     if workload is None:
         return None
@@ -158,7 +159,7 @@ def clock_of(config: Config, participants: Participants, method: str, cohort_siz
         rate = participants.devices[client.device].flops_per_second * STEP_RATE
         return workload.cost(ranks_of(client.plan), client.num_examples, rate)
 
-    return Clock(participants.devices, cost_of, policy_of(config, method, cohort_size), config.seed)
+    return Clock(participants.devices, cost_of, policy_of(config, traits, cohort_size), config.seed)
 
 
 def _plan_of_each(

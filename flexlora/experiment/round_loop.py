@@ -1,19 +1,22 @@
 """Builds a round loop from a loaded run: method, engine, clients, schedule and scorer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flexlora.aggregators.base import Aggregator
-from flexlora.aggregators.registry import AGGREGATORS, STATE_TYPES
+from flexlora.aggregators.base import Aggregator, state_types
+from flexlora.aggregators.registry import method_class
+from flexlora.aggregators.settings import traits_of
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.experiment.config import Config
 from flexlora.experiment.loaded import LoadedRun
+from flexlora.experiment.method_config import MethodConfig
 from flexlora.experiment.participants import clock_of
 from flexlora.experiment.scoring import Scorer
 from flexlora.experiment.stages import Notify
 from flexlora.federation.clients import ClientSpec, largest_ranks
 from flexlora.federation.streams import stream_seed
+from flexlora.lora.factors import Scaling
 from flexlora.rounds.loop_parts import Federation, Loop, RoundSettings
 from flexlora.training.one_client import LocalTraining
 from flexlora.training.schedule import learning_rate_at
@@ -21,7 +24,7 @@ from flexlora.training.schedule import learning_rate_at
 
 def round_loop(
     loaded: LoadedRun,
-    method: Mapping[str, Any],
+    method: MethodConfig,
     clients: Sequence[ClientSpec],
     folder: Path,
     notify: Notify,
@@ -30,18 +33,18 @@ def round_loop(
     """Return a round loop of ``method`` over ``clients`` that keeps its files in ``folder``.
 
     Args:
-        method: As in the configuration, with its ``name``.
+        method: The method, not always that of the configuration.
         clients: Everybody who can be sampled.
         folder: Where records and checkpoints go.
         notify: Told about each step.
         base_learning_rate: What the schedule starts from; None takes that of the configuration.
     """
     rounds, training = loaded.config.rounds, loaded.config.training
-    options = {key: value for key, value in method.items() if key != "name"}
-    aggregator: Aggregator[Any] = AGGREGATORS[method["name"]](scaling=loaded.scaling, **options)
+    aggregator = aggregator_of(method, loaded.scaling)
+    traits = traits_of(aggregator)
     ranks = largest_ranks({client.plan for client in clients}, loaded.shapes)
-    if (server_rank := options.get("server_rank")) is not None:
-        ranks = {module: server_rank for module in ranks}
+    if traits.server_rank is not None:
+        ranks = dict.fromkeys(ranks, traits.server_rank)
     seed = stream_seed(loaded.config.seed, "initial-adapter")
     base = training.learning_rate if base_learning_rate is None else base_learning_rate
 
@@ -57,7 +60,7 @@ def round_loop(
 
     return Loop(
         aggregator=aggregator,
-        state_types=STATE_TYPES,
+        state_types=state_types(aggregator),
         engine=loaded.engine(
             SimulationEngine(
                 loaded.model,
@@ -91,8 +94,17 @@ def round_loop(
         evaluator=Scorer(loaded),
         folder=folder,
         notify=notify,
-        clock=clock_of(loaded.config, loaded.participants, method["name"], cohort_size(loaded.config, len(clients))),
+        clock=clock_of(loaded.config, loaded.participants, traits, cohort_size(loaded.config, len(clients))),
     )
+
+
+def aggregator_of(method: MethodConfig, scaling: Scaling) -> Aggregator[Any]:
+    """Return the method that a configuration describes.
+
+    Raises:
+        MethodError: If its code cannot be loaded.
+    """
+    return method_class(method.name, method.path)(scaling=scaling, **method.options())
 
 
 def local_training(config: Config) -> LocalTraining:

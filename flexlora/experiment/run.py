@@ -88,7 +88,7 @@ def run_experiment(
     loaded = LoadedRun.load(config, participants, notify)
     # Nothing is written before data and model have been read: a start that fails leaves no folder behind.
     open_folder(loaded, folder, overwrite and not resume)
-    loop = round_loop(loaded, config.method.model_dump(), participants.clients, folder, notify)
+    loop = round_loop(loaded, config.method, participants.clients, folder, notify)
     notify(rounds_stage(f"Federated rounds ({config.method.name})", loop))
     outcome = run_rounds(loop)
     if outcome.has_progress:

@@ -182,7 +182,7 @@ def _manifest(loaded: LoadedRun) -> ManifestRecord:
     rounds, num_clients = config.rounds, len(participants.clients)
     return ManifestRecord(
         flexlora_version=importlib.metadata.version("flexlora"),
-        packages={name: importlib.metadata.version(name) for name in PACKAGES},
+        packages={name: importlib.metadata.version(name) for name in PACKAGES} | _own_method(config),
         python=platform.python_version(),
         platform=platform.platform(),
         seed=config.seed,
@@ -205,6 +205,14 @@ def _manifest(loaded: LoadedRun) -> ManifestRecord:
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=list(participants.warnings),
     )
+
+
+def _own_method(config: Config) -> dict[str, str]:
+    """Return name and SHA-256 of the file with the user's own method; none for a method of a package."""
+    if config.method.path is None:
+        return {}
+    path = Path(config.method.path).expanduser()
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _device_hashes(participants: Participants) -> dict[str, str]:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from typing import Any
 
+from flexlora.aggregators.base import check_state
 from flexlora.lora.spectrum import share_inside
 from flexlora.rounds.checkpoint import Checkpoint, load_latest, replace_progress, save_checkpoint
 from flexlora.rounds.cohort import cohort_work
@@ -69,6 +70,9 @@ def _started(loop: Loop) -> tuple[int, Any, Progress]:
     """Evaluate the base model as round 0 and return that round, the first state and the first progress."""
     loop.folder.mkdir(parents=True, exist_ok=True)
     (loop.folder / RECORDS_FILE).unlink(missing_ok=True)
+    state = loop.aggregator.init(loop.federation.initial_adapter)
+    # Before any work is done: what cannot be saved could not be resumed.
+    check_state(state, loop.state_types)
     watch = Stopwatch()
     loop.notify(RoundEvent("evaluating", 0))
     with watch.stage("evaluate"):
@@ -78,7 +82,6 @@ def _started(loop: Loop) -> tuple[int, Any, Progress]:
         server_round=0, evaluation=scores, seconds=watch.seconds, virtual_seconds=started, virtual_clock_seconds=started
     )
     progress = Progress(best_validation_loss=scores.validation_loss)
-    state = loop.aggregator.init(loop.federation.initial_adapter)
     _save(loop, state, progress, record)
     append_record(loop.folder / RECORDS_FILE, record)
     loop.notify(RoundEvent("done", 0, record=record))

@@ -59,7 +59,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
 
 
 def test_a_wrong_variant_lists_the_right_ones() -> None:
-    assert "method.name: must be one of fedit, zero_pad, flexlora; got 'fedavg'" in problems(
+    assert "method.name: must be one of fedit, flexlora, zero_pad; got 'fedavg'" in problems(
         {"method": {"name": "fedavg"}}
     )
     assert "data.name: must be one of generated, natural_instructions, instructions; got None" in problems({"data": {}})
@@ -180,7 +180,7 @@ def test_broken_overrides_and_files_are_explained(tmp_path: Path) -> None:
         ),
         (
             {"devices": {"profiles": "built_in"}, "clock": {"policy": "async"}, "method": {"name": "zero_pad"}},
-            "clock.policy=async adds up changes of products, which method.name=zero_pad has none of",
+            "clock.policy=async adds up late changes, which method.name=zero_pad cannot do",
         ),
         (
             {"devices": {"profiles": "built_in", "types": {"phone": "tiny"}}},

@@ -77,7 +77,7 @@ def test_a_start_that_fails_leaves_no_folder_behind(tmp_path: Path) -> None:
 
 def test_fedit_with_several_ranks_is_refused_before_any_model_is_loaded() -> None:
     data = {"name": "generated", "num_clients": 40, "examples_per_task": 10}
-    with pytest.raises(ConfigError, match=r"method\.name=fedit averages factors of one rank.*type1"):
+    with pytest.raises(ConfigError, match=r"method\.name=fedit needs one rank for all clients.*type1"):
         gather_participants(config_of(method={"name": "fedit"}, data=data, clients={"distribution": "uniform"}))
     one = gather_participants(config_of(method={"name": "fedit"}, data=data, clients={"distribution": {"type2": 1}}))
     assert set(one.plans) == {"type2"}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from flexlora.aggregators.registry import AGGREGATORS, STATE_TYPES
+from flexlora.aggregators.base import state_types
+from flexlora.aggregators.registry import AGGREGATORS
 from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import Broadcast, ClientFailure, Update
 from flexlora.federation.streams import stream_seed
@@ -102,12 +103,11 @@ def loop_in(folder: Path, change: object = echo, method: str = "flexlora", **opt
     settings = {"num_rounds": 4, "cohort_size": 4, "seed": 1}
     known = {field.name for field in dataclasses.fields(RoundSettings)}
     settings |= {key: value for key, value in options.items() if key in known}
+    switches = {key: value for key, value in options.items() if key in ("error_compensation", "fold_tail")}
+    aggregator = AGGREGATORS[method](scaling=SCALING, **switches)
     return Loop(
-        aggregator=AGGREGATORS[method](
-            scaling=SCALING,
-            **{key: value for key, value in options.items() if key in ("error_compensation", "fold_tail")},
-        ),
-        state_types=STATE_TYPES,
+        aggregator=aggregator,
+        state_types=state_types(aggregator),
         engine=Engine(change),  # type: ignore[arg-type]
         federation=Federation(CLIENTS, SHAPES, SERVER_RANKS, adapter_with_changes(), SCALING),
         settings=RoundSettings(**settings),  # type: ignore[arg-type]

@@ -1,0 +1,96 @@
+"""What a method tells the rest of the package about itself: described options, and traits.
+
+Loads no torch, so that a configuration is checked before anything heavy is imported.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+RULES = ("gt", "ge", "lt", "le", "min_length", "max_length", "pattern")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What others must know of a method; nothing outside its file asks for it by name.
+
+    A method has a class attribute ``traits``, or a property where they depend on its options; one without has these
+    defaults.
+
+    Attributes:
+        needs_one_rank: In every module, all clients must have the same rank.
+        adds_changes: The state is a sum to which late changes can be added; the method has ``add_changes``.
+        linear_in_products: A round's result depends on the updates only through the weighted sum of ``s_i B_i A_i`` and
+            on ranks: it is the same for ``(B M, M^-1 A)``, and works on sums that hide the single update.
+        folds_tail: Clients also receive what their rank cannot hold, as a frozen branch.
+        server_rank: Rank of the global adapter in every module; None is the largest of any client.
+    """
+
+    needs_one_rank: bool = False
+    adds_changes: bool = False
+    linear_in_products: bool = False
+    folds_tail: bool = False
+    server_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of a method.
+
+    Attributes:
+        annotation: Its type.
+        default: Its value where a configuration says nothing.
+        description: What it does, for help and documentation.
+        rules: Bounds by pydantic's names, such as ``ge``.
+    """
+
+    annotation: Any
+    default: Any
+    description: str
+    rules: Mapping[str, Any]
+
+
+def option(default: Any, description: str, **rules: Any) -> Any:
+    """Return a dataclass field that a configuration can set as ``method.NAME``.
+
+    Args:
+        default: Value where the configuration says nothing; every option has one.
+        description: What it does, with its unit: the help text.
+        rules: Bounds: ``gt``, ``ge``, ``lt``, ``le``, ``min_length``, ``max_length``, ``pattern``.
+
+    Raises:
+        TypeError: For a rule of another name.
+    """
+    unknown = sorted(rules.keys() - set(RULES))
+    if unknown:
+        raise TypeError(f"rules of an option must be among {', '.join(RULES)}; got {', '.join(unknown)}")
+    return dataclasses.field(default=default, metadata={"description": description, "rules": rules})
+
+
+def options_of(method: type[Any]) -> dict[str, Option]:
+    """Return the options of a method: every field of its dataclass but ``scaling``.
+
+    Raises:
+        TypeError: If the class is no dataclass, or an option has no default.
+    """
+    if not dataclasses.is_dataclass(method):
+        raise TypeError(f"{method.__name__} must be a dataclass: write @dataclass(frozen=True) above the class")
+    hints = get_type_hints(method, include_extras=True)
+    options: dict[str, Option] = {}
+    for field in dataclasses.fields(method):
+        if field.name == "scaling" or not field.init:
+            continue
+        if field.default is dataclasses.MISSING:
+            raise TypeError(f"{method.__name__}.{field.name} needs a default: write option(DEFAULT, DESCRIPTION)")
+        description, rules = field.metadata.get("description", ""), field.metadata.get("rules", {})
+        options[field.name] = Option(hints[field.name], field.default, description, rules)
+    return options
+
+
+def traits_of(method: object) -> Traits:
+    """Return the traits of a method or its class, the defaults for one that names none."""
+    traits = getattr(method, "traits", Traits())
+    if not isinstance(traits, Traits):
+        raise TypeError(f"traits of a method must be a Traits object; got {type(traits).__name__}")
+    return traits
