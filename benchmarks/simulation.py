@@ -55,6 +55,7 @@ from transformers import (
 
 from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.data.prompts import EncodedExample, encode_many
+from flexlora.engines.base import Parcel, RoundOrder
 from flexlora.engines.processes import Workers, WorkersEngine, plan_processes
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.experiment.config_file import load_config
@@ -153,15 +154,26 @@ def ours(setting: Setting, clients_per_group: int | None) -> Callable[[], None]:
 
 def engine(setting: Setting) -> Callable[[], None]:
     examples = {client.client_id: job.examples for client, job in zip(setting.clients, setting.jobs, strict=True)}
-    broadcasts = {client.plan: job.broadcast for client, job in zip(setting.clients, setting.jobs, strict=True)}
+    parcels = {
+        client.plan: Parcel(job.broadcast, "float32") for client, job in zip(setting.clients, setting.jobs, strict=True)
+    }
+    order = RoundOrder(
+        server_round=1,
+        seed=0,
+        learning_rate=LEARNING_RATE,
+        wire_dtype="float32",
+        uplink=(),
+        cohort=setting.clients,
+        parcels=parcels,
+    )
     workers = Workers(
         setting.model, *plan_processes("cpu", setting.model.num_parameters, None, None), seconds_before_children=0.0
     )
-    here = SimulationEngine(setting.model, examples.__getitem__, setting.training, lambda _: LEARNING_RATE, seed=0)
+    here = SimulationEngine(setting.model, examples.__getitem__, setting.training)
     together = WorkersEngine(here, workers)
 
     def train() -> None:
-        outcomes = list(together.train(1, setting.clients, broadcasts))
+        outcomes = list(together.train(order))
         assert all(isinstance(outcome, Update) for outcome in outcomes)
 
     # Children join in when they are ready: wait until all of them have.

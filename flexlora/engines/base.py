@@ -1,18 +1,68 @@
-"""How a cohort gets trained: the protocol that rounds call."""
+"""Defines what an engine is: it takes the order of a round and yields one outcome per client."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.uplink.base import UplinkStep
+from flexlora.uplink.wire import WireDtype, decode_broadcast, encode_broadcast
+
+
+@dataclass(frozen=True, eq=False)
+class Parcel:
+    """A broadcast on its way to the clients of one rank plan: encoded and decoded once, each when first needed.
+
+    Attributes:
+        broadcast: What the server sends.
+        wire_dtype: Dtype of the factors on their way.
+        came_as: The bytes that ``broadcast`` was decoded from, where it has travelled already; they go on unchanged.
+    """
+
+    broadcast: Broadcast
+    wire_dtype: WireDtype
+    came_as: bytes | None = None
+
+    @cached_property
+    def packet(self) -> bytes:
+        """The broadcast as bytes."""
+        return encode_broadcast(self.broadcast, self.wire_dtype) if self.came_as is None else self.came_as
+
+    @cached_property
+    def arrived(self) -> Broadcast:
+        """What a client makes of the bytes; shared by all clients of the plan, so nobody may change it."""
+        return decode_broadcast(self.packet) if self.came_as is None else self.broadcast
+
+
+@dataclass(frozen=True, eq=False)
+class RoundOrder:
+    """Everything an engine needs to train the cohort of a round.
+
+    Attributes:
+        server_round: The round whose broadcasts the clients start from.
+        seed: Of the run; each client in each round has a stream of its own.
+        learning_rate: Of every client in this round.
+        wire_dtype: Dtype of the factors on their way, in both directions.
+        uplink: The steps whose client ends run on each update before it is encoded.
+        cohort: Who trains.
+        parcels: What the clients of each rank plan are sent.
+    """
+
+    server_round: int
+    seed: int
+    learning_rate: float
+    wire_dtype: WireDtype
+    uplink: Sequence[UplinkStep]
+    cohort: Sequence[ClientSpec]
+    parcels: Mapping[RankPlan, Parcel]
 
 
 @runtime_checkable
 class Engine(Protocol):
     """Trains the clients of a round; a failing client is yielded as a ``ClientFailure``, never raised."""
 
-    def train(
-        self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
-    ) -> Iterator[Update | ClientFailure]:
-        """Yield one outcome per client of ``cohort``, in cohort order."""
+    def train(self, order: RoundOrder) -> Iterator[Update | ClientFailure]:
+        """Yield one outcome per client of the order's cohort, in cohort order."""
         ...

@@ -11,7 +11,7 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from flexlora.data.prompts import EncodedExample
+from flexlora.engines.base import Parcel, RoundOrder
 from flexlora.engines.shared_model import attach
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.messages import ClientFailure, Update
 from flexlora.lora.factors import LoraFactors
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.uplink.wire import decode_broadcast
@@ -32,7 +33,7 @@ READY = b"ready"
 
 
 # What a worker has of its own, instead of what the engine of the starting process has.
-_OWN_FIELDS = ("model", "examples_of", "learning_rate")
+_OWN_FIELDS = ("model", "examples_of")
 
 
 @dataclass(frozen=True)
@@ -60,27 +61,30 @@ class Task:
 
     Attributes:
         call: Number of the call of ``train`` it belongs to; packets of another are of no more use.
-        server_round: The round.
         clients: Who trains.
         examples: Client id -> training examples.
         packets: Encoded broadcasts of those plans that the worker has not got in this call.
-        learning_rate: Of the round.
+        order: What ``pickled_order`` returned.
         engine: What ``pickled_settings`` returned.
     """
 
     call: int
-    server_round: int
     clients: Sequence[ClientSpec]
     examples: Mapping[str, Sequence[EncodedExample]]
     packets: Mapping[RankPlan, bytes]
-    learning_rate: float
+    order: bytes
     engine: bytes
 
 
 def pickled_settings(engine: SimulationEngine) -> bytes:
-    """Return everything that makes ``engine`` train as it does, but for the model, the data and the learning rate."""
+    """Return everything that makes ``engine`` train as it does, but for the model and the data."""
     names = [field.name for field in dataclasses.fields(engine) if field.name not in _OWN_FIELDS]
     return pickle.dumps({name: getattr(engine, name) for name in names})
+
+
+def pickled_order(order: RoundOrder) -> bytes:
+    """Return an order without clients and parcels, which follow chunk by chunk."""
+    return pickle.dumps(dataclasses.replace(order, cohort=(), parcels={}))
 
 
 def packed(outcome: Update | ClientFailure) -> bytes:
@@ -122,35 +126,27 @@ class Trainer:
         self._model = model
         self._task: Task | None = None
         self._engine: SimulationEngine | None = None
-        self._broadcasts: dict[RankPlan, Broadcast] = {}
+        self._parcels: dict[RankPlan, Parcel] = {}
 
-    def take(self, task: Task) -> SimulationEngine:
-        """Return the engine of a task, made ready for it."""
+    def take(self, task: Task) -> tuple[SimulationEngine, RoundOrder]:
+        """Return the engine of a task, made ready for it, and the order for its clients."""
         if self._task is None or self._task.call != task.call:
-            self._broadcasts.clear()
+            self._parcels.clear()
         if self._engine is None or self._task is None or self._task.engine != task.engine:
             self._engine = SimulationEngine(
                 model=self._model,
                 examples_of=self._examples_of,
-                learning_rate=self._learning_rate,
                 **pickle.loads(task.engine),
             )
-        self._broadcasts |= {plan: decode_broadcast(packet) for plan, packet in task.packets.items()}
+        order: RoundOrder = pickle.loads(task.order)
+        for plan, packet in task.packets.items():
+            self._parcels[plan] = Parcel(decode_broadcast(packet), order.wire_dtype, packet)
         self._task = task
-        return self._engine
-
-    def outcomes(self, engine: SimulationEngine, task: Task) -> Iterator[bytes]:
-        """Yield the packed outcome of each client."""
-        for outcome in engine.train(task.server_round, task.clients, self._broadcasts):
-            yield packed(outcome)
+        return self._engine, dataclasses.replace(order, cohort=task.clients, parcels=self._parcels)
 
     def _examples_of(self, client_id: str) -> Sequence[EncodedExample]:
         assert self._task is not None
         return self._task.examples[client_id]
-
-    def _learning_rate(self, server_round: int) -> float:
-        assert self._task is not None
-        return self._task.learning_rate
 
 
 def main() -> None:
@@ -167,10 +163,10 @@ def main() -> None:
     connection.send_bytes(READY)
     while True:
         task: Task = pickle.loads(inbox.get())
-        engine = trainer.take(task)
+        engine, order = trainer.take(task)
         connection.send_bytes(READY)
-        for outcome in trainer.outcomes(engine, task):
-            connection.send_bytes(outcome)
+        for outcome in engine.train(order):
+            connection.send_bytes(packed(outcome))
 
 
 def _listen(connection: Connection, inbox: "SimpleQueue[bytes]") -> None:

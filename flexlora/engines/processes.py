@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,14 +29,14 @@ from pathlib import Path
 import torch
 
 from flexlora.data.prompts import EncodedExample
+from flexlora.engines.base import RoundOrder
 from flexlora.engines.chunks import Chunk, cut_into_chunks
-from flexlora.engines.process_child import READY, Start, Task, pickled_settings, unpacked
+from flexlora.engines.process_child import READY, Start, Task, pickled_order, pickled_settings, unpacked
 from flexlora.engines.shared_model import SharedModel, SharingError, share
 from flexlora.engines.simulation import SimulationEngine
-from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.clients import RankPlan
+from flexlora.federation.messages import ClientFailure, Update
 from flexlora.training.adapted_model import AdaptedModel
-from flexlora.uplink.wire import encode_broadcast
 
 # To start a child costs a core some seconds; who is through before that needs none.
 _SECONDS_BEFORE_CHILDREN = 2.0
@@ -144,22 +144,20 @@ class WorkersEngine:
     engine: SimulationEngine
     workers: Workers
 
-    def train(
-        self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
-    ) -> Iterator[Update | ClientFailure]:
-        """Yield one outcome per client of ``cohort``, in cohort order, as soon as it is there.
+    def train(self, order: RoundOrder) -> Iterator[Update | ClientFailure]:
+        """Yield one outcome per client of the order's cohort, in cohort order, as soon as it is there.
 
         The clients that a child was training when it died become failures; a new child takes its place in the next
         call. Whoever stops listening before the end, as by an interruption, ends the children that are at work.
         """
         pool = self.workers.pool
         most_open = _OPEN_CHUNKS * (1 + len(pool.children))
-        call = _Call(self.engine, server_round, cohort, broadcasts, pool.condition, most_open)
+        call = _Call(self.engine, order, pool.condition, most_open)
         here: Iterator[bool] | None = None
         with pool.serving(call):
             while True:
                 if here is None:
-                    self.workers.start(len(cohort) - 1)
+                    self.workers.start(len(order.cohort) - 1)
                 with pool.condition:
                     outcome = call.next_outcome()
                     if outcome is None and here is None:
@@ -179,7 +177,7 @@ class WorkersEngine:
         """Train a chunk in this process, a client at each step of this iterator."""
         pool, engine = self.workers.pool, self._engine_here
         self._examples.in_hand.update(turn.chunk.examples)
-        outcomes = engine.train(call.server_round, turn.chunk.clients, call.broadcasts)
+        outcomes = engine.train(replace(call.order, cohort=turn.chunk.clients))
         try:
             while turn.num_left:
                 start = time.perf_counter()
@@ -248,21 +246,18 @@ class _Call:
     def __init__(
         self,
         engine: SimulationEngine,
-        server_round: int,
-        cohort: Sequence[ClientSpec],
-        broadcasts: Mapping[RankPlan, Broadcast],
+        order: RoundOrder,
         condition: threading.Condition,
         most_open: int,
     ) -> None:
-        self.server_round, self.broadcasts = server_round, broadcasts
+        self.order = order
         self._number, self._engine = next(self._numbers), engine
         self._condition, self._most_open = condition, most_open
-        self._chunks = cut_into_chunks(cohort, engine.examples_of, engine.settings, engine.model.device.type)
+        self._chunks = cut_into_chunks(order.cohort, engine.examples_of, engine.settings, engine.model.device.type)
         self._is_cut = False
         # In cohort order; those in `_back` are without anybody who trains them.
         self._open: deque[_Turn] = deque()
         self._back: list[_Turn] = []
-        self._packets: dict[RankPlan, bytes] = {}
 
     @property
     def is_over(self) -> bool:
@@ -308,7 +303,9 @@ class _Call:
     def fail(self, turn: _Turn, reason: str) -> None:
         """Make failures of the clients of a chunk whose outcomes are missing."""
         for client in turn.chunk.clients[len(turn.chunk.clients) - turn.num_left :]:
-            self.put(turn, ClientFailure(client.client_id, "train", reason, len(self._packets[client.plan])))
+            self.put(
+                turn, ClientFailure(client.client_id, "train", reason, len(self.order.parcels[client.plan].packet))
+            )
 
     def task(self, turn: _Turn, child: "_Child") -> Task:
         """Return a chunk as it is sent to ``child``, with the broadcasts that has not got yet."""
@@ -316,14 +313,14 @@ class _Call:
             child.call_number, child.plans = self._number, set()
         plans = {client.plan for client in turn.chunk.clients} - child.plans
         child.plans |= plans
+        engine, order = self._settings or (b"", b"")
         return Task(
             call=self._number,
-            server_round=self.server_round,
             clients=turn.chunk.clients,
             examples={client_id: list(examples) for client_id, examples in turn.chunk.examples.items()},
-            packets={plan: self._packets[plan] for plan in plans},
-            learning_rate=self._engine.learning_rate(self.server_round),
-            engine=self._settings or b"",
+            packets={plan: self.order.parcels[plan].packet for plan in plans},
+            order=order,
+            engine=engine,
         )
 
     def _can_travel(self, chunk: Chunk) -> bool:
@@ -331,17 +328,16 @@ class _Call:
         if self._settings is None or len(chunk.examples) < len(chunk.clients):
             return False
         try:
-            for plan in {client.plan for client in chunk.clients} - self._packets.keys():
-                self._packets[plan] = encode_broadcast(self.broadcasts[plan], self._engine.wire_dtype)
+            for plan in {client.plan for client in chunk.clients}:
+                _ = self.order.parcels[plan].packet
         except Exception:
             return False
         return True
 
     @cached_property
-    def _settings(self) -> bytes | None:
+    def _settings(self) -> tuple[bytes, bytes] | None:
         try:
-            self._engine.learning_rate(self.server_round)
-            return pickled_settings(self._engine)
+            return pickled_settings(self._engine), pickled_order(self.order)
         except Exception as error:
             _log.warning("Clients train in one process, as others cannot be told how: %s.", error)
             return None

@@ -14,21 +14,21 @@ import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from flexlora.engines.base import RoundOrder
 from flexlora.engines.chunks import Chunk, cut_into_chunks
-from flexlora.engines.process_child import Start, Task, Trainer, pickled_settings, unpacked
+from flexlora.engines.process_child import Start, Task, Trainer, packed, pickled_order, pickled_settings, unpacked
 from flexlora.engines.shared_model import attach, share
 from flexlora.engines.simulation import SimulationEngine, reason_of
 from flexlora.errors import FlexLoraError
-from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.clients import RankPlan
+from flexlora.federation.messages import ClientFailure, Update
 from flexlora.training.adapted_model import AdaptedModel
-from flexlora.uplink.wire import encode_broadcast
 
 # Chunks that an actor has or waits for: it never idles while the next one travels.
 _CHUNKS_PER_ACTOR = 2
@@ -78,7 +78,8 @@ class Actor:
         """Return the packed outcome of each client of a task."""
         received = pickle.loads(task)
         received = Task(**{**vars(received), "packets": dict(zip(plans, packets, strict=True))})
-        return list(self._trainer.outcomes(self._trainer.take(received), received))
+        engine, order = self._trainer.take(received)
+        return [packed(outcome) for outcome in engine.train(order)]
 
 
 class RayActors:
@@ -175,10 +176,8 @@ class RayEngine:
     engine: SimulationEngine
     actors: RayActors
 
-    def train(
-        self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
-    ) -> Iterator[Update | ClientFailure]:
-        """Yield one outcome per client of ``cohort``, in cohort order, as soon as it is there.
+    def train(self, order: RoundOrder) -> Iterator[Update | ClientFailure]:
+        """Yield one outcome per client of the order's cohort, in cohort order, as soon as it is there.
 
         The clients of the chunks that an actor had when it died become failures; another takes its place.
 
@@ -186,7 +185,8 @@ class RayEngine:
             RayError: If there is no cluster to train on.
         """
         ray, actors = _ray(), self.actors.started()
-        chunks = cut_into_chunks(cohort, self.engine.examples_of, self.engine.settings, self.engine.model.device.type)
+        engine = self.engine
+        chunks = cut_into_chunks(order.cohort, engine.examples_of, engine.settings, engine.model.device.type)
         packets: dict[RankPlan, bytes | Exception] = {}
         sent: dict[RankPlan, Any] = {}
         waiting: deque[tuple[Chunk, Any]] = deque()
@@ -199,7 +199,7 @@ class RayEngine:
                     plans = list(dict.fromkeys(client.plan for client in chunk.clients))
                     for plan in plans:
                         if plan not in packets:
-                            packets[plan] = self._packet(broadcasts, plan)
+                            packets[plan] = _packet(order, plan)
                     if len(chunk.examples) < len(chunk.clients) or any(
                         isinstance(packets[plan], Exception) for plan in plans
                     ):
@@ -209,7 +209,7 @@ class RayEngine:
                         if plan not in sent:
                             sent[plan] = ray.put(packets[plan])
                     actor = min(loads, key=lambda index: loads[index])
-                    task = pickle.dumps(self._task(server_round, chunk, next(numbers)))
+                    task = pickle.dumps(self._task(order, chunk, next(numbers)))
                     future = actors[actor].train.remote(task, plans, *(sent[plan] for plan in plans))
                     loads[actor] += 1
                     actor_of[future] = actor, actors[actor]
@@ -219,7 +219,7 @@ class RayEngine:
                 chunk, future = waiting.popleft()
                 if future is None:
                     # What is missing makes failures of its clients here, with their reasons.
-                    yield from self.engine.train(server_round, chunk.clients, broadcasts)
+                    yield from engine.train(replace(order, cohort=chunk.clients))
                     continue
                 actor, asked = actor_of.pop(future)
                 try:
@@ -237,22 +237,22 @@ class RayEngine:
                 if future is not None:
                     ray.cancel(future)
 
-    def _packet(self, broadcasts: Mapping[RankPlan, Broadcast], plan: RankPlan) -> bytes | Exception:
-        try:
-            return encode_broadcast(broadcasts[plan], self.engine.wire_dtype)
-        except Exception as error:
-            return error
-
-    def _task(self, server_round: int, chunk: Chunk, number: int) -> Task:
+    def _task(self, order: RoundOrder, chunk: Chunk, number: int) -> Task:
         return Task(
             call=number,
-            server_round=server_round,
             clients=chunk.clients,
             examples={client_id: list(examples) for client_id, examples in chunk.examples.items()},
             packets={},
-            learning_rate=self.engine.learning_rate(server_round),
+            order=pickled_order(order),
             engine=pickled_settings(self.engine),
         )
+
+
+def _packet(order: RoundOrder, plan: RankPlan) -> bytes | Exception:
+    try:
+        return order.parcels[plan].packet
+    except Exception as error:
+        return error
 
 
 def _failures(

@@ -12,8 +12,9 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from flexlora.data.prompts import EncodedExample
+from flexlora.engines.base import RoundOrder
 from flexlora.errors import FlexLoraError
-from flexlora.federation.clients import ClientSpec, RankPlan
+from flexlora.federation.clients import ClientSpec
 from flexlora.federation.messages import Broadcast, ClientFailure, Update
 from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import AdapterState
@@ -22,8 +23,8 @@ from flexlora.training.group import TrainedClient, train_group
 from flexlora.training.group_layers import reason_against_groups
 from flexlora.training.group_passes import GroupJob
 from flexlora.training.one_client import LocalTraining, train_client
-from flexlora.uplink.base import UplinkStep, send
-from flexlora.uplink.wire import WireDtype, decode_broadcast, encode_broadcast, encoded_size, received
+from flexlora.uplink.base import send
+from flexlora.uplink.wire import encoded_size, received
 
 _LONGEST_REASON = 300
 
@@ -64,28 +65,18 @@ class SimulationEngine:
         model: The base, shared by all clients.
         examples_of: Client id -> its training examples.
         settings: How every client trains.
-        learning_rate: Server round -> learning rate.
-        seed: Of the run; each client in each round has a stream of its own.
-        wire_dtype: Dtype of the factors on their way.
         train_one: What trains one client at a time; None trains groups, where the base allows it.
-        uplink: The steps whose client ends run on each update before it is encoded.
         clients_per_group: Most clients in a group; None decides by tokens and memory.
     """
 
     model: AdaptedModel
     examples_of: Callable[[str], Sequence[EncodedExample]]
     settings: LocalTraining
-    learning_rate: Callable[[int], float]
-    seed: int
-    wire_dtype: WireDtype = "float32"
     train_one: TrainClient | None = None
-    uplink: Sequence[UplinkStep] = ()
     clients_per_group: int | None = None
 
-    def train(
-        self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
-    ) -> Iterator[Update | ClientFailure]:
-        """Yield one outcome per client of ``cohort``, in cohort order, as soon as it is there.
+    def train(self, order: RoundOrder) -> Iterator[Update | ClientFailure]:
+        """Yield one outcome per client of the order's cohort, in cohort order, as soon as it is there.
 
         Anything that goes wrong with a client becomes its ``ClientFailure``; only interruptions pass. Whether the
         factors are what the client was asked for is for the server to check.
@@ -94,62 +85,45 @@ class SimulationEngine:
         turns: deque[_Turn | ClientFailure] = deque()
 
         def jobs() -> Iterator[GroupJob]:
-            for client in cohort:
-                turn = self._receive(server_round, client, broadcasts)
+            for client in order.cohort:
+                turn = self._receive(order, client)
                 turns.append(turn)
                 if isinstance(turn, _Turn):
                     yield turn.job
 
-        for outcome in self._trained(jobs(), broadcasts):
+        for outcome in self._trained(jobs(), order):
             while isinstance(turn := turns.popleft(), ClientFailure):
                 yield turn
-            yield self._send(server_round, turn, outcome)
+            yield self._send(order, turn, outcome)
         # Nobody is left to train: these have all failed.
         yield from (turn for turn in turns if isinstance(turn, ClientFailure))
 
-    def _receive(
-        self,
-        server_round: int,
-        client: ClientSpec,
-        broadcasts: Mapping[RankPlan, Broadcast],
-    ) -> _Turn | ClientFailure:
+    def _receive(self, order: RoundOrder, client: ClientSpec) -> _Turn | ClientFailure:
         stage, down_bytes = "broadcast", 0
         try:
-            broadcast, down_bytes = self._sent(client.plan, broadcasts[client.plan])
+            parcel = order.parcels[client.plan]
+            broadcast, down_bytes = parcel.arrived, len(parcel.packet)
             stage = "train"
             job = GroupJob(
                 broadcast,
                 self.examples_of(client.client_id),
-                self.learning_rate(server_round),
-                stream_seed(self.seed, "train", server_round, client.client_id),
+                order.learning_rate,
+                stream_seed(order.seed, "train", order.server_round, client.client_id),
             )
         except Exception as error:
             return ClientFailure(client.client_id, stage, reason_of(error), down_bytes)
         return _Turn(client, job, down_bytes)
 
-    def _sent(self, plan: RankPlan, broadcast: Broadcast) -> tuple[Broadcast, int]:
-        """Return what arrives of a broadcast, the same for all clients of a plan, and its bytes; nobody changes it."""
-        last = self._last_sent.get(plan)
-        if last is None or last[0] is not broadcast:
-            packet = encode_broadcast(broadcast, self.wire_dtype)
-            last = self._last_sent[plan] = broadcast, decode_broadcast(packet), len(packet)
-        return last[1:]
-
-    @cached_property
-    def _last_sent(self) -> dict[RankPlan, tuple[Broadcast, Broadcast, int]]:
-        return {}
-
-    def _trained(
-        self, jobs: Iterable[GroupJob], broadcasts: Mapping[RankPlan, Broadcast]
-    ) -> Iterator[TrainedClient | Exception]:
+    def _trained(self, jobs: Iterable[GroupJob], order: RoundOrder) -> Iterator[TrainedClient | Exception]:
         train_one = self.train_one
-        if train_one is None and self._objection(broadcasts) is None:
+        if train_one is None and self._objection(order) is None:
             return train_group(self.model, jobs, self.settings, self.clients_per_group)
         return (self._train_alone(train_one or train_client, job) for job in jobs)
 
-    def _objection(self, broadcasts: Mapping[RankPlan, Broadcast]) -> str | None:
+    def _objection(self, order: RoundOrder) -> str | None:
         """Return why clients train one at a time, and say so the first time."""
-        branches = [branch for sent in broadcasts.values() for branch in (sent.trainable, sent.frozen or {})]
+        broadcasts = [parcel.broadcast for parcel in order.parcels.values()]
+        branches = [branch for sent in broadcasts for branch in (sent.trainable, sent.frozen or {})]
         paths = frozenset(path for branch in branches for path in branch)
         if paths not in self._objections:
             reason = reason_against_groups(self.model.network, paths, base_drops_out=self.model.base_drops_out)
@@ -172,17 +146,19 @@ class SimulationEngine:
             return error
         return TrainedClient(adapter, metrics, time.perf_counter() - start)
 
-    def _send(self, server_round: int, turn: _Turn, outcome: TrainedClient | Exception) -> Update | ClientFailure:
+    def _send(self, order: RoundOrder, turn: _Turn, outcome: TrainedClient | Exception) -> Update | ClientFailure:
         client = turn.client
         if isinstance(outcome, Exception):
             return ClientFailure(client.client_id, "train", reason_of(outcome), turn.down_bytes)
         try:
             # What leaves the client besides its factors: these two numbers and nothing else that was measured.
             told = {key: outcome.metrics[key] for key in ("loss", "steps") if key in outcome.metrics}
-            rng = torch.Generator().manual_seed(stream_seed(self.seed, "uplink", server_round, client.client_id))
-            update = send(self.uplink, Update(client.client_id, outcome.adapter, float(client.num_examples), told), rng)
-            payload = received(update.payload, self.wire_dtype)
-            up_bytes = encoded_size(payload, self.wire_dtype)
+            rng = torch.Generator().manual_seed(stream_seed(order.seed, "uplink", order.server_round, client.client_id))
+            update = send(
+                order.uplink, Update(client.client_id, outcome.adapter, float(client.num_examples), told), rng
+            )
+            payload = received(update.payload, order.wire_dtype)
+            up_bytes = encoded_size(payload, order.wire_dtype)
         except Exception as error:
             return ClientFailure(client.client_id, "upload", reason_of(error), turn.down_bytes)
         return dataclasses.replace(

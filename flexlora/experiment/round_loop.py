@@ -66,9 +66,6 @@ def round_loop(
                 loaded.model,
                 loaded.training_examples,
                 local_training(loaded.config),
-                learning_rate,
-                loaded.config.seed,
-                rounds.wire_dtype,
                 clients_per_group=loaded.config.model.clients_per_group,
             )
         ),

@@ -148,11 +148,11 @@ class Loop:
         engine: What trains a cohort.
         federation: Who takes part, with what.
         settings: How long and how often.
-        learning_rate: Round -> learning rate, for the record; the engine uses the same function.
+        learning_rate: Round -> learning rate.
         evaluator: Scores the global adapter.
         folder: Where ``records.jsonl`` and ``checkpoints/`` are.
         notify: Told about each step, for progress displays.
-        uplink: The steps whose client ends the engine runs, in the same order; their server ends run here.
+        uplink: The steps between clients and server; the engine runs the client ends, the loop the server ends.
         clock: Decides who is there, who is late and how long a round takes, in virtual time; None lets everybody be
             there and in time.
     """

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from flexlora.aggregators.base import AggregationError, ChangeAggregator
+from flexlora.engines.base import RoundOrder
 from flexlora.errors import FlexLoraError
 from flexlora.federation.clients import ClientSpec, compact_ranks
 from flexlora.federation.messages import Change, ClientFailure, Update
 from flexlora.federation.streams import stream_seed
 from flexlora.rounds.clock import Trip
-from flexlora.rounds.cohort import Batch, Work
+from flexlora.rounds.cohort import Work
 from flexlora.rounds.loop_parts import Federation, Loop, RoundEvent, Stopwatch
 from flexlora.rounds.records import ClientRecord, rounded
 from flexlora.uplink.base import receive
@@ -32,23 +33,23 @@ def train_cohort(
     which nobody could tell a broken one. What the steps make of it is for the aggregator to check.
     """
     shapes = loop.federation.shapes
-    batch_of = {client.client_id: batch for batch in work.batches for client in batch.cohort}
-    due = batch_of.keys() | {outcome.client_id for outcome in work.lost}
+    order_of = {client.client_id: order for order in work.orders for client in order.cohort}
+    due = order_of.keys() | {outcome.client_id for outcome in work.lost}
     by_id = {client.client_id: client for client in loop.federation.clients if client.client_id in due}
     ranks = {plan: plan.resolve(shapes) for plan in {client.plan for client in by_id.values()}}
     clients: list[ClientRecord] = []
     recorded: set[str] = set()
 
     def outcomes() -> Iterator[Update | ClientFailure]:
-        for batch in work.batches:
-            trained = loop.engine.train(batch.server_round, batch.cohort, batch.broadcasts)
+        for order in work.orders:
+            trained = loop.engine.train(order)
             while True:
                 with watch.stage("train"):
                     outcome = next(trained, None)
                 if outcome is None:
                     break
                 yield outcome
-        for client_id in sorted(batch_of.keys() - recorded):
+        for client_id in sorted(order_of.keys() - recorded):
             yield ClientFailure(client_id, "train", "the engine gave no outcome for this client")
 
     def note(client: ClientSpec, outcome: Update | ClientFailure) -> None:
@@ -84,7 +85,7 @@ def train_cohort(
         with watch.stage("aggregate"):
             received = receive(loop.uplink, chain([first], updates), rng)
             if work.adds_changes:
-                state = _add_changes(loop, server_round, state, received, by_id, batch_of)
+                state = _add_changes(loop, server_round, state, received, by_id, order_of)
             else:
                 state = loop.aggregator.aggregate(state, received)
     except FlexLoraError as error:
@@ -102,7 +103,7 @@ def _add_changes(
     state: Any,
     updates: Iterable[Update],
     by_id: Mapping[str, ClientSpec],
-    batch_of: Mapping[str, Batch],
+    order_of: Mapping[str, RoundOrder],
 ) -> Any:
     """Return the state with what the updates changed against what their clients were sent, however long ago.
 
@@ -114,14 +115,14 @@ def _add_changes(
 
     def changes() -> Iterator[Change]:
         for update in updates:
-            batch = batch_of.get(str(update.client_id))
-            if batch is None:
+            order = order_of.get(str(update.client_id))
+            if order is None:
                 raise AggregationError(
                     "clock.policy=async must know whose an update is, but an uplink step folded several into one; "
                     "leave the step out or choose another clock.policy"
                 )
-            start = batch.broadcasts[by_id[str(update.client_id)].plan].trainable
-            yield Change(update, start, policy.discount(server_round - batch.server_round))
+            start = order.parcels[by_id[str(update.client_id)].plan].arrived.trainable
+            yield Change(update, start, policy.discount(server_round - order.server_round))
 
     return loop.aggregator.add_changes(state, changes())
 

@@ -80,10 +80,6 @@ def examples_of(client_id):
     return [EncodedExample(row, (*[-100] * 60, *row[60:])) for row in rows]
 
 
-def learning_rate(server_round):
-    return 0.01 / server_round
-
-
 @pytest.fixture(scope="module")
 def embedded():
     network, tokenizer = load_base_model(str(BASE), dtype="float32", device="cpu", attn_implementation="sdpa")
@@ -108,7 +104,7 @@ def client_side(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def simulation(embedded):
-    return SimulationEngine(embedded, examples_of, SETTINGS, learning_rate, seed=11)
+    return SimulationEngine(embedded, examples_of, SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +115,16 @@ def workers(embedded, client_side):
 
 
 @pytest.fixture
-def engine(simulation, workers, broadcasts):
+def engine(simulation, workers, broadcasts, order_of):
     """Returns an engine whose child is ready."""
     engine = WorkersEngine(simulation, workers)
-    wait_for_children(engine, broadcasts)
+    wait_for_children(engine, broadcasts, order_of)
     return engine
 
 
-def wait_for_children(engine, broadcasts):
+def wait_for_children(engine, broadcasts, order_of):
     for _ in range(PATIENCE_SECONDS):
-        list(engine.train(1, COHORT[:4], broadcasts))
+        list(engine.train(order_of(1, COHORT[:4], broadcasts)))
         if all(child is not None and child.has_worked for child in engine.workers.pool.children):
             return
         time.sleep(0.3)
@@ -169,37 +165,36 @@ def test_it_is_an_engine(simulation, embedded):
 
 
 def test_two_processes_give_the_bits_of_one_and_the_numbers_of_a_plain_simulation(
-    engine, simulation, embedded, broadcasts, client_side
+    engine, simulation, embedded, broadcasts, order_of, client_side
 ):
-    stamped = dataclasses.replace(simulation, uplink=[client_side.Stamp()])
-    together = list(dataclasses.replace(engine, engine=stamped).train(2, COHORT, broadcasts))
+    together = list(engine.train(order_of(2, COHORT, broadcasts, uplink=[client_side.Stamp()])))
     assert {update.metrics["process"] for update in together} == {os.getpid(), child_of(engine).process.pid}
-    alone = list(WorkersEngine(simulation, Workers(embedded, [], 1)).train(2, COHORT, broadcasts))
+    alone = list(WorkersEngine(simulation, Workers(embedded, [], 1)).train(order_of(2, COHORT, broadcasts)))
     assert_same(together, alone)
     assert all(update.metrics["loss"] == other.metrics["loss"] for update, other in zip(together, alone, strict=True))
-    assert_same(together, list(simulation.train(2, COHORT, broadcasts)), atol=1e-5)
+    assert_same(together, list(simulation.train(order_of(2, COHORT, broadcasts))), atol=1e-5)
 
 
-def test_a_client_that_fails_in_any_process_is_reported_and_the_others_go_on(engine, simulation, broadcasts):
+def test_a_client_that_fails_in_any_process_is_reported_and_the_others_go_on(engine, simulation, broadcasts, order_of):
     def some_are_empty(client_id):
         return [] if client_id in ("client 1", "client 2", "client 6") else examples_of(client_id)
 
     lacking = dataclasses.replace(simulation, examples_of=some_are_empty)
-    outcomes = list(dataclasses.replace(engine, engine=lacking).train(1, COHORT, broadcasts))
+    outcomes = list(dataclasses.replace(engine, engine=lacking).train(order_of(1, COHORT, broadcasts)))
     failures = [outcome for outcome in outcomes if isinstance(outcome, ClientFailure)]
     assert [failure.client_id for failure in failures] == ["client 1", "client 2", "client 6"]
     assert {failure.reason for failure in failures} == {"a client needs at least one training example; got none"}
     assert failures[0].down_bytes == len(encode_broadcast(broadcasts[LARGE], "float32"))
 
 
-def test_what_cannot_be_sent_to_a_child_fails_as_it_would_here(engine, simulation, broadcasts):
+def test_what_cannot_be_sent_to_a_child_fails_as_it_would_here(engine, simulation, broadcasts, order_of):
     def some_are_gone(client_id):
         if client_id == "client 5":
             raise OSError("disk is gone")
         return examples_of(client_id)
 
     lacking = dataclasses.replace(engine, engine=dataclasses.replace(simulation, examples_of=some_are_gone))
-    outcomes = list(lacking.train(1, COHORT, {LARGE: broadcasts[LARGE]}))
+    outcomes = list(lacking.train(order_of(1, COHORT, {LARGE: broadcasts[LARGE]})))
     assert [outcome.client_id for outcome in outcomes] == [client.client_id for client in COHORT]
     failures = {outcome.client_id: outcome for outcome in outcomes if isinstance(outcome, ClientFailure)}
     assert failures.keys() == {"client 0", "client 2", "client 4", "client 5", "client 6"}
@@ -207,25 +202,30 @@ def test_what_cannot_be_sent_to_a_child_fails_as_it_would_here(engine, simulatio
     assert failures["client 5"].reason == "OSError: disk is gone"
 
 
-def test_engines_share_the_children(engine, simulation, workers, broadcasts):
+def test_engines_share_the_children(engine, simulation, workers, broadcasts, order_of):
     before = child_of(engine).process.pid
-    other = WorkersEngine(dataclasses.replace(simulation, seed=12), workers)
-    one, another = (next(iter(list(each.train(1, COHORT, broadcasts)))) for each in (engine, other))
+    settings = dataclasses.replace(SETTINGS, optimizer="sgd")
+    other = WorkersEngine(dataclasses.replace(simulation, settings=settings), workers)
+    one, another = (next(iter(list(each.train(order_of(1, COHORT, broadcasts))))) for each in (engine, other))
     assert not torch.equal(one.payload[MODULE].B, another.payload[MODULE].B)
     assert child_of(engine).process.pid == before
 
 
-def test_an_engine_that_children_cannot_be_told_of_trains_here(engine, simulation, workers, broadcasts, caplog):
+def test_an_engine_that_children_cannot_be_told_of_trains_here(
+    engine, simulation, workers, broadcasts, order_of, caplog
+):
     own_way = dataclasses.replace(simulation, train_one=lambda *arguments: (broadcasts[SMALL].trainable, {"loss": 1.0}))
-    outcomes = list(WorkersEngine(own_way, workers).train(1, COHORT[::2], broadcasts))
+    outcomes = list(WorkersEngine(own_way, workers).train(order_of(1, COHORT[::2], broadcasts)))
     assert all(isinstance(outcome, Update) for outcome in outcomes)
     assert "Clients train in one process, as others cannot be told how" in caplog.text
 
 
-def test_a_killed_child_loses_only_the_clients_it_was_training(engine, simulation, broadcasts, client_side, tmp_path):
+def test_a_killed_child_loses_only_the_clients_it_was_training(
+    engine, simulation, broadcasts, order_of, client_side, tmp_path
+):
     stuck = dataclasses.replace(simulation, train_one=client_side.Stuck(os.getpid(), str(tmp_path)))
     outcomes, process_id = [], child_of(engine).process.pid
-    for outcome in dataclasses.replace(engine, engine=stuck).train(1, COHORT, broadcasts):
+    for outcome in dataclasses.replace(engine, engine=stuck).train(order_of(1, COHORT, broadcasts)):
         outcomes.append(outcome)
         for path in tmp_path.iterdir():
             assert int(path.name) == process_id
@@ -237,53 +237,53 @@ def test_a_killed_child_loses_only_the_clients_it_was_training(engine, simulatio
     assert failures[0].stage == "train"
     assert f"process {process_id} was killed (signal 9" in failures[0].reason
     assert "while it trained this client" in failures[0].reason
-    wait_for_children(engine, broadcasts)
+    wait_for_children(engine, broadcasts, order_of)
     assert child_of(engine).process.pid != process_id
 
 
-def test_a_child_that_is_killed_between_chunks_loses_nothing(engine, broadcasts):
+def test_a_child_that_is_killed_between_chunks_loses_nothing(engine, broadcasts, order_of):
     child = child_of(engine)
     child.process.kill()
-    outcomes = list(engine.train(1, COHORT, broadcasts))
+    outcomes = list(engine.train(order_of(1, COHORT, broadcasts)))
     assert all(isinstance(outcome, Update) for outcome in outcomes)
 
 
 def test_an_interruption_passes_and_ends_the_children_that_are_at_work(
-    engine, simulation, broadcasts, client_side, tmp_path
+    engine, simulation, broadcasts, order_of, client_side, tmp_path
 ):
     process = child_of(engine).process
     stuck = dataclasses.replace(simulation, train_one=client_side.Stuck(os.getpid(), str(tmp_path), interrupted=True))
     with pytest.raises(KeyboardInterrupt):
-        list(dataclasses.replace(engine, engine=stuck).train(1, COHORT, broadcasts))
+        list(dataclasses.replace(engine, engine=stuck).train(order_of(1, COHORT, broadcasts)))
     assert process.returncode == -signal.SIGKILL
 
 
-def test_children_ignore_an_interruption_of_their_own(engine, broadcasts):
+def test_children_ignore_an_interruption_of_their_own(engine, broadcasts, order_of):
     process = child_of(engine).process
     os.kill(process.pid, signal.SIGINT)
-    assert all(isinstance(outcome, Update) for outcome in engine.train(1, COHORT, broadcasts))
+    assert all(isinstance(outcome, Update) for outcome in engine.train(order_of(1, COHORT, broadcasts)))
     assert process.poll() is None
 
 
 def test_without_a_child_that_can_start_training_goes_on_here_and_says_so(
-    simulation, embedded, broadcasts, monkeypatch, caplog
+    simulation, embedded, broadcasts, order_of, monkeypatch, caplog
 ):
     monkeypatch.setattr(sys, "executable", str(BASE / "no_python"))
     lonely = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=0))
     for _ in range(2):
-        assert all(isinstance(outcome, Update) for outcome in lonely.train(1, COHORT[:2], broadcasts))
+        assert all(isinstance(outcome, Update) for outcome in lonely.train(order_of(1, COHORT[:2], broadcasts)))
     assert caplog.text.count("Training goes on in fewer processes than planned") == 1
     assert "no_python" in caplog.text
 
 
 def test_the_last_words_of_a_child_that_cannot_start_are_passed_on(
-    simulation, embedded, broadcasts, monkeypatch, caplog, tmp_path
+    simulation, embedded, broadcasts, order_of, monkeypatch, caplog, tmp_path
 ):
     (tmp_path / "transformers.py").write_text("raise ImportError('broken installation')", encoding="utf-8")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     lonely = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=0))
     for _ in range(PATIENCE_SECONDS):
-        assert all(isinstance(outcome, Update) for outcome in lonely.train(1, COHORT[:2], broadcasts))
+        assert all(isinstance(outcome, Update) for outcome in lonely.train(order_of(1, COHORT[:2], broadcasts)))
         if lonely.workers.pool.gave_up:
             break
         time.sleep(0.3)
@@ -291,13 +291,13 @@ def test_the_last_words_of_a_child_that_cannot_start_are_passed_on(
     assert lonely.workers.pool.children == [None]
 
 
-def test_a_short_run_starts_no_child(simulation, embedded, broadcasts):
+def test_a_short_run_starts_no_child(simulation, embedded, broadcasts, order_of):
     short = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=3600))
-    assert len(list(short.train(1, COHORT[:2], broadcasts))) == 2
+    assert len(list(short.train(order_of(1, COHORT[:2], broadcasts)))) == 2
     assert short.workers.pool.children == [None]
 
 
-def test_chunks_are_cut_no_further_ahead_than_outcomes_are_taken(simulation, embedded, broadcasts):
+def test_chunks_are_cut_no_further_ahead_than_outcomes_are_taken(simulation, embedded, broadcasts, order_of):
     asked = []
 
     def counted(client_id):
@@ -305,15 +305,15 @@ def test_chunks_are_cut_no_further_ahead_than_outcomes_are_taken(simulation, emb
         return examples_of(client_id)
 
     slow = WorkersEngine(dataclasses.replace(simulation, examples_of=counted), Workers(embedded, [], 1))
-    outcomes = slow.train(1, COHORT, broadcasts)
+    outcomes = slow.train(order_of(1, COHORT, broadcasts))
     next(outcomes)
     assert asked == ["client 0"]
     outcomes.close()
 
 
-def test_children_end_when_their_workers_are_forgotten(simulation, embedded, broadcasts):
+def test_children_end_when_their_workers_are_forgotten(simulation, embedded, broadcasts, order_of):
     passing = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=0))
-    list(passing.train(1, COHORT[:2], broadcasts))
+    list(passing.train(order_of(1, COHORT[:2], broadcasts)))
     process = child_of(passing).process
     del passing
     assert process.returncode == -signal.SIGKILL
@@ -324,6 +324,7 @@ import sys, time
 sys.path[:0] = [{tests!r}]
 from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import Broadcast
+from flexlora.engines.base import Parcel, RoundOrder
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.engines.processes import Workers, WorkersEngine
 from flexlora.lora.factors import Scaling
@@ -336,15 +337,14 @@ torch.set_num_threads(1)
 model = AdaptedModel(*load_base_model({base!r}, dtype="float32", device="cpu", attn_implementation="sdpa"))
 plan = RankPlan("small", (("self_attn", 2),))
 shapes = target_modules(model.network, "all-linear")
-broadcasts = {{plan: Broadcast(model.initial_adapter(plan.resolve(shapes), Scaling("constant_alpha", 16.0), 0))}}
+broadcast = Broadcast(model.initial_adapter(plan.resolve(shapes), Scaling("constant_alpha", 16.0), 0))
 row = tuple(range(3, 133))
-simulation = SimulationEngine(
-    model, lambda client_id: [EncodedExample(row, row)] * 4, LocalTraining(batch_size=4), lambda server_round: 0.01, 0
-)
+simulation = SimulationEngine(model, lambda client_id: [EncodedExample(row, row)] * 4, LocalTraining(batch_size=4))
 engine = WorkersEngine(simulation, Workers(model, ["cpu"], 1, seconds_before_children=0))
 cohort = [ClientSpec(str(index), plan, 4) for index in range(4)]
+order = RoundOrder(1, 0, 0.01, "float32", (), cohort, {{plan: Parcel(broadcast, "float32")}})
 while not (engine.workers.pool.children[0] and engine.workers.pool.children[0].has_worked):
-    list(engine.train(1, cohort, broadcasts))
+    list(engine.train(order))
 print(engine.workers.pool.children[0].process.pid, flush=True)
 {end}
 """

@@ -31,9 +31,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def engine() -> SimulationEngine:
     network, tokenizer = load_base_model(str(BASE_FOLDER), dtype="float32", device="cpu", attn_implementation="eager")
-    return SimulationEngine(
-        AdaptedModel(network, tokenizer), examples_of, LocalTraining(batch_size=2), lambda _: 1e-2, seed=3
-    )
+    return SimulationEngine(AdaptedModel(network, tokenizer), examples_of, LocalTraining(batch_size=2))
 
 
 def examples_of(client_id: str) -> list[EncodedExample]:
@@ -67,10 +65,10 @@ def actors(engine: SimulationEngine) -> Iterator[RayActors]:
     ray.shutdown()
 
 
-def test_outcomes_are_those_of_one_machine_in_cohort_order(engine, clients, broadcasts, actors):
+def test_outcomes_are_those_of_one_machine_in_cohort_order(engine, clients, broadcasts, order_of, actors):
     cohort = [*clients[:20], ClientSpec("broken", clients[0].plan, 4), *clients[20:]]
-    here = list(WorkersEngine(engine, Workers(engine.model, [], 1)).train(1, cohort, broadcasts))
-    there = list(RayEngine(engine, actors).train(1, cohort, broadcasts))
+    here = list(WorkersEngine(engine, Workers(engine.model, [], 1)).train(order_of(1, cohort, broadcasts)))
+    there = list(RayEngine(engine, actors).train(order_of(1, cohort, broadcasts)))
     assert [outcome.client_id for outcome in there] == [client.client_id for client in cohort]
     for one, other in zip(here, there, strict=True):
         assert type(one) is type(other)
@@ -88,35 +86,35 @@ def test_outcomes_are_those_of_one_machine_in_cohort_order(engine, clients, broa
             assert torch.equal(factors.B, other.payload[module].B)
 
 
-def test_an_actor_that_dies_loses_its_chunks_only_and_is_replaced(engine, clients, broadcasts, actors):
+def test_an_actor_that_dies_loses_its_chunks_only_and_is_replaced(engine, clients, broadcasts, order_of, actors):
     together = RayEngine(engine, actors)
     process = ray.get(actors.started()[0].pid.remote())
-    outcomes = together.train(2, clients, broadcasts)
+    outcomes = together.train(order_of(2, clients, broadcasts))
     os.kill(process, signal.SIGKILL)
     failed = [outcome for outcome in outcomes if isinstance(outcome, ClientFailure)]
     assert 0 < len(failed) < len(clients)
     assert all("actor" in failure.reason and failure.stage == "train" for failure in failed)
-    assert all(isinstance(outcome, Update) for outcome in together.train(3, clients, broadcasts))
+    assert all(isinstance(outcome, Update) for outcome in together.train(order_of(3, clients, broadcasts)))
 
 
-def test_every_actor_that_dies_is_replaced_even_twice_in_a_round(engine, clients, broadcasts, actors):
+def test_every_actor_that_dies_is_replaced_even_twice_in_a_round(engine, clients, broadcasts, order_of, actors):
     together = RayEngine(engine, actors)
-    outcomes = iter(together.train(4, clients * 4, broadcasts))
+    outcomes = iter(together.train(order_of(4, clients * 4, broadcasts)))
     for _ in range(2):
         handle = actors.started()[0]
         os.kill(ray.get(handle.pid.remote()), signal.SIGKILL)
         while actors.started()[0] is handle:
             next(outcomes)
     assert any(isinstance(outcome, Update) for outcome in outcomes)
-    assert all(isinstance(outcome, Update) for outcome in together.train(5, clients, broadcasts))
+    assert all(isinstance(outcome, Update) for outcome in together.train(order_of(5, clients, broadcasts)))
 
 
-def test_what_goes_wrong_within_an_actor_is_the_reason(engine, clients, broadcasts, actors):
+def test_what_goes_wrong_within_an_actor_is_the_reason(engine, clients, broadcasts, order_of, actors):
     class Garbled(RayEngine):
-        def _task(self, server_round, chunk, number):
+        def _task(self, order, chunk, number):
             return 3
 
-    outcomes = list(Garbled(engine, actors).train(6, clients, broadcasts))
+    outcomes = list(Garbled(engine, actors).train(order_of(6, clients, broadcasts)))
     assert len(outcomes) == len(clients)
     assert all(failure.reason.startswith("TypeError: vars()") for failure in outcomes)
 

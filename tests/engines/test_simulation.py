@@ -41,7 +41,7 @@ def broadcasts(model, random_adapter, scaling):
 
 @pytest.fixture
 def engine(model):
-    return SimulationEngine(model, examples_of, SETTINGS, lambda server_round: 0.01 / server_round, seed=11)
+    return SimulationEngine(model, examples_of, SETTINGS)
 
 
 def failing_for(client_id, error):
@@ -59,9 +59,9 @@ def test_it_is_an_engine(engine):
     assert isinstance(engine, Engine)
 
 
-def test_updates_have_the_ranks_of_the_plans_and_the_bytes_that_travelled(engine, broadcasts, model):
+def test_updates_have_the_ranks_of_the_plans_and_the_bytes_that_travelled(engine, broadcasts, order_of, model):
     shapes = target_modules(model.network, "all-linear")
-    updates = list(engine.train(3, COHORT, broadcasts))
+    updates = list(engine.train(order_of(3, COHORT, broadcasts)))
     assert [update.client_id for update in updates] == ["ann", "bob", "cyd", "dan"]
     for client, update in zip(COHORT, updates, strict=True):
         assert isinstance(update, Update)
@@ -74,11 +74,11 @@ def test_updates_have_the_ranks_of_the_plans_and_the_bytes_that_travelled(engine
 
 
 @pytest.mark.parametrize("clients_per_group", [None, 1, 2])
-def test_a_client_trains_as_it_would_alone(engine, broadcasts, model, clients_per_group):
+def test_a_client_trains_as_it_would_alone(engine, broadcasts, order_of, model, clients_per_group):
     settings = LocalTraining("sgd", batch_size=2)
     engine = dataclasses.replace(engine, settings=settings, clients_per_group=clients_per_group)
-    updates = {update.client_id: update for update in engine.train(2, COHORT, broadcasts)}
-    (alone,) = engine.train(2, [COHORT[2]], broadcasts)
+    updates = {update.client_id: update for update in engine.train(order_of(2, COHORT, broadcasts))}
+    (alone,) = engine.train(order_of(2, [COHORT[2]], broadcasts))
     seed = stream_seed(11, "train", 2, "cyd")
     expected, _ = train_client(model, broadcasts[LARGE], examples_of("cyd"), settings, 0.005, seed)
     for path, factors in expected.items():
@@ -86,22 +86,22 @@ def test_a_client_trains_as_it_would_alone(engine, broadcasts, model, clients_pe
         torch.testing.assert_close(alone.payload[path].A, factors.A, rtol=0, atol=1e-4)
 
 
-def test_rounds_and_clients_have_streams_of_their_own(model, broadcasts):
+def test_rounds_and_clients_have_streams_of_their_own(model, broadcasts, order_of):
     seeds = []
 
     def train(model, broadcast, examples, settings, learning_rate, seed):
         seeds.append(seed)
         return broadcast.trainable, {"loss": 1.0, "steps": 1}
 
-    engine = SimulationEngine(model, examples_of, SETTINGS, lambda server_round: 0.1, seed=0, train_one=train)
+    engine = SimulationEngine(model, examples_of, SETTINGS, train_one=train)
     for server_round in (1, 2):
-        list(engine.train(server_round, COHORT, broadcasts))
+        list(engine.train(order_of(server_round, COHORT, broadcasts)))
     assert len(set(seeds)) == 8
 
 
-def test_a_small_wire_dtype_rounds_both_ways_and_halves_the_bytes(engine, broadcasts):
-    exact = next(engine.train(1, COHORT, broadcasts))
-    rounded = next(dataclasses.replace(engine, wire_dtype="bfloat16").train(1, COHORT, broadcasts))
+def test_a_small_wire_dtype_rounds_both_ways_and_halves_the_bytes(engine, broadcasts, order_of):
+    exact = next(engine.train(order_of(1, COHORT, broadcasts)))
+    rounded = next(engine.train(order_of(1, COHORT, broadcasts, wire_dtype="bfloat16")))
     assert {factors.A.dtype for factors in rounded.payload.values()} == {torch.bfloat16}
     num_values = sum(factors.A.numel() + factors.B.numel() for factors in exact.payload.values())
     assert exact.up_bytes - rounded.up_bytes == pytest.approx(2 * num_values, rel=0.02)
@@ -125,30 +125,30 @@ class Halve:
         yield from updates
 
 
-def test_client_ends_of_uplink_steps_run_before_the_wire_each_with_its_own_stream(engine, broadcasts):
+def test_client_ends_of_uplink_steps_run_before_the_wire_each_with_its_own_stream(engine, broadcasts, order_of):
     drawn = []
-    plain = list(engine.train(1, COHORT, broadcasts))
-    stepped = dataclasses.replace(engine, uplink=[Halve(drawn)])
-    for before, after in zip(plain, stepped.train(1, COHORT, broadcasts), strict=True):
+    plain = list(engine.train(order_of(1, COHORT, broadcasts)))
+    stepped = engine.train(order_of(1, COHORT, broadcasts, uplink=[Halve(drawn)]))
+    for before, after in zip(plain, stepped, strict=True):
         assert (after.client_id, after.weight, after.metrics) == (before.client_id, 2 * before.weight, before.metrics)
         assert (after.up_bytes, after.down_bytes) == (len(encode(after.payload, "float32")), before.down_bytes)
         for path, factors in before.payload.items():
             assert torch.equal(after.payload[path].A * 2, factors.A)
             assert torch.equal(after.payload[path].B * 2, factors.B)
-    list(stepped.train(1, COHORT[:1], broadcasts))
-    list(stepped.train(2, COHORT[:1], broadcasts))
+    for server_round in (1, 2):
+        list(engine.train(order_of(server_round, COHORT[:1], broadcasts, uplink=[Halve(drawn)])))
     assert len(set(drawn[:4])) == 4
     assert drawn[4] == drawn[0] and drawn[5] not in drawn[:4]
 
 
-def test_a_step_that_fails_at_a_client_fails_that_client(engine, broadcasts):
+def test_a_step_that_fails_at_a_client_fails_that_client(engine, broadcasts, order_of):
     class Refusing(Halve):
         def send(self, update, rng):
             if update.client_id == "bob":
                 raise ValueError("no key")
             return update
 
-    outcomes = list(dataclasses.replace(engine, uplink=[Refusing([])]).train(1, COHORT, broadcasts))
+    outcomes = list(engine.train(order_of(1, COHORT, broadcasts, uplink=[Refusing([])])))
     assert [type(outcome) for outcome in outcomes] == [Update, ClientFailure, Update, Update]
     assert (outcomes[1].stage, outcomes[1].reason) == ("upload", "ValueError: no key")
 
@@ -161,10 +161,10 @@ def test_a_step_that_fails_at_a_client_fails_that_client(engine, broadcasts):
         (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
     ],
 )
-def test_a_failing_client_is_reported_and_the_others_go_on(engine, broadcasts, error, reason):
-    expected = list(dataclasses.replace(engine, train_one=train_client).train(1, COHORT, broadcasts))
+def test_a_failing_client_is_reported_and_the_others_go_on(engine, broadcasts, order_of, error, reason):
+    expected = list(dataclasses.replace(engine, train_one=train_client).train(order_of(1, COHORT, broadcasts)))
     broken = dataclasses.replace(engine, train_one=failing_for("bob", error))
-    outcomes = list(broken.train(1, COHORT, broadcasts))
+    outcomes = list(broken.train(order_of(1, COHORT, broadcasts)))
     down_bytes = len(encode_broadcast(broadcasts[SMALL], "float32"))
     assert outcomes[1] == ClientFailure("bob", "train", reason, down_bytes)
     for index in (0, 2, 3):
@@ -172,54 +172,53 @@ def test_a_failing_client_is_reported_and_the_others_go_on(engine, broadcasts, e
             assert torch.equal(outcomes[index].payload[path].B, factors.B)
 
 
-def test_clients_without_data_or_with_a_diverging_loss_fail_with_our_own_words(engine, broadcasts):
+def test_clients_without_data_or_with_a_diverging_loss_fail_with_our_own_words(engine, broadcasts, order_of):
     empty = dataclasses.replace(engine, examples_of=lambda client_id: [])
-    assert next(empty.train(1, COHORT, broadcasts)).reason == "a client needs at least one training example; got none"
-    wild = dataclasses.replace(
-        engine,
-        settings=LocalTraining("sgd", batch_size=1, max_grad_norm=None),
-        learning_rate=lambda server_round: 1e30,
-    )
-    failure = next(wild.train(1, COHORT, broadcasts))
+    failure = next(empty.train(order_of(1, COHORT, broadcasts)))
+    assert failure.reason == "a client needs at least one training example; got none"
+    wild = dataclasses.replace(engine, settings=LocalTraining("sgd", batch_size=1, max_grad_norm=None))
+    failure = next(wild.train(order_of(1, COHORT, broadcasts, learning_rate=1e30)))
     assert failure.stage == "train"
     assert "the loss must stay finite" in failure.reason
-    assert isinstance(next(engine.train(1, COHORT, broadcasts)), Update)
+    assert isinstance(next(engine.train(order_of(1, COHORT, broadcasts))), Update)
 
 
-def test_failures_of_broadcast_and_upload_name_their_stage(engine, broadcasts):
-    outcomes = list(engine.train(1, COHORT, {SMALL: broadcasts[SMALL]}))
+def test_failures_of_broadcast_and_upload_name_their_stage(engine, broadcasts, order_of):
+    outcomes = list(engine.train(order_of(1, COHORT, {SMALL: broadcasts[SMALL]})))
     assert [type(outcome) for outcome in outcomes] == [ClientFailure, Update, ClientFailure, Update]
     assert (outcomes[0].stage, outcomes[0].down_bytes) == ("broadcast", 0)
     odd = dataclasses.replace(engine, train_one=lambda *arguments: ({"path": "no factors"}, {}))
-    failure = next(odd.train(1, COHORT, broadcasts))
+    failure = next(odd.train(order_of(1, COHORT, broadcasts)))
     assert failure.stage == "upload"
     assert failure.down_bytes > 0
 
 
-def test_an_interruption_is_not_a_failing_client(engine, broadcasts):
+def test_an_interruption_is_not_a_failing_client(engine, broadcasts, order_of):
     broken = dataclasses.replace(engine, train_one=failing_for("ann", KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        next(broken.train(1, COHORT, broadcasts))
+        next(broken.train(order_of(1, COHORT, broadcasts)))
 
 
-def test_clients_train_only_when_their_outcome_is_asked_for(model, broadcasts):
+def test_clients_train_only_when_their_outcome_is_asked_for(model, broadcasts, order_of):
     started = []
 
     def train(model, broadcast, examples, settings, learning_rate, seed):
         started.append(len(examples))
         return broadcast.trainable, {"loss": 1.0, "steps": 1}
 
-    engine = SimulationEngine(model, examples_of, SETTINGS, lambda server_round: 0.1, seed=0, train_one=train)
-    outcomes = engine.train(1, COHORT, broadcasts)
+    engine = SimulationEngine(model, examples_of, SETTINGS, train_one=train)
+    outcomes = engine.train(order_of(1, COHORT, broadcasts))
     next(outcomes)
     assert started == [3]
 
 
-def test_a_base_that_does_not_allow_groups_trains_one_by_one_and_says_so_once(engine, broadcasts, caplog, monkeypatch):
+def test_a_base_that_does_not_allow_groups_trains_one_by_one_and_says_so_once(
+    engine, broadcasts, order_of, caplog, monkeypatch
+):
     monkeypatch.setattr(engine.model, "base_drops_out", True)
     monkeypatch.setattr("flexlora.engines.simulation.train_group", None)
     for server_round in (1, 2):
-        assert all(isinstance(outcome, Update) for outcome in engine.train(server_round, COHORT, broadcasts))
+        assert all(isinstance(outcome, Update) for outcome in engine.train(order_of(server_round, COHORT, broadcasts)))
     assert [record.getMessage() for record in caplog.records] == [
         "Clients train one at a time, which is slower: the base model has dropout of its own."
     ]

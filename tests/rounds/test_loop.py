@@ -13,6 +13,7 @@ import torch
 
 from flexlora.aggregators.base import state_types
 from flexlora.aggregators.registry import AGGREGATORS
+from flexlora.engines.base import RoundOrder
 from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import Broadcast, ClientFailure, Update
 from flexlora.federation.streams import stream_seed
@@ -58,15 +59,16 @@ class Engine:
 
     change: Callable[[int, ClientSpec, Mapping[str, LoraFactors]], Mapping[str, LoraFactors] | ClientFailure]
 
-    def train(
-        self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
-    ) -> Iterator[Update | ClientFailure]:
-        for client in cohort:
-            result = self.change(server_round, client, broadcasts[client.plan].trainable)
+    def train(self, order: RoundOrder) -> Iterator[Update | ClientFailure]:
+        for client in order.cohort:
+            result = self.change(order.server_round, client, order.parcels[client.plan].arrived.trainable)
             if isinstance(result, ClientFailure):
                 yield result
             else:
-                yield Update(client.client_id, result, float(client.num_examples), {"loss": 1.0, "steps": 2}, 100, 80)
+                trained = Update(
+                    client.client_id, result, float(client.num_examples), {"loss": 1.0, "steps": 2}, 100, 80
+                )
+                yield send(order.uplink, trained, torch.Generator())
 
 
 @dataclass
@@ -274,11 +276,9 @@ class CountedEngine:
     engine: Engine
     trained: list[int]
 
-    def train(
-        self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
-    ) -> Iterator[Update | ClientFailure]:
-        self.trained.append(server_round)
-        return self.engine.train(server_round, cohort, broadcasts)
+    def train(self, order: RoundOrder) -> Iterator[Update | ClientFailure]:
+        self.trained.append(order.server_round)
+        return self.engine.train(order)
 
 
 class OutOfMemory(RuntimeError):
@@ -456,24 +456,8 @@ class FirstOnly:
         return islice(iter(updates), self.num_updates)
 
 
-@dataclass(frozen=True)
-class SteppedEngine:
-    """An engine whose clients run their ends of the steps."""
-
-    engine: Engine
-    steps: Sequence[UplinkStep]
-
-    def train(
-        self, server_round: int, cohort: Sequence[ClientSpec], broadcasts: Mapping[RankPlan, Broadcast]
-    ) -> Iterator[Update | ClientFailure]:
-        for outcome in self.engine.train(server_round, cohort, broadcasts):
-            yield send(self.steps, outcome, torch.Generator()) if isinstance(outcome, Update) else outcome
-
-
 def stepped_loop(folder: Path, steps: Sequence[UplinkStep], change: object = drift, **options: object) -> Loop:
-    loop = loop_in(folder, change, **options)
-    engine = SteppedEngine(loop.engine, steps)  # type: ignore[arg-type]
-    return dataclasses.replace(loop, engine=engine, uplink=steps)
+    return dataclasses.replace(loop_in(folder, change, **options), uplink=steps)
 
 
 def test_both_ends_of_an_uplink_step_run_and_without_steps_nothing_changes(tmp_path: Path) -> None:
