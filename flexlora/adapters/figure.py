@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from flexlora.adapters.inspection import Inspection, ModuleSpectrum, mean_spectrum
-from flexlora.files import making_parents
+from flexlora.files import making_parents, write_whole
 from flexlora.text import count_text, number_text, percent_text
 
 MOST_KINDS = 24
@@ -78,13 +78,8 @@ def write_picture(found: Inspection, path: Path) -> None:
     drawn = BytesIO()
     with matplotlib.rc_context(_STYLE):
         drawing_of(found).savefig(drawn, format=path.suffix[1:], dpi=160, metadata=_WITHOUT_DATE.get(path.suffix))
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
     with making_parents(path):
-        try:
-            partial.write_bytes(drawn.getvalue())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, drawn.getvalue())
 
 
 def drawing_of(found: Inspection) -> Figure:

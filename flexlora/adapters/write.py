@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,8 +58,6 @@ def write_adapter(
             save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder} cannot be written: {error}") from error
-        # safetensors gives its file to the owner alone, whatever the umask says.
-        shutil.copymode(partial / CONFIG_FILE, partial / WEIGHTS_FILE)
 
 
 def write_config(folder: Path, config: Mapping[str, object]) -> None:

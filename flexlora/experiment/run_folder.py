@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import os
 import platform
 import shutil
 from collections import Counter
@@ -22,6 +21,7 @@ from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.participants import Participants
 from flexlora.experiment.round_loop import cohort_size
 from flexlora.federation.clients import count_plans
+from flexlora.files import PARTIAL, write_whole
 from flexlora.report.page import REPORT_FILE
 from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER
 from flexlora.rounds.records import (
@@ -73,7 +73,7 @@ def check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) ->
             f"--out must be a new folder or one with nothing but a run; {folder} also holds {', '.join(foreign[:5])}"
         )
     if not holds_run:
-        rest = sorted(path.name for path in folder.iterdir() if path.suffix != ".partial") if folder.is_dir() else []
+        rest = sorted(path.name for path in folder.iterdir() if path.suffix != PARTIAL) if folder.is_dir() else []
         if rest:
             raise ExperimentError(
                 f"{folder} holds {', '.join(rest)} but no {CONFIG_FILE}, so it is no whole run; delete it or name "
@@ -102,7 +102,7 @@ def check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) ->
 
 def _is_ours(path: Path) -> bool:
     """Return whether a run writes an entry of this name."""
-    return path.name.removesuffix(".partial") in RUN_ENTRIES
+    return path.name.removesuffix(PARTIAL) in RUN_ENTRIES
 
 
 def open_folder(loaded: LoadedRun, folder: Path, anew: bool) -> None:
@@ -118,7 +118,7 @@ def open_folder(loaded: LoadedRun, folder: Path, anew: bool) -> None:
         if before.num_rounds != manifest.num_rounds:
             # What the longer run is compared with has to be as long.
             (folder / REFERENCES_FILE).unlink(missing_ok=True)
-    _write_atomically(folder / CONFIG_FILE, dump_config(loaded.config))
+    write_whole(folder / CONFIG_FILE, dump_config(loaded.config))
     write_manifest(folder / MANIFEST_FILE, manifest)
 
 
@@ -154,15 +154,6 @@ def differences(left: Any, right: Any, key: str = "") -> Iterator[str]:
             yield from differences(left.get(name), right.get(name), f"{key}.{name}" if key else name)
     elif left != right:
         yield key
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def read_run_config(folder: Path) -> Config:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from flexlora.files import write_whole
 from flexlora.report import figures, tables, virtual_time
 from flexlora.report.comparison import comparison_notes, timed_runs
 from flexlora.report.figures import Axis, Chart, Series
@@ -86,10 +87,8 @@ def write_report(run_folder: Path, others: Sequence[Path] = (), target: float | 
     """
     page = render(read_run(run_folder), [read_run(other) for other in others], target)
     path = run_folder / REPORT_FILE
-    partial = path.with_name(path.name + ".partial")
     # The name of a folder may hold bytes that are no text.
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    partial.replace(path)
+    write_whole(path, page.encode(errors="replace"))
     return path
 
 

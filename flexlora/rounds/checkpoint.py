@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from flexlora.errors import FlexLoraError
 from flexlora.federation.messages import Broadcast
+from flexlora.files import appearing_whole, write_whole
 from flexlora.lora.factors import LoraFactors
 
 log = logging.getLogger(__name__)
@@ -64,27 +64,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _encode(checkpoint.state, tensors, "state")
     sent = _encode(checkpoint.sent, tensors, "sent")
-    folder.mkdir(parents=True, exist_ok=True)
-    target = _folder_of(folder, checkpoint.server_round)
-    partial = folder / f".{target.name}.partial"
-    for leftover in (partial, target):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    partial.mkdir()
-    description = {
-        "format_version": FORMAT_VERSION,
-        "server_round": checkpoint.server_round,
-        "sha256": _write_tensors(partial / TENSORS_FILE, tensors),
-        "progress": dict(checkpoint.progress),
-        "state": tree,
-        "sent": sent,
-    }
-    _write(partial / TREE_FILE, json.dumps(description).encode())
-    # safetensors gives its file to the owner alone, whatever the umask says.
-    shutil.copymode(partial / TREE_FILE, partial / TENSORS_FILE)
-    _sync(partial)
-    partial.rename(target)
-    _sync(folder)
+    for leftover in folder.glob(".round-*"):
+        shutil.rmtree(leftover)
+    with appearing_whole(_folder_of(folder, checkpoint.server_round)) as partial:
+        description = {
+            "format_version": FORMAT_VERSION,
+            "server_round": checkpoint.server_round,
+            "sha256": _write_tensors(partial / TENSORS_FILE, tensors),
+            "progress": dict(checkpoint.progress),
+            "state": tree,
+            "sent": sent,
+        }
+        (partial / TREE_FILE).write_text(json.dumps(description), encoding="utf-8")
     for old in _folders(folder)[keep:]:
         shutil.rmtree(old)
 
@@ -93,10 +84,7 @@ def replace_progress(folder: Path, server_round: int, progress: Mapping[str, Any
     """Replace what the checkpoint of ``server_round`` remembers besides its state, atomically."""
     path = _folder_of(folder, server_round) / TREE_FILE
     description = {**json.loads(path.read_bytes()), "progress": dict(progress)}
-    partial = path.with_suffix(".partial")
-    _write(partial, json.dumps(description).encode())
-    partial.replace(path)
-    _sync(path.parent)
+    write_whole(path, json.dumps(description))
 
 
 def load_latest(folder: Path, types: tuple[type, ...]) -> Checkpoint | None:
@@ -193,22 +181,5 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         save_file(apart, path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    _sync(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexlora.errors import FlexLoraError
+from flexlora.files import sync, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -215,6 +216,7 @@ def append_record(path: Path, record: RoundRecord) -> None:
     Not atomic: a process killed meanwhile leaves part of a line, which `read_records` drops and the next append
     cuts off.
     """
+    is_new = not path.exists()
     path.touch(exist_ok=True)
     with path.open("r+b") as file:
         content = file.read()
@@ -227,6 +229,8 @@ def append_record(path: Path, record: RoundRecord) -> None:
         file.write(missing_break + to_line(record).encode())
         file.flush()
         os.fsync(file.fileno())
+    if is_new:
+        sync(path.parent)
 
 
 def read_records(path: Path) -> list[RoundRecord]:
@@ -249,12 +253,12 @@ def keep_rounds(path: Path, last_round: int) -> None:
     """
     if not path.exists():
         return
-    _write(path, b"".join(line + b"\n" for record, line in _parse(path) if record.server_round <= last_round))
+    write_whole(path, b"".join(line + b"\n" for record, line in _parse(path) if record.server_round <= last_round))
 
 
 def write_references(path: Path, references: ReferencesRecord) -> None:
     """Write the references atomically."""
-    _write(path, references.model_dump_json(indent=1).encode() + b"\n")
+    write_whole(path, references.model_dump_json(indent=1) + "\n")
 
 
 def read_references(path: Path) -> ReferencesRecord:
@@ -264,7 +268,7 @@ def read_references(path: Path) -> ReferencesRecord:
 
 def write_manifest(path: Path, manifest: ManifestRecord) -> None:
     """Write the manifest atomically."""
-    _write(path, manifest.model_dump_json(indent=1).encode() + b"\n")
+    write_whole(path, manifest.model_dump_json(indent=1) + "\n")
 
 
 def read_manifest(path: Path) -> ManifestRecord | None:
@@ -323,15 +327,6 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     return f"{where}: {problem['msg']}" if where else problem["msg"]
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 SIGNIFICANT_DIGITS = 6
