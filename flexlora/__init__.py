@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flexlora.adapters.folder import read_adapter
     from flexlora.adapters.inspection import inspect_adapter
-    from flexlora.adapters.merge import MergeResult, merge
+    from flexlora.adapters.merge import merge
+    from flexlora.adapters.merge_result import MergeResult
     from flexlora.adapters.write import write_adapter
     from flexlora.aggregators.base import AggregationError, Aggregator, require_server_ranks, weighed
     from flexlora.aggregators.registry import AGGREGATORS, aggregation_method
@@ -97,7 +98,8 @@ __all__ = [
 _NAMES = {
     "flexlora.adapters.folder": ("read_adapter",),
     "flexlora.adapters.inspection": ("inspect_adapter",),
-    "flexlora.adapters.merge": ("MergeResult", "merge"),
+    "flexlora.adapters.merge": ("merge",),
+    "flexlora.adapters.merge_result": ("MergeResult",),
     "flexlora.adapters.write": ("write_adapter",),
     "flexlora.aggregators.base": ("AggregationError", "Aggregator", "require_server_ranks", "weighed"),
     "flexlora.aggregators.registry": ("AGGREGATORS", "aggregation_method"),

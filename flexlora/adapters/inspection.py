@@ -7,7 +7,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from flexlora.adapters.folder import AdapterError, locate_adapter, open_adapter
+from flexlora.adapters.folder import locate_adapter, open_adapter
+from flexlora.adapters.peft_format import AdapterError
 from flexlora.lora.product import ProductError, ProductSum, add_product, decompose
 from flexlora.lora.spectrum import effective_rank
 from flexlora.text import layer_order

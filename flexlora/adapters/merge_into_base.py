@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from flexlora.adapters.folder import AdapterError
+from flexlora.adapters.peft_format import AdapterError
 from flexlora.files import appearing_whole
 from flexlora.lora.factors import AdapterState
 

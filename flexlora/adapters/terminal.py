@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexlora.adapters.inspection import Inspection, ModuleSpectrum, kind_of, mean_spectrum
-from flexlora.adapters.merge import MergedModule, MergeResult
+from flexlora.adapters.merge_result import MergedModule, MergeResult
 from flexlora.progress import moving_bar
 from flexlora.text import count_text, number_text, percent_text
 

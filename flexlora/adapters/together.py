@@ -11,7 +11,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from flexlora.adapters.folder import AdapterError, AdapterFolder, locate_adapter, open_adapter
+from flexlora.adapters.folder import AdapterFolder, locate_adapter, open_adapter
+from flexlora.adapters.peft_format import AdapterError
 
 MOST_PROBLEMS = 10
 """Problems reported at once when many adapters cannot be read."""

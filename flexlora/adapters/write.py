@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flexlora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterError, factor_keys, is_expert
+from flexlora.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterError, factor_keys, is_expert
 from flexlora.files import appearing_whole
 from flexlora.lora.factors import AdapterState, LoraFactors
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flexlora.adapters.folder import AdapterError
 from flexlora.adapters.inspection import ModuleSpectrum, inspect_adapter, kind_of, mean_spectrum
+from flexlora.adapters.peft_format import AdapterError
 from flexlora.adapters.write import write_adapter
 from flexlora.lora.factors import LoraFactors
 

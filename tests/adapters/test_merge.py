@@ -43,9 +43,12 @@ from transformers import (
 )
 
 from flexlora import cli
-from flexlora.adapters import merge as merging
-from flexlora.adapters.folder import REFUSED, UNDERSTOOD, AdapterError, open_adapter, read_adapter
-from flexlora.adapters.merge import METHODS, merge
+from flexlora.adapters import merge_request
+from flexlora.adapters.coefficients import COEFFICIENTS
+from flexlora.adapters.folder import open_adapter, read_adapter
+from flexlora.adapters.merge import merge
+from flexlora.adapters.peft_format import AdapterError
+from flexlora.adapters.peft_settings import REFUSED, UNDERSTOOD
 from flexlora.adapters.tensor_file import TensorSpool
 from flexlora.adapters.together import MergeError
 from flexlora.adapters.write import write_adapter
@@ -238,7 +241,7 @@ def test_a_smaller_rank_is_the_best_approximation(network: PreTrainedModel, mixe
 def test_energy_takes_the_fewest_directions_that_hold_it(
     network: PreTrainedModel, mixed: list[Path], tmp_path: Path, first_directions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "FIRST_DIRECTIONS", first_directions)
+    monkeypatch.setattr(merge_request, "FIRST_DIRECTIONS", first_directions)
     result = merge(mixed, energy=0.9, out=tmp_path / "out")
     total = dense_sum([deltas(network, folder) for folder in mixed], [1 / 3] * 3)
     for module in result.modules:
@@ -1077,7 +1080,7 @@ def test_a_folder_that_exists_is_never_touched(plain: Path, tmp_path: Path) -> N
         merge([plain], out=tmp_path / "link")
     (tmp_path / "link").unlink()
     weights = plain / "adapter_model.safetensors"
-    with pytest.raises(MergeError, match=r"out must lie in a folder; got .*, and .*safetensors is none"):
+    with pytest.raises(MergeError, match=r"safetensors, a parent of out, must be a folder; got out=.*"):
         merge([plain], out=weights / "parent" / "out")
 
     def appear(done: int, total: int) -> None:
@@ -1164,7 +1167,7 @@ def test_the_result_tells_everything_as_plain_values(mixed: list[Path], tmp_path
 
 
 def test_the_command_line_offers_every_method() -> None:
-    assert get_args(get_type_hints(cli.merge)["method"]) == tuple(METHODS)
+    assert get_args(get_type_hints(cli.merge)["method"]) == tuple(COEFFICIENTS)
 
 
 def test_a_read_back_result_can_be_merged_again(mixed: list[Path], tmp_path: Path) -> None:

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexlora.adapters.folder import AdapterError
 from flexlora.adapters.merge_into_base import merge_into_base
+from flexlora.adapters.peft_format import AdapterError
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.training.adapted_model import AdaptedModel

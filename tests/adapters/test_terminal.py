@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from flexlora.adapters.inspection import Inspection, ModuleSpectrum
-from flexlora.adapters.merge import MergedModule, MergeResult
+from flexlora.adapters.merge_result import MergedModule, MergeResult
 from flexlora.adapters.terminal import bar, module_progress, print_inspection, print_merge, spark
 from flexlora.lora.certificate import Certificate
 

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import save_file
 
-from flexlora.adapters.folder import AdapterError, read_adapter
+from flexlora.adapters.folder import read_adapter
+from flexlora.adapters.peft_format import AdapterError
 from flexlora.adapters.write import write_adapter
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import LoraFactors, Scaling
