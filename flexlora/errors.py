@@ -1,4 +1,4 @@
-"""The base of every error that flexlora raises on purpose."""
+"""Defines the base of every error that flexlora raises on purpose."""
 
 
 class FlexLoraError(Exception):

@@ -1,4 +1,4 @@
-"""How does the terminal show that something moves?"""
+"""Makes the progress bars that the terminal shows."""
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn

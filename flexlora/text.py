@@ -1,4 +1,4 @@
-"""Numbers, sizes, durations, ranks and module names as words."""
+"""Writes numbers, sizes, durations, ranks and module names as text for people."""
 
 import math
 from collections import defaultdict
@@ -8,7 +8,7 @@ NONE = "–"
 
 
 def describe_ranks(ranks: Mapping[str, int]) -> str:
-    """Return ranks in few words: ``8 in every module``, ``30 (q, k, v, o), 200 (gate, up, down)``."""
+    """Return ranks in a few words: ``8 in every module``, ``30 (q, k, v, o), 200 (gate, up, down)``."""
     if not ranks:
         return "no modules"
     if len(set(ranks.values())) == 1:
@@ -33,7 +33,7 @@ def layer_order(module: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def short_names(modules: Sequence[str]) -> list[str]:
-    """Return module paths without the parts that all share and that tell nothing: ``0.q``, ``11.down``."""
+    """Return module paths without the parts that they all share or that say little: ``0.q``, ``11.down``."""
     parts = [module.split(".") for module in modules]
     if len(modules) < 2:
         return [part[-1] for part in parts]
@@ -48,7 +48,7 @@ def short_names(modules: Sequence[str]) -> list[str]:
 
 
 def number_text(value: float | None, digits: int = 1, unit: str = "") -> str:
-    """Return a number with a fixed number of decimals and thousands set apart by a thin space."""
+    """Return a number with a fixed number of decimals and thin spaces between thousands; a dash for none."""
     if value is None or not math.isfinite(value):
         return NONE
     return f"{value:,.{digits}f}{unit}".replace(",", "\u202f").replace("-", "\u2212")
@@ -79,7 +79,7 @@ def bytes_text(size: float | None) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Return a duration in the two units that matter."""
+    """Return a duration in its two largest units: ``2 h 05 min``."""
     if seconds is None or not math.isfinite(seconds):
         return NONE
     if seconds < 0.9995:

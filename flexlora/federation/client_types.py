@@ -1,4 +1,4 @@
-"""Client types: the rank plans of a configuration, and which client gets which."""
+"""Makes the rank plans of client types and decides which client gets which."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from flexlora.federation.streams import stream, stream_seed
 ATTENTION_PATTERN = r"(?i)attn|attention|query_key_value|qkv|(^|\.)[qkvo]_proj$"
 
 
-# The search falls through to every module that is not attention, so that no architecture is left half adapted.
+# Matches every module, so that whatever is not attention is adapted too, in any architecture.
 FFN_PATTERN = r""
 
 
@@ -150,7 +150,7 @@ def draw_names(client_ids: Iterable[str], weights: Mapping[str, float], seed: in
     names = sorted(name for name, weight in weights.items() if weight > 0)
     bounds = list(accumulate(weights[name] for name in names))
     return {
-        client_id: names[_place(bounds, stream(seed, purpose, client_id).random())]
+        client_id: names[_index_of_share(bounds, stream(seed, purpose, client_id).random())]
         for client_id in unique_ids(client_ids)
     }
 
@@ -242,7 +242,7 @@ def _weights(plans: Mapping[str, RankPlan], distribution: str | Mapping[str, flo
     return dict(distribution)
 
 
-def _place(bounds: Sequence[float], uniform: float) -> int:
+def _index_of_share(bounds: Sequence[float], uniform: float) -> int:
     """Return the index of the share of ``bounds`` (cumulated weights) that ``uniform`` in [0, 1) falls into."""
     return min(bisect_right(bounds, uniform * bounds[-1]), len(bounds) - 1)
 

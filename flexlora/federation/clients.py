@@ -1,4 +1,4 @@
-"""Client specifications, their rank plans, and the cohort of a round."""
+"""Defines clients and their rank plans, and draws the cohort of a round."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ from flexlora.federation.streams import stream
 
 
 class ClientError(FlexLoraError, ValueError):
-    """Clients, their types or a cohort were asked for in a way that cannot be met."""
+    """Clients, client types or a cohort that are impossible as asked for."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ClientSpec:
 
 
 def count_plans(plans: Iterable[RankPlan]) -> dict[str, int]:
-    """Return plan name -> how many clients have it, sorted by name: what a distribution came to."""
+    """Return plan name -> how many clients have it, sorted by name."""
     return dict(sorted(Counter(plan.name for plan in plans).items()))
 
 

@@ -1,4 +1,4 @@
-"""Random streams derived from a seed, a purpose and what they are for."""
+"""Derives random streams from a seed, a purpose and what they are drawn for."""
 
 import hashlib
 import json
@@ -18,5 +18,5 @@ def stream_seed(seed: int, purpose: str, *parts: int | str) -> int:
 
 
 def stream(seed: int, purpose: str, *parts: int | str) -> np.random.Generator:
-    """Return the random stream of ``stream_seed``; every call starts it anew."""
+    """Return the random stream of ``stream_seed``; every call starts at its beginning."""
     return np.random.default_rng(stream_seed(seed, purpose, *parts))

@@ -1,4 +1,4 @@
-"""One step between client and server, and the order in which steps run."""
+"""Defines a step between client and server, and the order in which steps run."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
@@ -14,8 +14,8 @@ class UplinkStep(Protocol):
 
     What leaves ``send`` travels as factors and is checked on arrival, client by client: it must keep modules, ranks and
     scalings and stay finite, or its client counts as failed. A step that concerns one end only, such as noise added by
-    the server, passes on at the other. An error in ``send`` fails that client; a ``FlexLoraError`` in ``receive`` loses
-    the round's updates, and the state is kept.
+    the server, returns at the other end what it was given. An error in ``send`` fails that client; a ``FlexLoraError``
+    in ``receive`` loses the round's updates, and the state is kept.
     """
 
     def send(self, update: Update, rng: torch.Generator) -> Update:
@@ -25,7 +25,8 @@ class UplinkStep(Protocol):
     def receive(self, updates: Iterable[Update], rng: torch.Generator) -> Iterator[Update]:
         """Yield what goes on towards the aggregator: one per update, or one for a whole cohort.
 
-        The updates are those of the clients that survived, in cohort order; who is missing is known only at the end.
+        The updates are those of the clients that did not fail, in cohort order; which are missing is known only at the
+        end.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""How factors travel: one safetensors blob, and the check of what arrived.
+"""Turns factors into one safetensors blob and back, and checks what arrived.
 
 Tensors are named ``<branch>/<module>.A`` and ``.B``. The one metadata entry is JSON with the scalings (written so that
 they read back exactly) and a checksum over everything, because safetensors itself notices a cut blob but not a flipped
@@ -111,7 +111,7 @@ def check_update(
     The Frobenius norm of each factor must stay below the square root of the largest float32 (1.8e19) and that of each
     change below the square root of the largest ``dtype`` (256 for float16). One finite but huge update would otherwise
     make every later broadcast infinite; the root leaves as much room again for what the change is multiplied by on its
-    way out, such as ``1 / scaling``. It says what numbers can hold, not what is plausible.
+    way out, such as ``1 / scaling``. The limit is what numbers can hold, not what is plausible.
 
     Args:
         adapter: What arrived.

@@ -1,9 +1,7 @@
-"""Rank plans, distributions over types, cohorts and random streams."""
+"""Rank plans of client types, and which client gets which."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
 from flexlora.federation.client_types import (
@@ -15,8 +13,7 @@ from flexlora.federation.client_types import (
     rank_plans,
     type_plan,
 )
-from flexlora.federation.clients import ClientError, ClientSpec, RankPlan, compact_ranks, count_plans, sample_cohort
-from flexlora.federation.streams import stream, stream_seed
+from flexlora.federation.clients import ClientError, compact_ranks, count_plans
 
 LLAMA = [
     f"model.layers.{layer}.{name}"
@@ -31,11 +28,6 @@ LLAMA = [
         "mlp.down_proj",
     )
 ]
-
-
-def clients(num: int) -> list[ClientSpec]:
-    plan = type_plan("type1", 2, 2)
-    return [ClientSpec(f"client{number}", plan, 10) for number in range(num)]
 
 
 def test_the_four_types_of_the_paper_have_its_ranks_in_attention_and_ffn():
@@ -208,64 +200,3 @@ def test_named_distributions_need_four_types_and_counts_must_add_up():
         deal_plans(["a"], rank_plans("small"), {"phone": 1}, seed=0)
     with pytest.raises(ClientError, match="client ids must be unique; 'a' occurs 2 times"):
         assign_plans(["a", "b", "a"], rank_plans("small"), "uniform", seed=0)
-
-
-@given(num=st.integers(1, 60), size=st.integers(1, 70), seed=st.integers(0, 2**40), server_round=st.integers(1, 99))
-def test_a_cohort_is_drawn_without_replacement_and_sorted(num, size, seed, server_round):
-    cohort = sample_cohort(clients(num), size, seed, server_round)
-    ids = [client.client_id for client in cohort]
-    assert len(ids) == min(num, size) == len(set(ids))
-    assert ids == sorted(ids)
-
-
-def test_a_cohort_is_a_function_of_seed_round_and_the_set_of_clients():
-    everyone = clients(100)
-    cohort = sample_cohort(everyone, 10, seed=4, server_round=7)
-    assert sample_cohort(everyone[::-1], 10, seed=4, server_round=7) == cohort
-    assert sample_cohort(everyone, 10, seed=4, server_round=8) != cohort
-    assert sample_cohort(everyone, 10, seed=5, server_round=7) != cohort
-
-
-def test_every_client_is_as_likely_as_any_other():
-    everyone = clients(20)
-    drawn = [c.client_id for r in range(1, 1001) for c in sample_cohort(everyone, 5, seed=0, server_round=r)]
-    counts = [drawn.count(client.client_id) for client in everyone]
-    # Draws without replacement vary less than independent ones, so the statistic can only be too small.
-    assert stats.chisquare(counts).pvalue > 1e-3
-
-
-def test_cohorts_that_cannot_be_drawn_are_refused():
-    with pytest.raises(ClientError, match=r"rounds.cohort_size must be 1 or more; got 0"):
-        sample_cohort(clients(3), 0, seed=0, server_round=1)
-    with pytest.raises(ClientError, match="at least one client; got none"):
-        sample_cohort([], 1, seed=0, server_round=1)
-    with pytest.raises(ClientError, match="client ids must be unique"):
-        sample_cohort(clients(2) + clients(1), 1, seed=0, server_round=1)
-
-
-def test_streams_are_the_same_in_every_process_and_version():
-    # First 8 bytes of sha256('[7, "cohort", 3, "task0001"]'), shifted right by one, from the sha256sum command.
-    assert stream_seed(7, "cohort", 3, "task0001") == 7171292808205170462
-    # PCG64 seeded by numpy's SeedSequence is specified bit by bit, so its numbers may be written down too.
-    assert stream(7, "cohort", 3, "task0001").integers(10**9) == 405290363
-
-
-def test_streams_differ_in_every_argument():
-    keys = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "a", "1"), (0, "a", 1, 2), (0, "a", 12), (0, "a", "1", "2")]
-    assert len({stream_seed(*key) for key in keys}) == len(keys)
-    assert all(0 <= stream_seed(*key) < 2**63 for key in keys)
-
-
-def test_equal_layers_are_folded_and_unequal_ones_keep_their_paths():
-    assert compact_ranks({"l.0.q_proj": 8, "l.1.q_proj": 8, "l.0.up_proj": 8, "l.1.up_proj": 16}) == {
-        "q_proj": 8,
-        "l.0.up_proj": 8,
-        "l.1.up_proj": 16,
-    }
-    assert compact_ranks({"h.0.attn.c_proj": 4, "h.0.mlp.c_proj": 16}) == {"h.0.attn.c_proj": 4, "h.0.mlp.c_proj": 16}
-    assert compact_ranks({"lm_head": 2}) == {"lm_head": 2}
-    assert compact_ranks({}) == {}
-
-
-def test_a_module_no_pattern_matches_is_left_out():
-    assert RankPlan("q only", ((r"q_proj$", 4),)).resolve(LLAMA[:2]) == {"model.layers.0.self_attn.q_proj": 4}
