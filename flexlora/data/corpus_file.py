@@ -51,6 +51,11 @@ class Owner:
     num_test: int
     dropped: tuple[int, ...] = ()
 
+    @property
+    def num_train(self) -> int:
+        """Examples for training."""
+        return self.record.num_examples - self.num_validation - self.num_test
+
 
 class ExampleFile:
     """A file of records.

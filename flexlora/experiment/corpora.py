@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flexlora.data.corpus_cache import files_state, kept_corpus, user_cache_folder
-from flexlora.data.corpus_file import ExampleFile, store_corpus
+from flexlora.data.corpus_file import ExampleFile
 from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.generated import all_tasks, split_of
 from flexlora.data.instructions import load_instructions
@@ -65,6 +65,7 @@ def _read_rows(data: InstructionsData, seed: int, file: ExampleFile) -> tuple[Fe
         columns=data.columns,
         unseen_labels=data.unseen_labels,
         unseen_fraction=0.0 if data.unseen_labels else data.unseen_fraction,
+        file=file,
     )
     counts = {
         "rows without prompt or answer": summary.num_empty,
@@ -72,7 +73,7 @@ def _read_rows(data: InstructionsData, seed: int, file: ExampleFile) -> tuple[Fe
         "clients with too few rows": summary.num_too_small,
         "test examples that a client trains on": summary.num_leaked,
     }
-    return store_corpus(file, corpus), _left_out(counts)
+    return corpus, _left_out(counts)
 
 
 def _left_out(counts: Mapping[str, int]) -> tuple[str, ...]:

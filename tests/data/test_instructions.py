@@ -148,7 +148,7 @@ def test_a_broken_conversation_is_refused_by_its_turn(tmp_path, messages, messag
         (
             "data.jsonl",
             '{"a": 1}\n{',
-            "data.jsonl, line 1: the columns must be messages .* found the columns a. Set data.col",
+            "data.jsonl, line 1: the columns must be messages .* found the columns a. Rename them",
         ),
         (
             "data.jsonl",
@@ -261,7 +261,7 @@ def test_held_out_labels_are_unseen_tasks_that_no_client_has(tmp_path):
     }
     assert {splits.category for splits in corpus.clients.values()} == {"a"}
     assert summary.num_unseen_test == 200
-    with pytest.raises(InstructionDataError, match=r"data.unseen_labels must name labels of the data; 'z' is none"):
+    with pytest.raises(InstructionDataError, match=r"data.unseen_labels must name labels of the data; 'z' is not one"):
         load_instructions(file, 0, unseen_labels=("z",), **options)
     with pytest.raises(InstructionDataError, match="no row is left for clients"):
         load_instructions(file, 0, unseen_labels=("a", "b", "c"), **options)

@@ -1,0 +1,241 @@
+"""Deals rows to clients: rows held out as unseen tasks, clients by one of three partitions, splits inside each client.
+
+Prompts that some client trains on are then left out of all validation and test parts, those of unseen tasks included.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from flexlora.data.corpus_file import ExampleFile, Owner, stored_corpus
+from flexlora.data.examples import FederatedCorpus
+from flexlora.data.instruction_files import InstructionDataError
+from flexlora.data.partition import Indices, by_id, dirichlet, iid, train_validation_test
+from flexlora.data.rows import StoredRows
+from flexlora.federation.streams import stream
+
+PartitionName = Literal["natural", "dirichlet", "iid"]
+
+DEFAULT_NUM_CLIENTS = 100
+HELD_OUT = "held-out"
+
+
+@dataclass(frozen=True)
+class RowDealing:
+    """How rows are dealt to clients, and which rows no client has.
+
+    Attributes:
+        partition: ``natural`` (a client has the rows that name it), ``dirichlet`` over labels, or ``iid``.
+        num_clients: None takes all natural clients, else 100.
+        dirichlet_alpha: Concentration; small is uneven.
+        min_examples: Fewest rows of a client, 3 or more. Natural clients with fewer are left out; the other
+            partitions guarantee it or fail.
+        unseen_labels: Labels that no client has; each is one unseen task.
+        unseen_owners: Natural clients held out with all their rows; each is one unseen task.
+        unseen_fraction: Without unseen labels or owners, the share of rows held out; one unseen task per label, if
+            there are labels.
+    """
+
+    partition: PartitionName = "iid"
+    num_clients: int | None = None
+    dirichlet_alpha: float = 0.5
+    min_examples: int = 10
+    unseen_labels: Sequence[str] = ()
+    unseen_owners: Sequence[str] = ()
+    unseen_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.partition not in ("natural", "dirichlet", "iid"):
+            raise InstructionDataError(f"data.partition must be natural, dirichlet or iid; got {self.partition!r}")
+        if self.min_examples < 3:
+            raise InstructionDataError(
+                "data.min_examples must be 3 or more, one for each of training, validation and test; "
+                f"got {self.min_examples}"
+            )
+        if not 0 <= self.unseen_fraction < 1:
+            raise InstructionDataError(
+                f"data.unseen_fraction must be at least 0 and below 1; got {self.unseen_fraction}"
+            )
+
+
+@dataclass(frozen=True)
+class InstructionSummary:
+    """Counts of rows, clients and examples, and of everything left out.
+
+    Attributes:
+        num_rows: Rows read.
+        num_clients: Clients made.
+        num_unseen: Unseen tasks made.
+        num_empty: Rows left out because their prompt or their answer is empty.
+        num_repeated: Rows merged into another one with the same prompt.
+        num_too_small: Natural clients left out for having too few rows.
+        num_not_drawn: Natural clients left out because ``num_clients`` was reached.
+        num_leaked: Examples taken out of validation and test parts because some client trains on the same prompt.
+        num_train: Training examples of all clients.
+        num_validation: Validation examples of all clients.
+        num_test: Test examples of all clients.
+        num_unseen_test: Examples of unseen tasks.
+    """
+
+    num_rows: int
+    num_clients: int
+    num_unseen: int
+    num_empty: int
+    num_repeated: int
+    num_too_small: int
+    num_not_drawn: int
+    num_leaked: int
+    num_train: int
+    num_validation: int
+    num_test: int
+    num_unseen_test: int
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The rows of a client or of an unseen task, by number."""
+
+    train: Sequence[int]
+    validation: Sequence[int]
+    test: Sequence[int]
+    category: str
+
+
+def deal_rows(
+    rows: StoredRows, seed: int, dealing: RowDealing, file: ExampleFile, source: str
+) -> tuple[FederatedCorpus, InstructionSummary]:
+    """Return the rows dealt to clients, 80/10/10 inside each, and what was left out.
+
+    Args:
+        file: Where the examples of clients and unseen tasks are written.
+        source: What error messages call the data.
+
+    Raises:
+        InstructionDataError: A label or owner to hold out is unknown, or no row is left.
+        PartitionError: There are too few rows for so many clients.
+    """
+    held_out = _hold_out(rows, dealing, seed)
+    taken = {number for numbers in held_out.values() for number in numbers}
+    left = [number for number in range(len(rows)) if number not in taken]
+    if not left:
+        raise InstructionDataError(f"{source}: no row is left for clients; hold out fewer labels or a smaller fraction")
+    dealt, num_too_small, num_not_drawn = _deal(rows, left, dealing, seed)
+    clients = {name: _split(rows, name, [left[index] for index in part], seed) for name, part in dealt.items()}
+    unseen = {name: _Parts((), (), numbers, _category(rows, numbers)) for name, numbers in held_out.items()}
+    trained = {prompt for parts in clients.values() for number in parts.train for prompt in rows.prompts(number)}
+    stored, stored_unseen = (
+        [_write(rows, name, parts, trained, file) for name, parts in sorted(owners.items())]
+        for owners in (clients, unseen)
+    )
+    num_tested = sum(
+        len(rows.prompts(number)) for parts in (*clients.values(), *unseen.values()) for number in _tested(parts)
+    )
+    num_scored = sum(owner.num_validation + owner.num_test for owner in (*stored, *stored_unseen))
+    return stored_corpus(file, stored, stored_unseen), InstructionSummary(
+        num_rows=rows.num_read,
+        num_clients=len(stored),
+        num_unseen=len(stored_unseen),
+        num_empty=rows.num_empty,
+        num_repeated=rows.num_repeated,
+        num_too_small=num_too_small,
+        num_not_drawn=num_not_drawn,
+        num_leaked=num_tested - num_scored,
+        num_train=sum(owner.num_train for owner in stored),
+        num_validation=sum(owner.num_validation for owner in stored),
+        num_test=sum(owner.num_test for owner in stored),
+        num_unseen_test=sum(owner.num_test for owner in stored_unseen),
+    )
+
+
+def _hold_out(rows: StoredRows, dealing: RowDealing, seed: int) -> dict[str, list[int]]:
+    """Return unseen task -> its rows in random order."""
+    labels, owners = dealing.unseen_labels, dealing.unseen_owners
+    if labels:
+        _check_known("data.unseen_labels", "labels", labels, rows.labels)
+        held_out = {number for number, label in enumerate(rows.labels) if label in labels}
+    elif owners:
+        _check_known("unseen_owners", "owners", owners, rows.clients)
+        held_out = {number for number, client in enumerate(rows.clients) if client in owners}
+    else:
+        fraction = dealing.unseen_fraction
+        order = stream(seed, "held-out-rows").permutation(len(rows))
+        held_out = set(order[: max(round(fraction * len(rows)), int(fraction > 0))].tolist())
+    tasks: dict[str, list[int]] = {}
+    for number in stream(seed, "unseen-order").permutation(len(rows)).tolist():
+        if number in held_out:
+            label = rows.labels[number]
+            unnamed = f"{HELD_OUT}-{label}" if label else HELD_OUT
+            tasks.setdefault(label if labels else rows.clients[number] if owners else unnamed, []).append(number)
+    return tasks
+
+
+def _check_known(key: str, noun: str, asked: Sequence[str], found: Iterable[str]) -> None:
+    known = set(found)
+    unknown = sorted(set(asked) - known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(known), n=3, cutoff=0.4) or sorted(known)[:10]
+        raise InstructionDataError(
+            f"{key} must name {noun} of the data; {unknown[0]!r} is not one of them; similar: {', '.join(near)}"
+        )
+
+
+def _deal(rows: StoredRows, left: Sequence[int], dealing: RowDealing, seed: int) -> tuple[dict[str, Indices], int, int]:
+    """Return client id -> indices into ``left``, and how many natural clients were too small or not drawn."""
+    if dealing.partition == "natural":
+        return _deal_natural([rows.clients[number] for number in left], dealing, seed)
+    rng = stream(seed, "partition")
+    size = DEFAULT_NUM_CLIENTS if dealing.num_clients is None else dealing.num_clients
+    if dealing.partition == "iid":
+        parts = iid(len(left), size, rng, dealing.min_examples)
+    else:
+        labels = [rows.labels[number] for number in left]
+        parts = dirichlet(labels, size, dealing.dirichlet_alpha, rng, dealing.min_examples)
+    width = max(len(str(size - 1)), 4)
+    return {f"client-{number:0{width}d}": part for number, part in enumerate(parts)}, 0, 0
+
+
+def _deal_natural(clients: Sequence[str], dealing: RowDealing, seed: int) -> tuple[dict[str, Indices], int, int]:
+    owned = by_id(clients)
+    large = {name: part for name, part in owned.items() if len(part) >= dealing.min_examples}
+    wanted = len(large) if dealing.num_clients is None else dealing.num_clients
+    if not 1 <= wanted <= len(large):
+        raise InstructionDataError(
+            f"data.num_clients must be in 1..{len(large)}, the natural clients with "
+            f"data.min_examples={dealing.min_examples} rows or more (of {len(owned)}); got {wanted}"
+        )
+    candidates = list(large)
+    order = stream(seed, "natural-clients").permutation(len(candidates))[:wanted]
+    names = sorted(candidates[index] for index in order)
+    return {name: large[name] for name in names}, len(owned) - len(large), len(large) - wanted
+
+
+def _split(rows: StoredRows, client_id: str, numbers: Sequence[int], seed: int) -> _Parts:
+    parts = train_validation_test(len(numbers), stream(seed, "row-split", client_id))
+    train, validation, test = ([numbers[index] for index in part] for part in parts)
+    return _Parts(train, validation, test, _category(rows, numbers))
+
+
+def _category(rows: StoredRows, numbers: Sequence[int]) -> str:
+    """Return the label that all these rows have; empty if they have several."""
+    labels = {rows.labels[number] for number in numbers}
+    return labels.pop() if len(labels) == 1 else ""
+
+
+def _tested(parts: _Parts) -> list[int]:
+    return [*parts.validation, *parts.test]
+
+
+def _write(rows: StoredRows, name: str, parts: _Parts, trained: set[bytes], file: ExampleFile) -> Owner:
+    """Write the examples of a client or an unseen task, those tested on only if nobody trains on their prompt."""
+    validation, test = (
+        [
+            example
+            for number in part
+            for prompt, example in zip(rows.prompts(number), rows.examples(number), strict=True)
+            if prompt not in trained
+        ]
+        for part in (parts.validation, parts.test)
+    )
+    train = [example for number in parts.train for example in rows.examples(number)]
+    return Owner(name, parts.category, file.append([*validation, *test, *train]), len(validation), len(test))
