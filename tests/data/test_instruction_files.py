@@ -1,0 +1,108 @@
+"""Rows of columns from JSON, JSON lines, CSV, parquet, folders and the hub, and the errors of broken files."""
+
+import csv
+import json
+
+import pytest
+
+from flexlora.data.instruction_files import InstructionDataError, read_fields
+
+
+def rows(num):
+    return [{"instruction": f"question {n}", "context": "", "response": f"answer {n}"} for n in range(num)]
+
+
+def write_lines(path, content):
+    path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    return path
+
+
+def read(path):
+    return [fields for _, fields in read_fields(path)]
+
+
+def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):
+    content = rows(7)
+    (tmp_path / "list.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_lines(tmp_path / "lines.json", content)
+    write_lines(tmp_path / "lines.jsonl", content)
+    with (tmp_path / "table.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(content[0]))
+        writer.writeheader()
+        writer.writerows(content)
+    for file in tmp_path.iterdir():
+        assert read(file) == content, file
+
+
+def test_parquet_files_are_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": chat}]), tmp_path / "chat.parquet")
+    assert read(tmp_path / "chat.parquet") == [{"messages": chat}]
+    (tmp_path / "chat.parquet").write_bytes(b"no parquet")
+    with pytest.raises(InstructionDataError, match=r"chat.parquet must be a parquet file"):
+        read(tmp_path / "chat.parquet")
+
+
+def test_a_folder_is_all_its_files_in_order(tmp_path):
+    (tmp_path / "part").mkdir()
+    write_lines(tmp_path / "b.jsonl", rows(2))
+    write_lines(tmp_path / "part" / "c.jsonl", rows(3))
+    (tmp_path / "README.md").write_text("no data", encoding="utf-8")
+    assert len(read(tmp_path)) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "data.jsonl",
+            '\n{"prompt": "p", "completion": "c"}\n{',
+            "data.jsonl, line 3: must be one JSON object per line",
+        ),
+        ("data.jsonl", "7", "data.jsonl, line 1: a row must be a JSON object of columns; got 7"),
+        ("data.json", "[{", r"data.json must be JSON"),
+        (
+            "data.csv",
+            'prompt,completion\np,c\n"p,q",c,d',
+            "data.csv, line 3: must have the 2 columns of the header; got 3",
+        ),
+        ("data.csv", 'prompt,completion\n"p" q,c', "data.csv, line 2: not valid CSV"),
+        ("data.xlsx", "x", "files must end in .json, .jsonl, .csv, .parquet"),
+    ],
+)
+def test_a_broken_file_is_refused_by_its_name(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(InstructionDataError, match=message):
+        read(tmp_path / name)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InstructionDataError, match="must be a readable file in UTF-8"):
+        read(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/no/such/folder", "nowhere.jsonl", "a/b/c"])
+def test_a_path_that_does_not_exist_is_refused_before_the_hub_is_asked(path):
+    with pytest.raises(InstructionDataError, match="there is no file or folder"):
+        read(path)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(InstructionDataError, match="must hold files that end in"):
+        read(tmp_path)
+
+
+def test_a_hub_data_set_is_read_and_its_failure_explained(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [{"prompt": name, "completion": split}])
+    assert read("org/name") == [{"prompt": "org/name", "completion": "train"}]
+
+    def fail(name, split):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InstructionDataError, match=r"org/name is no local file .*no route.*; check name and network"):
+        read("org/name")

@@ -1,0 +1,61 @@
+"""Rows in a file: what is merged, what is counted, and what identifies a prompt."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexlora.data.examples import Example
+from flexlora.data.rows import Row, StoredRows, prompt_hash
+
+
+def row(prompt, answer, client="", label=""):
+    return Row((Example(prompt, "", (answer,)),), label, client)
+
+
+def stored(content, *, within_clients=False):
+    rows = StoredRows(within_clients=within_clients)
+    for one in content:
+        rows.add(one)
+    return rows
+
+
+def test_a_repeated_prompt_is_one_row_that_accepts_all_answers_in_their_order():
+    rows = stored([row("p", "a", label="first"), row("q", "b"), row("p", "c", label="second"), row("p", "a")])
+    assert [rows.examples(number) for number in range(len(rows))] == [
+        (Example("p", "", ("a", "c")),),
+        (Example("q", "", ("b",)),),
+    ]
+    assert (rows.labels, rows.num_read, rows.num_repeated, rows.num_empty) == (["first", ""], 4, 2, 0)
+
+
+def test_equal_prompts_of_two_clients_stay_apart_only_within_clients():
+    content = [row("p", "a", "x"), row("p", "b", "y"), row("p", "c", "x")]
+    apart = stored(content, within_clients=True)
+    assert apart.clients == ["x", "y"] and apart.examples(0)[0].outputs == ("a", "c")
+    assert stored(content).clients == ["x"]
+
+
+def test_conversations_are_merged_only_if_all_their_prompts_are_equal():
+    first, second = Example("Hi", "", ("a",)), Example("more", "", ("b",), history=(("user", "Hi"),))
+    rows = stored([Row((first,)), Row((first, second)), Row((first, second)), Row((second,))])
+    assert [len(rows.prompts(number)) for number in range(len(rows))] == [1, 2, 1]
+    assert rows.prompts(1) == [prompt_hash(first), prompt_hash(second)]
+
+
+def test_rows_without_examples_are_counted_and_not_kept():
+    rows = stored([Row(()), row("p", "a")])
+    assert (len(rows), rows.num_read, rows.num_empty, rows.num_repeated) == (1, 2, 1, 0)
+
+
+prompts = st.builds(
+    Example,
+    st.text(st.characters(exclude_categories=()), max_size=3),
+    st.text("ab'\\\ud800\udc00", max_size=3),
+    st.just(("answer",)),
+    st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text("ab", max_size=2)), max_size=2).map(tuple),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(prompts, prompts)
+def test_two_examples_have_one_hash_exactly_if_their_prompts_are_equal(one, other):
+    assert (prompt_hash(one) == prompt_hash(other)) == (one == other)
