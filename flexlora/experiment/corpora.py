@@ -8,8 +8,10 @@ from flexlora.data.corpus_file import ExampleFile
 from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.generated import all_tasks, split_of
 from flexlora.data.instructions import load_instructions
-from flexlora.data.natural_instructions import HoldOut, Task, federate, load_natural_instructions
+from flexlora.data.natural_instructions import Task, read_tasks
 from flexlora.data.pretraining import BASE_FOLDER, INSTANCES_FILE, seen_in_pretraining
+from flexlora.data.task_dealing import TaskDealing, deal_tasks
+from flexlora.data.task_hold_out import HoldOut
 from flexlora.experiment.config import Config, GeneratedData, InstructionsData, NaturalInstructionsData
 
 # Clients whose first example tells how long texts are.
@@ -84,9 +86,8 @@ def _read_tasks(
     data: GeneratedData | NaturalInstructionsData, seed: int, file: ExampleFile, *, base_is_embedded: bool
 ) -> tuple[FederatedCorpus, tuple[str, ...]]:
     if isinstance(data, NaturalInstructionsData):
-        corpus, summary = load_natural_instructions(
-            data.path,
-            seed,
+        tasks = read_tasks(data.path)
+        dealing = TaskDealing(
             hold_out=HoldOut(data.unseen_tasks, data.unseen_categories, data.num_unseen_tasks),
             fraction=data.subsample_fraction,
             max_examples=data.max_examples_per_task,
@@ -94,17 +95,15 @@ def _read_tasks(
             num_clients=data.num_clients,
             languages=data.languages,
             exclude=seen_in_pretraining if base_is_embedded and data.exclude_pretraining_tasks else None,
-            file=file,
         )
     else:
-        corpus, summary = federate(
-            _generated_tasks(data),
-            seed,
+        tasks = _generated_tasks(data)
+        dealing = TaskDealing(
             hold_out=HoldOut(categories=data.unseen_categories, num_tasks=data.num_unseen_tasks),
             examples_per_client=data.examples_per_task,
             num_clients=data.num_clients,
-            file=file,
         )
+    corpus, summary = deal_tasks(tasks, seed, dealing, file)
     counts = {
         "tasks seen in pretraining": summary.num_seen_in_pretraining,
         "tasks in other languages": summary.num_other_language,
