@@ -16,6 +16,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
 from flexlora.data.generated import (
+    blanks,
     grammar,
     messages,
     passages,
@@ -115,12 +116,13 @@ def _recipes() -> Iterator[Recipe]:
     yield from sentences.rewrite_recipes()
     yield from sentences.edit_recipes()
     yield from grammar.grammar_recipes()
-    yield from grammar.complete_recipes()
+    yield from blanks.complete_recipes()
     yield from passages.comprehension_recipes()
     yield from passages.extraction_recipes()
     yield from tables.report_recipes()
     yield from passages.question_recipes()
     yield from messages.review_recipes()
+    yield from messages.topic_recipes()
     yield from passages.title_recipes()
     yield from passages.verify_recipes()
     yield from tables.lookup_recipes()

@@ -13,27 +13,6 @@ from flexlora.data.generated.scenes import DRAWS, SCENES, Scene, draw_scene, spo
 def comprehension_recipes() -> Iterator[Recipe]:
     """Yield questions on one or two sentences, answered with a word of the text."""
 
-    def any_question(rng: Random, *, scene: Scene, fields: list[str]) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        field = rng.choice(fields)
-        return f"{scene.sentence.format(**values)} {scene.questions[field].format(**values)}", values[field]
-
-    def one_question(rng: Random, *, scene: Scene, field: str) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        return f"{scene.sentence.format(**values)} {scene.questions[field].format(**values)}", values[field]
-
-    def in_sentence(rng: Random, *, scene: Scene, field: str) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        return (
-            f"{scene.questions[field].format(**values)} {scene.sentence.format(**values)}",
-            f"It is {values[field]}.",
-        )
-
-    def of_two(rng: Random, *, scene: Scene, field: str, take_first: bool) -> tuple[str, str]:
-        first, second = draw_scene(rng, scene), draw_scene(rng, scene)
-        texts = [scene.sentence.format(**first), scene.sentence.format(**second)]
-        return " ".join(texts), (first if take_first else second)[field]
-
     for scene in SCENES:
         fields = list(scene.questions)
 
@@ -45,7 +24,7 @@ def comprehension_recipes() -> Iterator[Recipe]:
                 f"Read the sentence about a {scene.name} and answer the question with one word.",
                 f"A {scene.name} is described and a question is asked. Answer with a word from the text.",
             ),
-            partial(any_question, scene=scene, fields=fields),
+            partial(_any_question, scene=scene, fields=fields),
         )
         for place, field in enumerate(fields):
             take_first = place % 2 == 0
@@ -58,7 +37,7 @@ def comprehension_recipes() -> Iterator[Recipe]:
                     f"Answer the question about the {scene.name}: it asks for {spoken(field)}.",
                     f"Read about a {scene.name}. Give {spoken(field)} that the question asks for.",
                 ),
-                partial(one_question, scene=scene, field=field),
+                partial(_one_question, scene=scene, field=field),
             )
             yield Recipe(
                 "reading_sentence",
@@ -70,7 +49,7 @@ def comprehension_recipes() -> Iterator[Recipe]:
                     f"Answer the question on {spoken(field)} of the {scene.name} "
                     f"with a sentence that starts with It is.",
                 ),
-                partial(in_sentence, scene=scene, field=field),
+                partial(_answer_in_sentence, scene=scene, field=field),
             )
             which = "first" if take_first else "second"
             yield Recipe(
@@ -81,8 +60,33 @@ def comprehension_recipes() -> Iterator[Recipe]:
                     f"Two sentences tell of a {scene.name} each. Write {spoken(field)} of the {which}.",
                     f"Give {spoken(field)} in the {which} sentence. Both are about a {scene.name}.",
                 ),
-                partial(of_two, scene=scene, field=field, take_first=take_first),
+                partial(_field_of_two, scene=scene, field=field, take_first=take_first),
             )
+
+
+def _any_question(rng: Random, *, scene: Scene, fields: list[str]) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    field = rng.choice(fields)
+    return f"{scene.sentence.format(**values)} {scene.questions[field].format(**values)}", values[field]
+
+
+def _one_question(rng: Random, *, scene: Scene, field: str) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    return f"{scene.sentence.format(**values)} {scene.questions[field].format(**values)}", values[field]
+
+
+def _answer_in_sentence(rng: Random, *, scene: Scene, field: str) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    return (
+        f"{scene.questions[field].format(**values)} {scene.sentence.format(**values)}",
+        f"It is {values[field]}.",
+    )
+
+
+def _field_of_two(rng: Random, *, scene: Scene, field: str, take_first: bool) -> tuple[str, str]:
+    first, second = draw_scene(rng, scene), draw_scene(rng, scene)
+    texts = [scene.sentence.format(**first), scene.sentence.format(**second)]
+    return " ".join(texts), (first if take_first else second)[field]
 
 
 def extraction_recipes() -> Iterator[Recipe]:
@@ -99,16 +103,6 @@ def extraction_recipes() -> Iterator[Recipe]:
         ("slash", "with a slash between", lambda keys, values: " / ".join(values)),
     )
 
-    def one(rng: Random, *, scene: Scene, field: str) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        return scene.sentence.format(**values), values[field]
-
-    def two(
-        rng: Random, *, scene: Scene, pair: tuple[str, str], write: Callable[[list[str], list[str]], str]
-    ) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        return scene.sentence.format(**values), write(list(pair), [values[field] for field in pair])
-
     for number, scene in enumerate(SCENES):
         fields = list(scene.questions)
         for field in fields:
@@ -121,7 +115,7 @@ def extraction_recipes() -> Iterator[Recipe]:
                     f"From the text on a {scene.name}, extract {spoken(field)}.",
                     f"Find {spoken(field)} in the text and write only that. The text tells of a {scene.name}.",
                 ),
-                partial(one, scene=scene, field=field),
+                partial(_one_field, scene=scene, field=field),
             )
         for place, pair in enumerate(list(permutations(fields, 2))[number % 2 :: 3]):
             layout, how, write = layouts[(number + place) % len(layouts)]
@@ -134,22 +128,24 @@ def extraction_recipes() -> Iterator[Recipe]:
                     f"Write {spoken(pair[0])} and {spoken(pair[1])} of the {scene.name}, {how}.",
                     f"From the sentence on a {scene.name}, extract {spoken(pair[0])}, then {spoken(pair[1])}, {how}.",
                 ),
-                partial(two, scene=scene, pair=pair, write=write),
+                partial(_two_fields, scene=scene, pair=pair, write=write),
             )
+
+
+def _one_field(rng: Random, *, scene: Scene, field: str) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    return scene.sentence.format(**values), values[field]
+
+
+def _two_fields(
+    rng: Random, *, scene: Scene, pair: tuple[str, str], write: Callable[[list[str], list[str]], str]
+) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    return scene.sentence.format(**values), write(list(pair), [values[field] for field in pair])
 
 
 def question_recipes() -> Iterator[Recipe]:
     """Yield question generation: write the question whose answer is a given field."""
-
-    def ask(rng: Random, *, scene: Scene, field: str) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        return scene.sentence.format(**values), scene.questions[field].format(**values)
-
-    def ask_answer(rng: Random, *, scene: Scene, field: str) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        return scene.sentence.format(
-            **values
-        ), f"{scene.questions[field].format(**values)} {capitalised(values[field])}."
 
     for scene in SCENES:
         for field in scene.questions:
@@ -161,7 +157,7 @@ def question_recipes() -> Iterator[Recipe]:
                     f"Write a question about the {scene.name} that is answered by {spoken(field)}.",
                     f"Ask for {spoken(field)} in the sentence about a {scene.name}.",
                 ),
-                partial(ask, scene=scene, field=field),
+                partial(_question, scene=scene, field=field),
             )
             yield Recipe(
                 "ask_answer",
@@ -171,22 +167,22 @@ def question_recipes() -> Iterator[Recipe]:
                     f"Write a question about the {scene.name} that asks for {spoken(field)}, and then the answer.",
                     f"Ask for {spoken(field)} of the {scene.name} and answer your question in one word.",
                 ),
-                partial(ask_answer, scene=scene, field=field),
+                partial(_question_and_answer, scene=scene, field=field),
             )
+
+
+def _question(rng: Random, *, scene: Scene, field: str) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    return scene.sentence.format(**values), scene.questions[field].format(**values)
+
+
+def _question_and_answer(rng: Random, *, scene: Scene, field: str) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    return scene.sentence.format(**values), f"{scene.questions[field].format(**values)} {capitalised(values[field])}."
 
 
 def title_recipes() -> Iterator[Recipe]:
     """Yield titles, headlines and keywords for the sentences of the scenes and reports."""
-
-    def keywords(rng: Random, *, scene: Scene, pair: tuple[str, str]) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        return scene.sentence.format(**values), "#" + " #".join(values[field] for field in pair)
-
-    def title(rng: Random, *, scene: Scene, pair: tuple[str, str]) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        return scene.sentence.format(**values), (
-            f"{capitalised(scene.name)}: " + " and ".join(capitalised(values[field]) for field in pair)
-        )
 
     for scene in SCENES:
         fields = list(scene.questions)
@@ -200,7 +196,7 @@ def title_recipes() -> Iterator[Recipe]:
                         f"Tag the text on a {scene.name} with two hash tags: {spoken(pair[0])} and {spoken(pair[1])}.",
                         f"Write {spoken(pair[0])} and {spoken(pair[1])} of the {scene.name}, each after a hash sign.",
                     ),
-                    partial(keywords, scene=scene, pair=pair),
+                    partial(_keywords, scene=scene, pair=pair),
                 )
             else:
                 yield Recipe(
@@ -213,22 +209,25 @@ def title_recipes() -> Iterator[Recipe]:
                         f"Give the text a title that starts with {capitalised(scene.name)} and names {spoken(pair[0])} "
                         f"and {spoken(pair[1])}.",
                     ),
-                    partial(title, scene=scene, pair=pair),
+                    partial(_title, scene=scene, pair=pair),
                 )
+
+
+def _keywords(rng: Random, *, scene: Scene, pair: tuple[str, str]) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    return scene.sentence.format(**values), "#" + " #".join(values[field] for field in pair)
+
+
+def _title(rng: Random, *, scene: Scene, pair: tuple[str, str]) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    return scene.sentence.format(**values), (
+        f"{capitalised(scene.name)}: " + " and ".join(capitalised(values[field]) for field in pair)
+    )
 
 
 def verify_recipes() -> Iterator[Recipe]:
     """Yield true-or-false tasks on a sentence and a claim, or on a list and a word."""
     answers = (("true", "false"), ("yes", "no"), ("right", "wrong"), ("entailed", "contradicted"))
-
-    def claim(rng: Random, *, scene: Scene, field: str, good: str, bad: str) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        holds = rng.random() < 0.5
-        value = values[field] if holds else rng.choice([v for v in DRAWS[field] if v != values[field]])
-        return (
-            f"{scene.sentence.format(**values)} {scene.questions[field].format(**values)} {capitalised(value)}.",
-            (good if holds else bad),
-        )
 
     for number, scene in enumerate(SCENES):
         for place, field in enumerate(scene.questions):
@@ -243,16 +242,8 @@ def verify_recipes() -> Iterator[Recipe]:
                     f"Is the answer {good} or {bad}?",
                     f"Check the answer given for {spoken(field)} of the {scene.name}. Write {good} or {bad}.",
                 ),
-                partial(claim, scene=scene, field=field, good=good, bad=bad),
+                partial(_claim, scene=scene, field=field, good=good, bad=bad),
             )
-
-    def contains(rng: Random, *, category: str) -> tuple[str, str]:
-        words = rng.sample(NOUNS, 4)
-        inside = rng.random() < 0.5
-        asked = rng.choice(CATEGORIES[category])
-        if inside and asked not in words:
-            words[rng.randrange(4)] = asked
-        return f"{asked}: " + ", ".join(words), "yes" if asked in words else "no"
 
     for category in CATEGORIES:
         yield Recipe(
@@ -263,5 +254,24 @@ def verify_recipes() -> Iterator[Recipe]:
                 f"Is the {category} before the colon in the list after it? Answer yes or no.",
                 f"A {category}, a colon and a list are given. Say yes if the list has the {category}, else no.",
             ),
-            partial(contains, category=category),
+            partial(_contained, category=category),
         )
+
+
+def _claim(rng: Random, *, scene: Scene, field: str, good: str, bad: str) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    holds = rng.random() < 0.5
+    value = values[field] if holds else rng.choice([v for v in DRAWS[field] if v != values[field]])
+    return (
+        f"{scene.sentence.format(**values)} {scene.questions[field].format(**values)} {capitalised(value)}.",
+        (good if holds else bad),
+    )
+
+
+def _contained(rng: Random, *, category: str) -> tuple[str, str]:
+    words = rng.sample(NOUNS, 4)
+    inside = rng.random() < 0.5
+    asked = rng.choice(CATEGORIES[category])
+    if inside and asked not in words:
+        words[rng.randrange(4)] = asked
+    return f"{asked}: " + ", ".join(words), "yes" if asked in words else "no"

@@ -1,6 +1,6 @@
 """What a generated task is before it has a number: what it computes, its wordings, how an instance is made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -32,6 +32,11 @@ class Recipe:
 def capitalised(text: str) -> str:
     """Return the text with its first letter in upper case and the rest as it was."""
     return text[:1].upper() + text[1:]
+
+
+def either(words: Sequence[str]) -> str:
+    """Return two or more words with commas, and ``or`` before the last."""
+    return ", ".join(words[:-1]) + " or " + words[-1]
 
 
 def with_article(noun: str) -> str:

@@ -47,10 +47,6 @@ def rewrite_recipes() -> Iterator[Recipe]:
     sources = ("present", "past", "future", "negative", "passive", "I", "question", "perfect")
     targets = list(_FORM_WORDINGS)
 
-    def make(rng: Random, *, source: str, target: str) -> tuple[str, str]:
-        clause = draw_clause(rng)
-        return write_clause(clause, source), write_clause(clause, target)
-
     for number, source in enumerate(sources):
         for place, target in enumerate(targets):
             if source == target or (source == "I" and target in ("pronoun", "cleft", "noun phrase")):
@@ -72,8 +68,13 @@ def rewrite_recipes() -> Iterator[Recipe]:
                     f"Rewrite the sentence {how}. It is given {start}.",
                     f"Change the sentence {why}. You get it {start}.",
                 ),
-                partial(make, source=source, target=target),
+                partial(_rewrite, source=source, target=target),
             )
+
+
+def _rewrite(rng: Random, *, source: str, target: str) -> tuple[str, str]:
+    clause = draw_clause(rng)
+    return write_clause(clause, source), write_clause(clause, target)
 
 
 def _sentence(rng: Random) -> list[str]:
@@ -174,10 +175,6 @@ def edit_recipes() -> Iterator[Recipe]:
     """Yield word-level edits of a sentence: one alone, and pairs of them."""
     steps = _word_steps()
 
-    def make(rng: Random, *, apply: Callable[[list[str]], list[str]]) -> tuple[str, str]:
-        words = _sentence(rng)
-        return " ".join(words), " ".join(apply(words))
-
     for name, wordings, apply in steps:
         yield Recipe(
             "edit",
@@ -188,14 +185,8 @@ def edit_recipes() -> Iterator[Recipe]:
                 f"{capitalised(wordings[1])}. Leave the rest of the sentence as it is.",
                 f"Copy the sentence, but {wordings[0]}.",
             ),
-            partial(make, apply=apply),
+            partial(_edit, apply=apply),
         )
-
-    def make_two(
-        rng: Random, *, apply: Callable[[list[str]], list[str]], other_apply: Callable[[list[str]], list[str]]
-    ) -> tuple[str, str]:
-        words = _sentence(rng)
-        return " ".join(words), " ".join(other_apply(apply(words)))
 
     for number, (name, wordings, apply) in enumerate(steps):
         for offset in (3, 8, 17, 26):
@@ -218,5 +209,17 @@ def edit_recipes() -> Iterator[Recipe]:
                     f"Edit the sentence: {wordings[0]}, then {other_wordings[0]}.",
                     f"In the sentence, first {wordings[1]}. After that {other_wordings[1]}.",
                 ),
-                partial(make_two, apply=apply, other_apply=other_apply),
+                partial(_edit_twice, apply=apply, other_apply=other_apply),
             )
+
+
+def _edit(rng: Random, *, apply: Callable[[list[str]], list[str]]) -> tuple[str, str]:
+    words = _sentence(rng)
+    return " ".join(words), " ".join(apply(words))
+
+
+def _edit_twice(
+    rng: Random, *, apply: Callable[[list[str]], list[str]], other_apply: Callable[[list[str]], list[str]]
+) -> tuple[str, str]:
+    words = _sentence(rng)
+    return " ".join(words), " ".join(other_apply(apply(words)))

@@ -31,12 +31,6 @@ def pattern_recipes() -> Iterator[Recipe]:
         "ABCC": (3, (0, 1, 2, 2, 0), (1, 2, 2)),
     }
 
-    def continue_it(
-        rng: Random, *, category: str, size: int, shown: tuple[int, ...], hidden: tuple[int, ...]
-    ) -> tuple[str, str]:
-        words = rng.sample(CATEGORIES[category], size)
-        return " ".join(words[place] for place in shown), " ".join(words[place] for place in hidden)
-
     for number, (shape, (size, shown, hidden)) in enumerate(shapes.items()):
         for category in list(CATEGORIES)[number % 4 :: 4]:
             last = {1: "one more word", 2: "two more words", 3: "three more words"}[len(hidden)]
@@ -49,7 +43,7 @@ def pattern_recipes() -> Iterator[Recipe]:
                     f"{what} {PLURAL_CATEGORIES[category]} by {last}.",
                     f"{what} {PLURAL_CATEGORIES[category]}; write {last} and nothing else.",
                 ),
-                partial(continue_it, category=category, size=size, shown=shown, hidden=hidden),
+                partial(_continue_pattern, category=category, size=size, shown=shown, hidden=hidden),
             )
     rows: dict[str, tuple[str, ...]] = {
         "day": DAYS,
@@ -58,16 +52,6 @@ def pattern_recipes() -> Iterator[Recipe]:
         "number word": NUMBER_WORDS,
         "number": tuple(map(str, range(31))),
     }
-
-    def neighbour(rng: Random, *, row: tuple[str, ...], shift: int, circle: bool) -> tuple[str, str]:
-        inner = range(len(row)) if circle else range(2, len(row) - 2)
-        places = rng.sample(inner, rng.randint(1, 2))
-        return ", ".join(row[p] for p in places), ", ".join(row[(p + shift) % len(row)] for p in places)
-
-    def next_of_three(rng: Random, *, row: tuple[str, ...], step: int) -> tuple[str, str]:
-        inside = [start for start in range(len(row)) if 0 <= start + 3 * step < len(row)]
-        start = rng.choice(inside)
-        return ", ".join(row[start + k * step] for k in range(3)), row[start + 3 * step]
 
     for name, row in rows.items():
         circle = name in ("day", "month")
@@ -82,7 +66,7 @@ def pattern_recipes() -> Iterator[Recipe]:
                 "Pattern Continuation",
                 f"{name} {shift:+d}",
                 (f"For every {name} given, write the {name} {how}.", f"Replace each {name} by the {name} {how}."),
-                partial(neighbour, row=row, shift=shift, circle=circle),
+                partial(_neighbours, row=row, shift=shift, circle=circle),
             )
         for step in (1, 2, -1):
             if circle:
@@ -97,8 +81,27 @@ def pattern_recipes() -> Iterator[Recipe]:
                     f"The series of {name}s {direction}. Write the next one.",
                     f"Which {name} follows? The series {direction}.",
                 ),
-                partial(next_of_three, row=row, step=step),
+                partial(_next_of_three, row=row, step=step),
             )
+
+
+def _continue_pattern(
+    rng: Random, *, category: str, size: int, shown: tuple[int, ...], hidden: tuple[int, ...]
+) -> tuple[str, str]:
+    words = rng.sample(CATEGORIES[category], size)
+    return " ".join(words[place] for place in shown), " ".join(words[place] for place in hidden)
+
+
+def _neighbours(rng: Random, *, row: tuple[str, ...], shift: int, circle: bool) -> tuple[str, str]:
+    inner = range(len(row)) if circle else range(2, len(row) - 2)
+    places = rng.sample(inner, rng.randint(1, 2))
+    return ", ".join(row[p] for p in places), ", ".join(row[(p + shift) % len(row)] for p in places)
+
+
+def _next_of_three(rng: Random, *, row: tuple[str, ...], step: int) -> tuple[str, str]:
+    inside = [start for start in range(len(row)) if 0 <= start + 3 * step < len(row)]
+    start = rng.choice(inside)
+    return ", ".join(row[start + k * step] for k in range(3)), row[start + 3 * step]
 
 
 def number_recipes() -> Iterator[Recipe]:
@@ -117,17 +120,6 @@ def number_recipes() -> Iterator[Recipe]:
         "one less": ("take one from the first number", lambda a, b: a - 1, "and"),
     }
 
-    def calculate(
-        rng: Random, *, compute: Callable[[int, int], int], joined: str, source: str, target: str
-    ) -> tuple[str, str]:
-        b = rng.randint(1, 9)
-        a = rng.randint(b, 10)
-        if joined == "or" and rng.random() < 0.5:
-            a, b = b, a
-        answer = compute(a, b)
-        shown = (str(a), str(b)) if source == "digits" else (NUMBER_WORDS[a], NUMBER_WORDS[b])
-        return f"{shown[0]} {joined} {shown[1]}", str(answer) if target == "digits" else NUMBER_WORDS[answer]
-
     for name, (how, compute, joined) in operations.items():
         for source in ("digits", "words"):
             for target in ("digits", "words"):
@@ -139,14 +131,8 @@ def number_recipes() -> Iterator[Recipe]:
                         f"Two numbers are given in {source}: {how}. Answer in {target}.",
                         f"From the numbers, in {source}, {how} and write the result in {target}.",
                     ),
-                    partial(calculate, compute=compute, joined=joined, source=source, target=target),
+                    partial(_calculate, compute=compute, joined=joined, source=source, target=target),
                 )
-
-    def story(rng: Random, *, verb: str, sign: int, category: str) -> tuple[str, str]:
-        noun, name = rng.choice(CATEGORIES[category]), rng.choice(NAMES)
-        b = rng.randint(1, 5)
-        a = rng.randint(b, 9)
-        return f"{name} had {a} of the kind {noun} and {verb} {b}.", f"{a + sign * b} {noun}"
 
     for verb, sign in (("got", 1), ("lost", -1), ("found", 1), ("sold", -1), ("bought", 1), ("ate", -1)):
         for category in ("fruit", "tool", "garment", "flower"):
@@ -162,13 +148,8 @@ def number_recipes() -> Iterator[Recipe]:
                     f"How many of the {PLURAL_CATEGORIES[category]} are there after the person {verb} some? "
                     f"Write number and {category}.",
                 ),
-                partial(story, verb=verb, sign=sign, category=category),
+                partial(_story_sum, verb=verb, sign=sign, category=category),
             )
-
-    def convert(rng: Random, *, source: str, count: int) -> tuple[str, str]:
-        numbers = [rng.randrange(len(NUMBER_WORDS)) for _ in range(count)]
-        digits, words = ", ".join(map(str, numbers)), ", ".join(NUMBER_WORDS[n] for n in numbers)
-        return (digits, words) if source == "digit" else (words, digits)
 
     for source, target, how in (
         ("digit", "word", "Write the number in letters"),
@@ -183,17 +164,12 @@ def number_recipes() -> Iterator[Recipe]:
                     f"{how}. There are {NUMBER_WORDS[count]} in the input.",
                     f"{NUMBER_WORDS[count].capitalize()} in {source}s: change to {target}s.",
                 ),
-                partial(convert, source=source, count=count),
+                partial(_convert, source=source, count=count),
             )
     comparisons: dict[str, tuple[str, Callable[[int, int], str]]] = {
         "larger person": ("has more", lambda a, b: "first" if a > b else "second"),
         "smaller person": ("has fewer", lambda a, b: "first" if a < b else "second"),
     }
-
-    def who(rng: Random, *, compare: Callable[[int, int], str], noun: str) -> tuple[str, str]:
-        one, other = rng.sample(NAMES, 2)
-        a, b = rng.sample(range(1, 10), 2)
-        return f"{one}: {a} x {noun}, {other}: {b} x {noun}", one if compare(a, b) == "first" else other
 
     for name, (how, compare) in comparisons.items():
         for noun in OBJECTS[::9]:
@@ -205,27 +181,43 @@ def number_recipes() -> Iterator[Recipe]:
                     f"Two people have something of the kind {noun}. Write who {how}.",
                     f"Who {how} of: {noun}? Write the name.",
                 ),
-                partial(who, compare=compare, noun=noun),
+                partial(_who, compare=compare, noun=noun),
             )
+
+
+def _calculate(
+    rng: Random, *, compute: Callable[[int, int], int], joined: str, source: str, target: str
+) -> tuple[str, str]:
+    b = rng.randint(1, 9)
+    a = rng.randint(b, 10)
+    if joined == "or" and rng.random() < 0.5:
+        a, b = b, a
+    answer = compute(a, b)
+    shown = (str(a), str(b)) if source == "digits" else (NUMBER_WORDS[a], NUMBER_WORDS[b])
+    return f"{shown[0]} {joined} {shown[1]}", str(answer) if target == "digits" else NUMBER_WORDS[answer]
+
+
+def _story_sum(rng: Random, *, verb: str, sign: int, category: str) -> tuple[str, str]:
+    noun, name = rng.choice(CATEGORIES[category]), rng.choice(NAMES)
+    b = rng.randint(1, 5)
+    a = rng.randint(b, 9)
+    return f"{name} had {a} of the kind {noun} and {verb} {b}.", f"{a + sign * b} {noun}"
+
+
+def _convert(rng: Random, *, source: str, count: int) -> tuple[str, str]:
+    numbers = [rng.randrange(len(NUMBER_WORDS)) for _ in range(count)]
+    digits, words = ", ".join(map(str, numbers)), ", ".join(NUMBER_WORDS[n] for n in numbers)
+    return (digits, words) if source == "digit" else (words, digits)
+
+
+def _who(rng: Random, *, compare: Callable[[int, int], str], noun: str) -> tuple[str, str]:
+    one, other = rng.sample(NAMES, 2)
+    a, b = rng.sample(range(1, 10), 2)
+    return f"{one}: {a} x {noun}, {other}: {b} x {noun}", one if compare(a, b) == "first" else other
 
 
 def spelling_recipes() -> Iterator[Recipe]:
     """Yield tasks on the letters of words: initials, acronyms, alphabetical comparison."""
-
-    def initial(word: str) -> str:
-        return word[0]
-
-    def first_letter(rng: Random, *, nouns: tuple[str, ...]) -> tuple[str, str]:
-        word = rng.choice(nouns)
-        return word, initial(word)
-
-    def initials(rng: Random, *, nouns: tuple[str, ...]) -> tuple[str, str]:
-        words = rng.sample(nouns, rng.randint(2, 4))
-        return " ".join(words), " ".join(map(initial, words))
-
-    def earlier(rng: Random, *, nouns: tuple[str, ...]) -> tuple[str, str]:
-        one, other = rng.sample(nouns, 2)
-        return f"{one} or {other}", min(one, other)
 
     for category, nouns in CATEGORIES.items():
         many = PLURAL_CATEGORIES[category]
@@ -238,14 +230,14 @@ def spelling_recipes() -> Iterator[Recipe]:
                     f"Write the first letter of the word. All words are {many}.",
                     f"With which letter does this {category} start?",
                 ),
-                partial(first_letter, nouns=nouns),
+                partial(_first_letter, nouns=nouns),
             )
         yield Recipe(
             "spelling",
             "Linguistic Probing",
             f"initials; {category}",
             (f"Write the first letters of the {many}, with spaces.", f"Shorten the row of {many} to their initials."),
-            partial(initials, nouns=nouns),
+            partial(_initials, nouns=nouns),
         )
         yield Recipe(
             "spelling",
@@ -255,12 +247,8 @@ def spelling_recipes() -> Iterator[Recipe]:
                 f"Which of the two {many} comes first in the alphabet?",
                 f"Write the {category} that is first alphabetically.",
             ),
-            partial(earlier, nouns=nouns),
+            partial(_earlier, nouns=nouns),
         )
-
-    def rhythm(rng: Random, *, count: int) -> tuple[str, str]:
-        words = rng.sample(NOUNS, count)
-        return " ".join(words), " ".join(f"{initial(word)}-{word}" for word in words)
 
     for count in (2, 3):
         yield Recipe(
@@ -271,5 +259,29 @@ def spelling_recipes() -> Iterator[Recipe]:
                 f"Stutter {NUMBER_WORDS[count]} words: before each write its first letter and a dash.",
                 f"Put first letter and dash before each of the {NUMBER_WORDS[count]} words.",
             ),
-            partial(rhythm, count=count),
+            partial(_stutter, count=count),
         )
+
+
+def _initial(word: str) -> str:
+    return word[0]
+
+
+def _first_letter(rng: Random, *, nouns: tuple[str, ...]) -> tuple[str, str]:
+    word = rng.choice(nouns)
+    return word, _initial(word)
+
+
+def _initials(rng: Random, *, nouns: tuple[str, ...]) -> tuple[str, str]:
+    words = rng.sample(nouns, rng.randint(2, 4))
+    return " ".join(words), " ".join(map(_initial, words))
+
+
+def _earlier(rng: Random, *, nouns: tuple[str, ...]) -> tuple[str, str]:
+    one, other = rng.sample(nouns, 2)
+    return f"{one} or {other}", min(one, other)
+
+
+def _stutter(rng: Random, *, count: int) -> tuple[str, str]:
+    words = rng.sample(NOUNS, count)
+    return " ".join(words), " ".join(f"{_initial(word)}-{word}" for word in words)

@@ -40,18 +40,6 @@ def report_recipes() -> Iterator[Recipe]:
         ("barred", "a row with bars", lambda keys, v: " | ".join(v[key] for key in keys)),
     )
 
-    def to_text(
-        rng: Random, *, scene: Scene, order: tuple[str, ...], write: Callable[[tuple[str, ...], dict[str, str]], str]
-    ) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        return write(order, values), scene.sentence.format(**values)
-
-    def to_data(
-        rng: Random, *, scene: Scene, order: tuple[str, ...], write: Callable[[tuple[str, ...], dict[str, str]], str]
-    ) -> tuple[str, str]:
-        values = draw_scene(rng, scene)
-        return scene.sentence.format(**values), write(order, values)
-
     for number, (name, keys, sentence) in enumerate(_REPORTS):
         scene = Scene(name, sentence, dict.fromkeys(keys, ""))
         shape = sentence.replace("{", "[").replace("}", "]")
@@ -67,7 +55,7 @@ def report_recipes() -> Iterator[Recipe]:
                     f"You get {described}: {', '.join(order)}. Write them as: {shape}",
                     f"You get {described}. Use them in this sentence: {shape}",
                 ),
-                partial(to_text, scene=scene, order=order, write=write),
+                partial(_to_text, scene=scene, order=order, write=write),
             )
             if place == number % 3:
                 yield Recipe(
@@ -78,8 +66,22 @@ def report_recipes() -> Iterator[Recipe]:
                         f"Turn the sentence on a {name} into {described}: {', '.join(order)}.",
                         f"List {', '.join(order)} of the {name} as {described}.",
                     ),
-                    partial(to_data, scene=scene, order=order, write=write),
+                    partial(_to_data, scene=scene, order=order, write=write),
                 )
+
+
+def _to_text(
+    rng: Random, *, scene: Scene, order: tuple[str, ...], write: Callable[[tuple[str, ...], dict[str, str]], str]
+) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    return write(order, values), scene.sentence.format(**values)
+
+
+def _to_data(
+    rng: Random, *, scene: Scene, order: tuple[str, ...], write: Callable[[tuple[str, ...], dict[str, str]], str]
+) -> tuple[str, str]:
+    values = draw_scene(rng, scene)
+    return scene.sentence.format(**values), write(order, values)
 
 
 def lookup_recipes() -> Iterator[Recipe]:
@@ -100,47 +102,15 @@ def lookup_recipes() -> Iterator[Recipe]:
     )
     marks = ((": ", ", "), ("=", "; "), (" -> ", ", "), (" - ", " / "))
 
-    def table(rng: Random, *, key: str, value: str, between: str, after: str) -> tuple[str, list[str], list[str]]:
-        keys, values = rng.sample(DRAWS[key], 3), rng.sample(DRAWS[value], 3)
-        return after.join(f"{k}{between}{v}" for k, v in zip(keys, values, strict=True)), keys, values
-
-    def forward(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
-        text, keys, values = table(rng)
-        place = rng.randrange(3)
-        return f"{text}. {keys[place]}?", values[place]
-
-    def backward(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
-        text, keys, values = table(rng)
-        place = rng.randrange(3)
-        return f"{text}. {values[place]}?", keys[place]
-
-    def all_keys(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
-        text, keys, _ = table(rng)
-        return text, ", ".join(keys)
-
-    def all_values(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
-        text, _, values = table(rng)
-        return text, ", ".join(values)
-
-    def last_pair(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
-        text, keys, values = table(rng)
-        return text, f"{keys[-1]} and {values[-1]}"
-
-    def swapped(
-        rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]], between: str, after: str
-    ) -> tuple[str, str]:
-        text, keys, values = table(rng)
-        return text, after.join(f"{v}{between}{k}" for k, v in zip(keys, values, strict=True))
-
     for number, (key, value) in enumerate(kinds):
         between, after = marks[number % len(marks)]
 
-        read = partial(table, key=key, value=value, between=between, after=after)
+        read = partial(_draw_table, key=key, value=value, between=between, after=after)
         one, other = spoken(key).removeprefix("the "), spoken(value).removeprefix("the ")
         forms = (
             (
                 "forward",
-                partial(forward, table=read),
+                partial(_value_of_key, table=read),
                 (
                     f"A table gives {with_article(other)} for every {one}. Answer the question at the end.",
                     f"Look up the {one} at the end of the text in the table and write the {other}.",
@@ -148,7 +118,7 @@ def lookup_recipes() -> Iterator[Recipe]:
             ),
             (
                 "backward",
-                partial(backward, table=read),
+                partial(_key_of_value, table=read),
                 (
                     f"A table gives {with_article(other)} for every {one}. Write the {one} for the {other} at the end.",
                     f"Which {one} has the {other} that is asked for at the end?",
@@ -156,7 +126,7 @@ def lookup_recipes() -> Iterator[Recipe]:
             ),
             (
                 "keys",
-                partial(all_keys, table=read),
+                partial(_all_keys, table=read),
                 (
                     f"Each {one} has {with_article(other)}. Write only every {one}, in order, with commas.",
                     f"List the left side of the table of {one} and {other}, with commas.",
@@ -164,7 +134,7 @@ def lookup_recipes() -> Iterator[Recipe]:
             ),
             (
                 "values",
-                partial(all_values, table=read),
+                partial(_all_values, table=read),
                 (
                     f"Each {one} has {with_article(other)}. Write only every {other}, in order, with commas.",
                     f"List the right side of the table of {one} and {other}, with commas.",
@@ -172,7 +142,7 @@ def lookup_recipes() -> Iterator[Recipe]:
             ),
             (
                 "last",
-                partial(last_pair, table=read),
+                partial(_last_pair, table=read),
                 (
                     f"Write the last {one} and {other} of the table, with and between them.",
                     f"Take the final pair of the table of {one} and {other}. Join the two with and.",
@@ -180,7 +150,7 @@ def lookup_recipes() -> Iterator[Recipe]:
             ),
             (
                 "swapped",
-                partial(swapped, table=read, between=between, after=after),
+                partial(_swapped, table=read, between=between, after=after),
                 (
                     f"Swap the sides of the table, so that every {other} stands before its {one}.",
                     f"Write the table of {one} and {other} with the two sides exchanged.",
@@ -189,3 +159,42 @@ def lookup_recipes() -> Iterator[Recipe]:
         )
         for name, make, phrasings in forms:
             yield Recipe("lookup", "Table Lookup", f"{key} to {value}; {name}", phrasings, make)
+
+
+def _draw_table(rng: Random, *, key: str, value: str, between: str, after: str) -> tuple[str, list[str], list[str]]:
+    keys, values = rng.sample(DRAWS[key], 3), rng.sample(DRAWS[value], 3)
+    return after.join(f"{k}{between}{v}" for k, v in zip(keys, values, strict=True)), keys, values
+
+
+def _value_of_key(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
+    text, keys, values = table(rng)
+    place = rng.randrange(3)
+    return f"{text}. {keys[place]}?", values[place]
+
+
+def _key_of_value(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
+    text, keys, values = table(rng)
+    place = rng.randrange(3)
+    return f"{text}. {values[place]}?", keys[place]
+
+
+def _all_keys(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
+    text, keys, _ = table(rng)
+    return text, ", ".join(keys)
+
+
+def _all_values(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
+    text, _, values = table(rng)
+    return text, ", ".join(values)
+
+
+def _last_pair(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
+    text, keys, values = table(rng)
+    return text, f"{keys[-1]} and {values[-1]}"
+
+
+def _swapped(
+    rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]], between: str, after: str
+) -> tuple[str, str]:
+    text, keys, values = table(rng)
+    return text, after.join(f"{v}{between}{k}" for k, v in zip(keys, values, strict=True))

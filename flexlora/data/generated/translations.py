@@ -18,34 +18,6 @@ from flexlora.data.generated.recipe import Recipe
 def translation_recipes() -> Iterator[Recipe]:
     """Yield translations between English and invented languages, by topic, direction and form."""
 
-    def to_language(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
-        noun = rng.choice(nouns)
-        return noun, d[noun]
-
-    def to_english(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
-        noun = rng.choice(nouns)
-        return d[noun], noun
-
-    def pairs(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
-        chosen = rng.sample(nouns, rng.randint(2, 3))
-        return ", ".join(chosen), ", ".join(d[noun] for noun in chosen)
-
-    def phrase(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...], colour: tuple[str, ...]) -> tuple[str, str]:
-        noun, tint = rng.choice(nouns), rng.choice(colour)
-        return f"the {tint} {noun}", f"{d[noun]} {d[tint]}"
-
-    def described(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
-        noun, adjective = rng.choice(nouns), rng.choice(ADJECTIVES[:8])
-        return f"a {adjective} {noun}", f"{d[adjective]} {d[noun]}"
-
-    def back_pairs(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
-        chosen = rng.sample(nouns, 2)
-        return ", ".join(d[noun] for noun in chosen), ", ".join(chosen)
-
-    def reverse_pairs(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
-        chosen = rng.sample(nouns, rng.randint(2, 3))
-        return ", ".join(chosen), ", ".join(d[noun] for noun in reversed(chosen))
-
     for number, language in enumerate(LANGUAGES):
         dictionary = invented_words(language)
         for place, category in enumerate(TRANSLATABLE):
@@ -56,7 +28,7 @@ def translation_recipes() -> Iterator[Recipe]:
             forms = [
                 (
                     "word",
-                    partial(to_language, d=dictionary, nouns=nouns),
+                    partial(_to_language, d=dictionary, nouns=nouns),
                     (
                         f"Translate the word into {language}. All words are {many}.",
                         f"What is this word in {language}? It is one of the {many}.",
@@ -64,7 +36,7 @@ def translation_recipes() -> Iterator[Recipe]:
                 ),
                 (
                     "back",
-                    partial(to_english, d=dictionary, nouns=nouns),
+                    partial(_to_english, d=dictionary, nouns=nouns),
                     (
                         f"Translate the {language} word into English. It is one of the {many}.",
                         f"The word is {language} and belongs to the {many}. Write it in English.",
@@ -72,7 +44,7 @@ def translation_recipes() -> Iterator[Recipe]:
                 ),
                 (
                     "list",
-                    partial(pairs, d=dictionary, nouns=nouns),
+                    partial(_word_by_word, d=dictionary, nouns=nouns),
                     (
                         f"Translate each word of the list of {many} into {language}.",
                         f"Write the list of {many} in {language}, word by word.",
@@ -80,7 +52,7 @@ def translation_recipes() -> Iterator[Recipe]:
                 ),
                 (
                     "phrase",
-                    partial(phrase, d=dictionary, nouns=nouns, colour=colour),
+                    partial(_phrase, d=dictionary, nouns=nouns, colour=colour),
                     (
                         f"Translate the phrase into {language}. The colour follows the noun, "
                         f"which is one of the {many}.",
@@ -91,7 +63,7 @@ def translation_recipes() -> Iterator[Recipe]:
             extra = [
                 (
                     "described",
-                    partial(described, d=dictionary, nouns=nouns),
+                    partial(_described, d=dictionary, nouns=nouns),
                     (
                         f"Translate into {language} without the article: first the adjective, then the noun, "
                         f"one of the {many}.",
@@ -100,7 +72,7 @@ def translation_recipes() -> Iterator[Recipe]:
                 ),
                 (
                     "back list",
-                    partial(back_pairs, d=dictionary, nouns=nouns),
+                    partial(_words_to_english, d=dictionary, nouns=nouns),
                     (
                         f"Translate each {language} word of the list into English. All are {many}.",
                         f"Write the {language} list of {many} in English.",
@@ -108,7 +80,7 @@ def translation_recipes() -> Iterator[Recipe]:
                 ),
                 (
                     "reversed",
-                    partial(reverse_pairs, d=dictionary, nouns=nouns),
+                    partial(_reversed, d=dictionary, nouns=nouns),
                     (
                         f"Translate the list of {many} into {language} and reverse the order.",
                         f"Write the {many} in {language}, starting with the last word.",
@@ -118,3 +90,38 @@ def translation_recipes() -> Iterator[Recipe]:
             forms.append(extra[(number + place) % 3])
             for name, make, phrasings in forms:
                 yield Recipe("translate", "Translation", f"{language} {category}; {name}", phrasings, make)
+
+
+def _to_language(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+    noun = rng.choice(nouns)
+    return noun, d[noun]
+
+
+def _to_english(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+    noun = rng.choice(nouns)
+    return d[noun], noun
+
+
+def _word_by_word(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+    chosen = rng.sample(nouns, rng.randint(2, 3))
+    return ", ".join(chosen), ", ".join(d[noun] for noun in chosen)
+
+
+def _phrase(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...], colour: tuple[str, ...]) -> tuple[str, str]:
+    noun, tint = rng.choice(nouns), rng.choice(colour)
+    return f"the {tint} {noun}", f"{d[noun]} {d[tint]}"
+
+
+def _described(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+    noun, adjective = rng.choice(nouns), rng.choice(ADJECTIVES[:8])
+    return f"a {adjective} {noun}", f"{d[adjective]} {d[noun]}"
+
+
+def _words_to_english(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+    chosen = rng.sample(nouns, 2)
+    return ", ".join(d[noun] for noun in chosen), ", ".join(chosen)
+
+
+def _reversed(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
+    chosen = rng.sample(nouns, rng.randint(2, 3))
+    return ", ".join(chosen), ", ".join(d[noun] for noun in reversed(chosen))

@@ -21,11 +21,6 @@ def filter_recipes() -> Iterator[Recipe]:
     )
     kinds = list(CATEGORIES)
 
-    def make(rng: Random, *, category: str, keep: bool, end: Callable[[list[str]], list[str]]) -> tuple[str, str]:
-        words = mixed_words(rng, category, 1, 3) if keep else mixed_words(rng, category, 1, 2)
-        left = [word for word in words if (CATEGORY_OF[word] == category) is keep]
-        return ", ".join(words), ", ".join(end(left))
-
     for number, category in enumerate(kinds):
         many = PLURAL_CATEGORIES[category]
         for keep in (True, False):
@@ -42,16 +37,8 @@ def filter_recipes() -> Iterator[Recipe]:
                         f"{verb[1]} the {many} in this list of words{rest}{wording[1]}.",
                         f"You get a mixed list of words. {verb[0]} the {many}{rest}{wording[0]}.",
                     ),
-                    partial(make, category=category, keep=keep, end=end),
+                    partial(_filter_kind, category=category, keep=keep, end=end),
                 )
-
-    def make_two(rng: Random, *, one: str, other: str) -> tuple[str, str]:
-        words = [rng.choice(CATEGORIES[one]), rng.choice(CATEGORIES[other]), *mixed_words(rng, one, 1, 1)[:3]]
-        words = list(dict.fromkeys(words))
-        rng.shuffle(words)
-        order = {one: 0, other: 1}
-        kept = sorted((w for w in words if CATEGORY_OF[w] in order), key=lambda w: order[CATEGORY_OF[w]])
-        return ", ".join(words), ", ".join(kept)
 
     for one, other in list(combinations(kinds, 2))[::9]:
         yield Recipe(
@@ -64,16 +51,9 @@ def filter_recipes() -> Iterator[Recipe]:
                 f"From the list, keep {PLURAL_CATEGORIES[one]} and then {PLURAL_CATEGORIES[other]}, "
                 f"in this order, and nothing else.",
             ),
-            partial(make_two, one=one, other=other),
+            partial(_filter_two, one=one, other=other),
         )
     initials = [letter for letter in "abcdfghlmprst" if sum(noun[0] == letter for noun in NOUNS) >= 6]
-
-    def make_letter(rng: Random, *, letter: str, keep: bool) -> tuple[str, str]:
-        inside = rng.sample([noun for noun in NOUNS if noun[0] == letter], rng.randint(1, 2))
-        outside = rng.sample([noun for noun in NOUNS if noun[0] != letter], rng.randint(2, 3))
-        words = inside + outside
-        rng.shuffle(words)
-        return ", ".join(words), ", ".join(word for word in words if (word[0] == letter) is keep)
 
     for letter in initials:
         for keep in (True, False):
@@ -87,8 +67,31 @@ def filter_recipes() -> Iterator[Recipe]:
                     f"From the list of words, {verb.lower()} those whose first letter is {letter} and write "
                     + ("only these." if keep else "what is left."),
                 ),
-                partial(make_letter, letter=letter, keep=keep),
+                partial(_filter_letter, letter=letter, keep=keep),
             )
+
+
+def _filter_kind(rng: Random, *, category: str, keep: bool, end: Callable[[list[str]], list[str]]) -> tuple[str, str]:
+    words = mixed_words(rng, category, 1, 3) if keep else mixed_words(rng, category, 1, 2)
+    left = [word for word in words if (CATEGORY_OF[word] == category) is keep]
+    return ", ".join(words), ", ".join(end(left))
+
+
+def _filter_two(rng: Random, *, one: str, other: str) -> tuple[str, str]:
+    words = [rng.choice(CATEGORIES[one]), rng.choice(CATEGORIES[other]), *mixed_words(rng, one, 1, 1)[:3]]
+    words = list(dict.fromkeys(words))
+    rng.shuffle(words)
+    order = {one: 0, other: 1}
+    kept = sorted((w for w in words if CATEGORY_OF[w] in order), key=lambda w: order[CATEGORY_OF[w]])
+    return ", ".join(words), ", ".join(kept)
+
+
+def _filter_letter(rng: Random, *, letter: str, keep: bool) -> tuple[str, str]:
+    inside = rng.sample([noun for noun in NOUNS if noun[0] == letter], rng.randint(1, 2))
+    outside = rng.sample([noun for noun in NOUNS if noun[0] != letter], rng.randint(2, 3))
+    words = inside + outside
+    rng.shuffle(words)
+    return ", ".join(words), ", ".join(word for word in words if (word[0] == letter) is keep)
 
 
 def format_recipes() -> Iterator[Recipe]:
@@ -129,14 +132,6 @@ def format_recipes() -> Iterator[Recipe]:
     }
     layouts |= {name: (f"separate the words by {name}", lambda w, s=s: s.join(w)) for name, s in SEPARATORS.items()}
 
-    def make(rng: Random, *, separator: str, write: Callable[[list[str]], str]) -> tuple[str, str]:
-        words = draw_words(rng, 3, 4)
-        return separator.join(words), write(words)
-
-    def make_step(rng: Random, *, step: ListStep, write: Callable[[list[str]], str]) -> tuple[str, str]:
-        words = draw_words(rng, 3, 4)
-        return ", ".join(words), write(step.apply(words))
-
     for number, (target, (wording, write)) in enumerate(layouts.items()):
         sources = [item for item in SEPARATORS.items() if item[0] != target]
         for name, separator in (sources[number % 3], sources[3 + number % 2], sources[5 + number % 2]):
@@ -149,7 +144,7 @@ def format_recipes() -> Iterator[Recipe]:
                     f"Change the layout of a list with {name}: {wording}.",
                     f"Rewrite the list, in which {name} stand between the words, so that you {wording}.",
                 ),
-                partial(make, separator=separator, write=write),
+                partial(_change_layout, separator=separator, write=write),
             )
         for step in (STEPS[0], STEPS[(number * 5 + 2) % len(STEPS)]):
             if step.name.startswith(("first", "keep", "every")) or (target == "commas" and step.name == "reverse"):
@@ -163,21 +158,22 @@ def format_recipes() -> Iterator[Recipe]:
                     f"First {step.wordings[0]}. Then {wording}.",
                     f"{capitalised(step.wordings[1])}, and after that {wording}.",
                 ),
-                partial(make_step, step=step, write=write),
+                partial(_step_and_layout, step=step, write=write),
             )
+
+
+def _change_layout(rng: Random, *, separator: str, write: Callable[[list[str]], str]) -> tuple[str, str]:
+    words = draw_words(rng, 3, 4)
+    return separator.join(words), write(words)
+
+
+def _step_and_layout(rng: Random, *, step: ListStep, write: Callable[[list[str]], str]) -> tuple[str, str]:
+    words = draw_words(rng, 3, 4)
+    return ", ".join(words), write(step.apply(words))
 
 
 def count_recipes() -> Iterator[Recipe]:
     """Yield counting tasks: answers are number words or digits."""
-
-    def make_all(rng: Random, *, style: str) -> tuple[str, str]:
-        words = draw_words(rng, 1, 7)
-        return ", ".join(words), NUMBER_WORDS[len(words)] if style == "word" else str(len(words))
-
-    def make_kind(rng: Random, *, category: str, style: str) -> tuple[str, str]:
-        words = mixed_words(rng, category, 0, 4)
-        count = sum(CATEGORY_OF[word] == category for word in words)
-        return ", ".join(words), NUMBER_WORDS[count] if style == "word" else str(count)
 
     for style in ("word", "digit"):
         yield Recipe(
@@ -188,7 +184,7 @@ def count_recipes() -> Iterator[Recipe]:
                 f"How many words are in the list? Answer with a {style}.",
                 f"Count the words and write the number as a {style}.",
             ),
-            partial(make_all, style=style),
+            partial(_count_all, style=style),
         )
         for number, category in enumerate(CATEGORIES):
             if number % 2 == (style == "word"):
@@ -202,15 +198,8 @@ def count_recipes() -> Iterator[Recipe]:
                     f"How many {PLURAL_CATEGORIES[category]} are in the list? Answer with a {style}.",
                     f"Count the {PLURAL_CATEGORIES[category]} among the words. Write the number as a {style}.",
                 ),
-                partial(make_kind, category=category, style=style),
+                partial(_count_kind, category=category, style=style),
             )
-
-    def make_repeat(rng: Random, *, category: str) -> tuple[str, str]:
-        target, *others = rng.sample(CATEGORIES[category], 3)
-        count = rng.randint(1, 4)
-        words = [target] * count + others
-        rng.shuffle(words)
-        return f"{target}: " + ", ".join(words), NUMBER_WORDS[count]
 
     for category in list(CATEGORIES)[::2]:
         yield Recipe(
@@ -221,5 +210,24 @@ def count_recipes() -> Iterator[Recipe]:
                 f"How often does the {category} before the colon occur in the list after it? Answer with a word.",
                 f"A {category}, a colon and a list follow. Count how many times the first word appears in the list.",
             ),
-            partial(make_repeat, category=category),
+            partial(_count_repeats, category=category),
         )
+
+
+def _count_all(rng: Random, *, style: str) -> tuple[str, str]:
+    words = draw_words(rng, 1, 7)
+    return ", ".join(words), NUMBER_WORDS[len(words)] if style == "word" else str(len(words))
+
+
+def _count_kind(rng: Random, *, category: str, style: str) -> tuple[str, str]:
+    words = mixed_words(rng, category, 0, 4)
+    count = sum(CATEGORY_OF[word] == category for word in words)
+    return ", ".join(words), NUMBER_WORDS[count] if style == "word" else str(count)
+
+
+def _count_repeats(rng: Random, *, category: str) -> tuple[str, str]:
+    target, *others = rng.sample(CATEGORIES[category], 3)
+    count = rng.randint(1, 4)
+    words = [target] * count + others
+    rng.shuffle(words)
+    return f"{target}: " + ", ".join(words), NUMBER_WORDS[count]

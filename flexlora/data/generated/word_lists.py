@@ -69,10 +69,6 @@ def select_recipes() -> Iterator[Recipe]:
     """Yield tasks that pick one word out of a list, some after a step and some mapping the word to a fact."""
     separators = list(SEPARATORS.items())
 
-    def make(rng: Random, *, pick: Pick, separator: str) -> tuple[str, str]:
-        words = draw_words(rng, 3, 6)
-        return separator.join(words), pick.apply(words)
-
     for number, pick in enumerate(PICKS):
         for name, separator in (separators[0], separators[1 + number % 3], separators[4 + number % 4]):
             yield Recipe(
@@ -84,12 +80,8 @@ def select_recipes() -> Iterator[Recipe]:
                     f"Which is {pick.wordings[1]} of the list? The words are separated by {name}.",
                     f"Read the list of words with {name} between them and answer with {pick.wordings[0]} only.",
                 ),
-                partial(make, pick=pick, separator=separator),
+                partial(_pick, pick=pick, separator=separator),
             )
-
-    def make_fact(rng: Random, *, pick: Pick, fact: str, keys: tuple[str, ...]) -> tuple[str, str]:
-        words = rng.sample(keys, rng.randint(3, 4))
-        return ", ".join(words), FACTS[fact][pick.apply(words)]
 
     for pick in PICKS[:5]:
         for fact, words_for_fact in _FACT_WORDINGS.items():
@@ -103,18 +95,8 @@ def select_recipes() -> Iterator[Recipe]:
                     f"Look at {pick.wordings[0]} of the list and write {words_for_fact[0]}.",
                     f"Take {pick.wordings[1]} and give {words_for_fact[1]}. Ignore the others.",
                 ),
-                partial(make_fact, pick=pick, fact=fact, keys=keys),
+                partial(_fact_of_pick, pick=pick, fact=fact, keys=keys),
             )
-
-    def make_only(rng: Random, *, category: str) -> tuple[str, str]:
-        words = mixed_words(rng, category, 1, 1)
-        return ", ".join(words), next(word for word in words if CATEGORY_OF[word] == category)
-
-    def make_odd(rng: Random, *, category: str) -> tuple[str, str]:
-        words = rng.sample(CATEGORIES[category], rng.randint(2, 4))
-        odd = rng.choice([noun for noun in NOUNS if CATEGORY_OF[noun] != category])
-        words.insert(rng.randint(0, len(words)), odd)
-        return ", ".join(words), odd
 
     for category in CATEGORIES:
         many = PLURAL_CATEGORIES[category]
@@ -127,7 +109,7 @@ def select_recipes() -> Iterator[Recipe]:
                 f"Find the {category} in the list of words and write it.",
                 f"Among these words, one names something of the kind: {category}. Which one is it?",
             ),
-            partial(make_only, category=category),
+            partial(_only_one, category=category),
         )
         yield Recipe(
             "select_kind",
@@ -137,8 +119,30 @@ def select_recipes() -> Iterator[Recipe]:
                 f"All words of the list belong to the {many}, except one. Write the one that does not.",
                 f"Which word is the odd one out? All others are {many}.",
             ),
-            partial(make_odd, category=category),
+            partial(_odd_one, category=category),
         )
+
+
+def _pick(rng: Random, *, pick: Pick, separator: str) -> tuple[str, str]:
+    words = draw_words(rng, 3, 6)
+    return separator.join(words), pick.apply(words)
+
+
+def _fact_of_pick(rng: Random, *, pick: Pick, fact: str, keys: tuple[str, ...]) -> tuple[str, str]:
+    words = rng.sample(keys, rng.randint(3, 4))
+    return ", ".join(words), FACTS[fact][pick.apply(words)]
+
+
+def _only_one(rng: Random, *, category: str) -> tuple[str, str]:
+    words = mixed_words(rng, category, 1, 1)
+    return ", ".join(words), next(word for word in words if CATEGORY_OF[word] == category)
+
+
+def _odd_one(rng: Random, *, category: str) -> tuple[str, str]:
+    words = rng.sample(CATEGORIES[category], rng.randint(2, 4))
+    odd = rng.choice([noun for noun in NOUNS if CATEGORY_OF[noun] != category])
+    words.insert(rng.randint(0, len(words)), odd)
+    return ", ".join(words), odd
 
 
 _FACT_WORDINGS: dict[str, tuple[str, str]] = {

@@ -53,33 +53,6 @@ _FACTS: dict[str, tuple[str, str, str, str]] = {
 def fact_recipes() -> Iterator[Recipe]:
     """Yield fact look-ups: on one word, as a question, as a sentence, on lists, and together with list steps."""
 
-    def of_one(rng: Random, *, table: dict[str, str], keys: tuple[str, ...]) -> tuple[str, str]:
-        key = rng.choice(keys)
-        return key, table[key]
-
-    def of_question(rng: Random, *, table: dict[str, str], keys: tuple[str, ...], question: str) -> tuple[str, str]:
-        key = rng.choice(keys)
-        return question.format(key=key), table[key]
-
-    def of_sentence(rng: Random, *, table: dict[str, str], keys: tuple[str, ...], sentence: str) -> tuple[str, str]:
-        key = rng.choice(keys)
-        return key, capitalised(sentence.format(key=key, value=table[key])) + "."
-
-    def both(rng: Random, *, table: dict[str, str], keys: tuple[str, ...]) -> tuple[str, str]:
-        key = rng.choice(keys)
-        return key, f"{key}: {table[key]}"
-
-    def backwards(rng: Random, *, table: dict[str, str]) -> tuple[str, str]:
-        unique = [key for key, value in table.items() if list(table.values()).count(value) == 1]
-        key = rng.choice(unique)
-        return table[key], key
-
-    def of_list(
-        rng: Random, *, table: dict[str, str], keys: tuple[str, ...], apply: Callable[[list[str]], list[str]]
-    ) -> tuple[str, str]:
-        words = rng.sample(keys, rng.randint(2, 3))
-        return ", ".join(words), ", ".join(table[word] for word in apply(words))
-
     for number, (fact, (what, value_of, question, sentence)) in enumerate(_FACTS.items()):
         table = FACTS[fact]
         keys = tuple(table)
@@ -87,12 +60,12 @@ def fact_recipes() -> Iterator[Recipe]:
         forms = [
             (
                 "word",
-                partial(of_one, table=table, keys=keys),
+                partial(_fact_of_word, table=table, keys=keys),
                 (f"You get {what}. Write {value_of}.", f"Give {value_of}. The input is {what}."),
             ),
             (
                 "question",
-                partial(of_question, table=table, keys=keys, question=question),
+                partial(_answer_question, table=table, keys=keys, question=question),
                 (
                     f"Answer a question about {what} in one word: {value_of}.",
                     f"The question asks for {value_of}, given {what}. Answer in one word.",
@@ -100,7 +73,7 @@ def fact_recipes() -> Iterator[Recipe]:
             ),
             (
                 "sentence",
-                partial(of_sentence, table=table, keys=keys, sentence=sentence),
+                partial(_fact_sentence, table=table, keys=keys, sentence=sentence),
                 (
                     f"You get {what}. Say {value_of} in a short sentence.",
                     f"Write a short sentence that tells {value_of}. The input is {what}.",
@@ -108,7 +81,7 @@ def fact_recipes() -> Iterator[Recipe]:
             ),
             (
                 "pair",
-                partial(both, table=table, keys=keys),
+                partial(_word_and_fact, table=table, keys=keys),
                 (
                     f"You get {what}. Copy it, write a colon and then {value_of}.",
                     f"Write the input, a colon, and {value_of}. The input is {what}.",
@@ -120,7 +93,7 @@ def fact_recipes() -> Iterator[Recipe]:
             forms.append(
                 (
                     "backwards",
-                    partial(backwards, table=table),
+                    partial(_word_of_fact, table=table),
                     (
                         f"You get {value_of}, for {what} you have to guess. Write that word.",
                         f"Which word fits? The input tells {value_of}; answer with {what}.",
@@ -147,12 +120,8 @@ def fact_recipes() -> Iterator[Recipe]:
                 "Word Semantics",
                 f"{fact} of a list; {step.name if step else 'as is'}",
                 phrasings,
-                partial(of_list, table=table, keys=keys, apply=step.apply if step else list),
+                partial(_facts_of_list, table=table, keys=keys, apply=step.apply if step else list),
             )
-
-    def two_facts(rng: Random, *, one: str, other: str, keys: tuple[str, ...]) -> tuple[str, str]:
-        key = rng.choice(keys)
-        return key, f"{FACTS[one][key]}, {FACTS[other][key]}"
 
     for one, other in (
         ("past", "base form"),
@@ -180,8 +149,46 @@ def fact_recipes() -> Iterator[Recipe]:
                 f"You get {_FACTS[one][0]}. Write {_FACTS[one][1]} and {_FACTS[other][1]}, with a comma between them.",
                 f"Give first {_FACTS[one][1]}, then {_FACTS[other][1]}. The input is {_FACTS[one][0]}.",
             ),
-            partial(two_facts, one=one, other=other, keys=keys),
+            partial(_two_facts, one=one, other=other, keys=keys),
         )
+
+
+def _fact_of_word(rng: Random, *, table: dict[str, str], keys: tuple[str, ...]) -> tuple[str, str]:
+    key = rng.choice(keys)
+    return key, table[key]
+
+
+def _answer_question(rng: Random, *, table: dict[str, str], keys: tuple[str, ...], question: str) -> tuple[str, str]:
+    key = rng.choice(keys)
+    return question.format(key=key), table[key]
+
+
+def _fact_sentence(rng: Random, *, table: dict[str, str], keys: tuple[str, ...], sentence: str) -> tuple[str, str]:
+    key = rng.choice(keys)
+    return key, capitalised(sentence.format(key=key, value=table[key])) + "."
+
+
+def _word_and_fact(rng: Random, *, table: dict[str, str], keys: tuple[str, ...]) -> tuple[str, str]:
+    key = rng.choice(keys)
+    return key, f"{key}: {table[key]}"
+
+
+def _word_of_fact(rng: Random, *, table: dict[str, str]) -> tuple[str, str]:
+    unique = [key for key, value in table.items() if list(table.values()).count(value) == 1]
+    key = rng.choice(unique)
+    return table[key], key
+
+
+def _facts_of_list(
+    rng: Random, *, table: dict[str, str], keys: tuple[str, ...], apply: Callable[[list[str]], list[str]]
+) -> tuple[str, str]:
+    words = rng.sample(keys, rng.randint(2, 3))
+    return ", ".join(words), ", ".join(table[word] for word in apply(words))
+
+
+def _two_facts(rng: Random, *, one: str, other: str, keys: tuple[str, ...]) -> tuple[str, str]:
+    key = rng.choice(keys)
+    return key, f"{FACTS[one][key]}, {FACTS[other][key]}"
 
 
 def classify_recipes() -> Iterator[Recipe]:
@@ -198,10 +205,6 @@ def classify_recipes() -> Iterator[Recipe]:
         ("left", "right", "up", "down"),
         ("X", "Y", "Z", "W"),
     )
-
-    def make(rng: Random, *, group: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, str]:
-        place = rng.randrange(len(group))
-        return rng.choice(CATEGORIES[group[place]]), names[place]
 
     for number, group in enumerate(groups):
         plain = number % 2 == 0
@@ -228,21 +231,8 @@ def classify_recipes() -> Iterator[Recipe]:
             "Word Classification",
             " / ".join(f"{k}={n}" for k, n in zip(group, names, strict=True)),
             phrasings,
-            partial(make, group=group, names=names),
+            partial(_kind_of_word, group=group, names=names),
         )
-
-    def is_one(rng: Random, *, category: str) -> tuple[str, str]:
-        inside = rng.random() < 0.5
-        noun = rng.choice(CATEGORIES[category] if inside else [n for n in NOUNS if CATEGORY_OF[n] != category])
-        return noun, "yes" if inside else "no"
-
-    def same_kind(rng: Random, *, category: str, other: str) -> tuple[str, str]:
-        first = rng.choice(CATEGORIES[category])
-        same = rng.random() < 0.5
-        pool = [n for n in CATEGORIES[category if same else other] if n != first]
-        pair = [first, rng.choice(pool)]
-        rng.shuffle(pair)
-        return " and ".join(pair), "same" if same else "different"
 
     for number, category in enumerate(kinds):
         yield Recipe(
@@ -253,7 +243,7 @@ def classify_recipes() -> Iterator[Recipe]:
                 f"Does the word belong to the {PLURAL_CATEGORIES[category]}? Answer yes or no.",
                 f"Say yes if the word names a {category} and no if it does not.",
             ),
-            partial(is_one, category=category),
+            partial(_is_one, category=category),
         )
         other = kinds[(number + 7) % len(kinds)]
 
@@ -267,5 +257,25 @@ def classify_recipes() -> Iterator[Recipe]:
                 f"Answer same for two {PLURAL_CATEGORIES[category]}, and different if one word is from the "
                 f"{PLURAL_CATEGORIES[other]}.",
             ),
-            partial(same_kind, category=category, other=other),
+            partial(_same_kind, category=category, other=other),
         )
+
+
+def _kind_of_word(rng: Random, *, group: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, str]:
+    place = rng.randrange(len(group))
+    return rng.choice(CATEGORIES[group[place]]), names[place]
+
+
+def _is_one(rng: Random, *, category: str) -> tuple[str, str]:
+    inside = rng.random() < 0.5
+    noun = rng.choice(CATEGORIES[category] if inside else [n for n in NOUNS if CATEGORY_OF[n] != category])
+    return noun, "yes" if inside else "no"
+
+
+def _same_kind(rng: Random, *, category: str, other: str) -> tuple[str, str]:
+    first = rng.choice(CATEGORIES[category])
+    same = rng.random() < 0.5
+    pool = [n for n in CATEGORIES[category if same else other] if n != first]
+    pair = [first, rng.choice(pool)]
+    rng.shuffle(pair)
+    return " and ".join(pair), "same" if same else "different"
