@@ -16,12 +16,14 @@ from random import Random
 from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
 from flexlora.data.generated import (
+    arithmetic,
     blanks,
     grammar,
     messages,
     passages,
     sentences,
     sequences,
+    spelling,
     tables,
     translations,
     word_filters,
@@ -128,8 +130,12 @@ def _recipes() -> Iterator[Recipe]:
     yield from tables.lookup_recipes()
     yield from messages.dialogue_recipes()
     yield from sequences.pattern_recipes()
-    yield from sequences.number_recipes()
-    yield from sequences.spelling_recipes()
+    yield from sequences.row_recipes()
+    yield from arithmetic.number_recipes()
+    yield from arithmetic.story_recipes()
+    yield from arithmetic.number_form_recipes()
+    yield from arithmetic.compare_recipes()
+    yield from spelling.spelling_recipes()
 
 
 @lru_cache(maxsize=4)
