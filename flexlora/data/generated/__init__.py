@@ -26,6 +26,7 @@ from flexlora.data.generated import (
     spelling,
     tables,
     translations,
+    word_edits,
     word_filters,
     word_lists,
     word_meaning,
@@ -116,7 +117,7 @@ def _recipes() -> Iterator[Recipe]:
     yield from word_meaning.classify_recipes()
     yield from translations.translation_recipes()
     yield from sentences.rewrite_recipes()
-    yield from sentences.edit_recipes()
+    yield from word_edits.edit_recipes()
     yield from grammar.grammar_recipes()
     yield from blanks.complete_recipes()
     yield from passages.comprehension_recipes()
