@@ -19,6 +19,7 @@ from flexlora.data.generated import (
     arithmetic,
     blanks,
     grammar,
+    lookups,
     messages,
     passages,
     sentences,
@@ -128,7 +129,7 @@ def _recipes() -> Iterator[Recipe]:
     yield from messages.topic_recipes()
     yield from passages.title_recipes()
     yield from passages.verify_recipes()
-    yield from tables.lookup_recipes()
+    yield from lookups.lookup_recipes()
     yield from messages.dialogue_recipes()
     yield from sequences.pattern_recipes()
     yield from sequences.row_recipes()

@@ -1,12 +1,15 @@
-"""Which tasks turn data into text and back, and look things up in a short table."""
+"""Which tasks turn data into text and back."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import permutations
 from random import Random
 
-from flexlora.data.generated.recipe import Recipe, with_article
-from flexlora.data.generated.scenes import DRAWS, Scene, draw_scene, spoken
+from flexlora.data.generated.recipe import Recipe
+from flexlora.data.generated.scenes import Scene, draw_scene
+
+# Writes the fields with these names.
+Write = Callable[[tuple[str, ...], dict[str, str]], str]
 
 _REPORTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("birthday", ("name", "age", "city"), "{name} turned {age} in {city}."),
@@ -31,19 +34,20 @@ _REPORTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("delivery", ("thing", "city", "day"), "The {thing} will reach {city} by {day}."),
 )
 
+# Name, how a definition describes it, and how the values are written.
+_NOTATIONS: tuple[tuple[str, str, Write], ...] = (
+    ("named", "fields with their names", lambda keys, v: ", ".join(f"{key}: {v[key]}" for key in keys)),
+    ("bare", "values with commas", lambda keys, v: ", ".join(v[key] for key in keys)),
+    ("barred", "a row with bars", lambda keys, v: " | ".join(v[key] for key in keys)),
+)
+
 
 def report_recipes() -> Iterator[Recipe]:
     """Yield data-to-text tasks and their inverse, for several notations of the data."""
-    notations: tuple[tuple[str, str, Callable[[tuple[str, ...], dict[str, str]], str]], ...] = (
-        ("named", "fields with their names", lambda keys, v: ", ".join(f"{key}: {v[key]}" for key in keys)),
-        ("bare", "values with commas", lambda keys, v: ", ".join(v[key] for key in keys)),
-        ("barred", "a row with bars", lambda keys, v: " | ".join(v[key] for key in keys)),
-    )
-
     for number, (name, keys, sentence) in enumerate(_REPORTS):
         scene = Scene(name, sentence, dict.fromkeys(keys, ""))
         shape = sentence.replace("{", "[").replace("}", "]")
-        for place, (notation, described, write) in enumerate(notations):
+        for place, (notation, described, write) in enumerate(_NOTATIONS):
             order = list(permutations(keys))[(number + 2 * place) % 6]
 
             yield Recipe(
@@ -70,131 +74,11 @@ def report_recipes() -> Iterator[Recipe]:
                 )
 
 
-def _to_text(
-    rng: Random, *, scene: Scene, order: tuple[str, ...], write: Callable[[tuple[str, ...], dict[str, str]], str]
-) -> tuple[str, str]:
+def _to_text(rng: Random, *, scene: Scene, order: tuple[str, ...], write: Write) -> tuple[str, str]:
     values = draw_scene(rng, scene)
     return write(order, values), scene.sentence.format(**values)
 
 
-def _to_data(
-    rng: Random, *, scene: Scene, order: tuple[str, ...], write: Callable[[tuple[str, ...], dict[str, str]], str]
-) -> tuple[str, str]:
+def _to_data(rng: Random, *, scene: Scene, order: tuple[str, ...], write: Write) -> tuple[str, str]:
     values = draw_scene(rng, scene)
     return scene.sentence.format(**values), write(order, values)
-
-
-def lookup_recipes() -> Iterator[Recipe]:
-    """Yield look-ups in a short table given in the input, in both directions, and in two hops."""
-    kinds = (
-        ("name", "city"),
-        ("name", "colour"),
-        ("name", "animal"),
-        ("name", "job"),
-        ("thing", "price"),
-        ("city", "day"),
-        ("name", "dish"),
-        ("thing", "colour"),
-        ("name", "vehicle"),
-        ("animal", "place"),
-        ("day", "dish"),
-        ("name", "instrument"),
-    )
-    marks = ((": ", ", "), ("=", "; "), (" -> ", ", "), (" - ", " / "))
-
-    for number, (key, value) in enumerate(kinds):
-        between, after = marks[number % len(marks)]
-
-        read = partial(_draw_table, key=key, value=value, between=between, after=after)
-        one, other = spoken(key).removeprefix("the "), spoken(value).removeprefix("the ")
-        forms = (
-            (
-                "forward",
-                partial(_value_of_key, table=read),
-                (
-                    f"A table gives {with_article(other)} for every {one}. Answer the question at the end.",
-                    f"Look up the {one} at the end of the text in the table and write the {other}.",
-                ),
-            ),
-            (
-                "backward",
-                partial(_key_of_value, table=read),
-                (
-                    f"A table gives {with_article(other)} for every {one}. Write the {one} for the {other} at the end.",
-                    f"Which {one} has the {other} that is asked for at the end?",
-                ),
-            ),
-            (
-                "keys",
-                partial(_all_keys, table=read),
-                (
-                    f"Each {one} has {with_article(other)}. Write only every {one}, in order, with commas.",
-                    f"List the left side of the table of {one} and {other}, with commas.",
-                ),
-            ),
-            (
-                "values",
-                partial(_all_values, table=read),
-                (
-                    f"Each {one} has {with_article(other)}. Write only every {other}, in order, with commas.",
-                    f"List the right side of the table of {one} and {other}, with commas.",
-                ),
-            ),
-            (
-                "last",
-                partial(_last_pair, table=read),
-                (
-                    f"Write the last {one} and {other} of the table, with and between them.",
-                    f"Take the final pair of the table of {one} and {other}. Join the two with and.",
-                ),
-            ),
-            (
-                "swapped",
-                partial(_swapped, table=read, between=between, after=after),
-                (
-                    f"Swap the sides of the table, so that every {other} stands before its {one}.",
-                    f"Write the table of {one} and {other} with the two sides exchanged.",
-                ),
-            ),
-        )
-        for name, make, phrasings in forms:
-            yield Recipe("lookup", "Table Lookup", f"{key} to {value}; {name}", phrasings, make)
-
-
-def _draw_table(rng: Random, *, key: str, value: str, between: str, after: str) -> tuple[str, list[str], list[str]]:
-    keys, values = rng.sample(DRAWS[key], 3), rng.sample(DRAWS[value], 3)
-    return after.join(f"{k}{between}{v}" for k, v in zip(keys, values, strict=True)), keys, values
-
-
-def _value_of_key(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
-    text, keys, values = table(rng)
-    place = rng.randrange(3)
-    return f"{text}. {keys[place]}?", values[place]
-
-
-def _key_of_value(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
-    text, keys, values = table(rng)
-    place = rng.randrange(3)
-    return f"{text}. {values[place]}?", keys[place]
-
-
-def _all_keys(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
-    text, keys, _ = table(rng)
-    return text, ", ".join(keys)
-
-
-def _all_values(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
-    text, _, values = table(rng)
-    return text, ", ".join(values)
-
-
-def _last_pair(rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]]) -> tuple[str, str]:
-    text, keys, values = table(rng)
-    return text, f"{keys[-1]} and {values[-1]}"
-
-
-def _swapped(
-    rng: Random, *, table: Callable[..., tuple[str, list[str], list[str]]], between: str, after: str
-) -> tuple[str, str]:
-    text, keys, values = table(rng)
-    return text, after.join(f"{v}{between}{k}" for k, v in zip(keys, values, strict=True))
