@@ -16,7 +16,7 @@ from flexlora.experiment.stages import Stage
 from flexlora.progress import moving_bar
 from flexlora.report.comparison import comparison_notes, timed_runs
 from flexlora.report.run_folder import read_run
-from flexlora.report.tables import SUMMARY_COLUMNS, summary_cells, summary_table
+from flexlora.report.score_tables import SUMMARY_COLUMNS, summary_cells, summary_table
 from flexlora.report.virtual_time import VIRTUAL_COLUMNS, TimedRun, virtual_cells
 from flexlora.rounds.loop_parts import RoundEvent
 from flexlora.rounds.records import EvaluationRecord, RoundRecord

@@ -1,4 +1,4 @@
-"""Which runs stand side by side on the virtual clock, what they are called, and what keeps them from being compared."""
+"""Choose the runs to compare on the virtual clock, name them, and say what makes them incomparable."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,424 +1,223 @@
-"""Numbers -> SVG: pure functions, one per kind of figure.
+"""Choose what each figure of the page shows."""
 
-Colours are CSS classes of the page (``c1``.. for models and stages, ``p1``.. for rank plans), so that one drawing
-serves light, dark and paper. Every chart is drawn in a box of `WIDTH` units and scales with the page.
-"""
-
-import bisect
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
+from flexlora.report.bar_chart import stacked_bars
+from flexlora.report.drawing import Chart
+from flexlora.report.line_chart import Axis, Series, line_chart
+from flexlora.report.participation import times_sampled
+from flexlora.report.run_folder import RunFolder
+from flexlora.report.scales import NumberText
+from flexlora.report.scores import base_evaluation
+from flexlora.report.virtual_time import TimedRun
+from flexlora.report.wall_time import time_table
+from flexlora.text import bytes_text, count_text, number_text, seconds_text
 
-from flexlora.report.tables import finite
-from flexlora.text import number_text
-
-WIDTH, HEIGHT = 520.0, 270.0
-LEFT, RIGHT, TOP, BOTTOM = 50.0, 508.0, 12.0, 232.0
-MAX_MARKERS = 30
-HEAT_LEVELS = 10
-NOT_THERE = "//"
-"""Stands for a missing value in `encode`."""
-
-_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-_MAX_CODE = 4094
-
-NumberText = Callable[[float], str]
+FEDERATED, FEDIT, LOCAL, BASE = "c1", "c2", "c3", "c6"
+MODEL_STYLES = {"federated": FEDERATED, "fedit": FEDIT, "local": LOCAL, "base": BASE}
+"""Model -> CSS class."""
 
 
 @dataclass(frozen=True)
-class Axis:
-    """What runs along the bottom of a line chart: its name, how a place on it is called, and how it is written."""
+class Figure:
+    """A chart with its title, unit and caption; ``chart`` is None when nothing has been measured."""
 
-    name: str
-    heading: NumberText
-    write: NumberText
-    is_whole: bool = True
-
-
-ROUNDS = Axis("rounds", lambda x: f"Round {x:.0f}", lambda x: f"{x:.0f}")
+    key: str
+    title: str
+    unit: str
+    caption: str
+    chart: Chart | None
 
 
-@dataclass(frozen=True)
-class Series:
-    """One line of a chart, or one level across it when ``is_level``."""
-
-    name: str
-    style: str
-    points: Sequence[tuple[float, float | None]]
-    is_level: bool = False
-
-    @property
-    def present(self) -> list[tuple[float, float]]:
-        """The points that can be drawn."""
-        return [(x, y) for x, y in self.points if y is not None and math.isfinite(y)]
-
-
-@dataclass(frozen=True)
-class LegendEntry:
-    """One entry of a legend; ``value`` is the last one of the series, written out."""
-
-    name: str
-    style: str
-    value: str
-    is_level: bool = False
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a chart says at one place: ``x`` in drawing units, a heading, and (style, name, value) lines."""
-
-    x: float
-    heading: str
-    lines: Sequence[tuple[str, str, str]]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing with what the page says around it."""
-
-    svg: Markup
-    legend: Sequence[LegendEntry]
-    readings: Sequence[Reading]
-    description: str
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A straight or logarithmic way from values to drawing units."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    is_log: bool = False
-
-    def __call__(self, value: float) -> float:
-        """Return the place of a value; values outside land on the edge."""
-        low, high = (math.log10(self.low), math.log10(self.high)) if self.is_log else (self.low, self.high)
-        if self.is_log:
-            value = math.log10(max(value, self.low))
-        share = (value - low) / (high - low) if high > low else 0.5
-        return self.start + (self.end - self.start) * min(max(share, 0.0), 1.0)
-
-
-def ticks(low: float, high: float, count: int = 5, integers: bool = False) -> list[float]:
-    """Return about ``count`` round numbers within ``low`` and ``high``."""
-    if not high > low:
-        return [low]
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
-    if integers:
-        step = max(1.0, math.ceil(step))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return powers of ten within ``low`` and ``high``, at most seven."""
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    stride = max(1, math.ceil((last - first + 1) / 7))
-    return [10.0**power for power in range(first, last + 1, stride)]
-
-
-def line_chart(
-    series: Sequence[Series], *, what: str, from_zero: bool, write: NumberText = number_text, axis: Axis = ROUNDS
-) -> Chart | None:
-    """Draw values over rounds, or along another axis; None when nothing can be drawn.
-
-    Args:
-        series: Lines and levels; missing and non-finite values are left out, their neighbours joined.
-        what: The measure in words, for the description.
-        from_zero: Start the vertical axis at 0. Otherwise it spans the values.
-        write: How a value is written in the legend and the readings.
-        axis: What the places of the points are.
-    """
-    series = [line for line in series if line.present]
-    if not series:
-        return None
-    rounds = sorted({x for line in series if not line.is_level for x, _ in line.present}) or [0.0, 1.0]
-    values = [y for line in series for _, y in line.present]
-    y_low, y_high = _span(min(values), max(values), from_zero)
-    x_scale = Scale(rounds[0], rounds[-1], LEFT, RIGHT)
-    y_scale = Scale(y_low, y_high, BOTTOM, TOP)
-    x_marks = ticks(rounds[0], rounds[-1], 6, axis.is_whole)
-    x_write = axis.write if axis.is_whole else _plain(x_marks)
-    body = [*_y_axis(ticks(y_low, y_high), y_scale), *_x_axis(x_marks, x_scale, x_write)]
-    for line in sorted(series, key=lambda line: not line.is_level):
-        body.append(_level(line, y_scale) if line.is_level else _line(line, x_scale, y_scale))
-    readings = [
-        Reading(
-            round(x_scale(x), 1),
-            axis.heading(x),
-            [(line.style, line.name, write(y)) for line in series if (y := _value_at(line, x)) is not None],
+def curves(run: RunFolder) -> list[Figure]:
+    """Return the scores and losses over rounds, with the references as levels and lines."""
+    what = [
+        ("rouge_l", "ROUGE-L on unseen tasks", "0 to 100, higher is better", True, 1),
+        ("exact_match", "Exact match on unseen tasks", "% of answers, higher is better", True, 1),
+        ("loss", "Loss on unseen tasks", "nats per answer token, lower is better", False, 3),
+    ]
+    shown = [
+        Figure(
+            key=f"curve-{measure.replace('_', '-')}",
+            title=title,
+            unit=unit,
+            caption="Weighted by examples.",
+            chart=line_chart(_unseen_series(run, measure), what=title, from_zero=from_zero, write=_writer(digits)),
         )
-        for x in rounds
+        for measure, title, unit, from_zero, digits in what
     ]
-    legend = [LegendEntry(line.name, line.style, write(line.present[-1][1]), line.is_level) for line in series]
-    ends = "; ".join(
-        f"{line.name} {write(line.present[-1][1])}"
-        if line.is_level or len(line.present) == 1
-        else f"{line.name} from {write(line.present[0][1])} to {write(line.present[-1][1])}"
-        for line in series
+    training = [
+        Series("Training, surviving clients", FEDERATED, [(r.server_round, r.train_loss) for r in run.records]),
+        Series(
+            "Validation set",
+            "c5",
+            [(r.server_round, (r.evaluation.validation_loss if r.evaluation else None)) for r in run.records],
+        ),
+    ]
+    chart = line_chart(training, what="Loss while training", from_zero=False, write=_writer(3))
+    caption = "Training loss is the mean over the steps of each client; early stopping watches the validation set."
+    return [*shown, Figure("curve-training", "Loss while training", "nats per answer token", caption, chart)]
+
+
+def energy(run: RunFolder) -> list[Figure]:
+    """Return how much of the global change lies above the smallest ranks and inside each plan's, over rounds."""
+    above = [(r.server_round, _percent(r.energy_above_smallest)) for r in run.records]
+    kept = [
+        Series(plan, style, [(r.server_round, _percent(r.energy_kept.get(plan))) for r in run.records])
+        for plan, style in run.plan_styles.items()
+    ]
+    return [
+        Figure(
+            "energy-above",
+            "Energy above the smallest rank",
+            "% of the squared singular values, all modules together",
+            "A line that sinks to zero is rank collapse: what only larger clients can hold is lost.",
+            line_chart(
+                [Series("above the smallest ranks", FEDERATED, above)],
+                what="Share of the squared singular values",
+                from_zero=True,
+                write=_in_percent,
+            ),
+        ),
+        Figure(
+            "energy-kept",
+            "Energy inside the ranks of each plan",
+            "% of the squared singular values, all modules together",
+            "100 % means that clients of the plan receive the whole change.",
+            line_chart(kept, what="Share of the squared singular values inside", from_zero=False, write=_in_percent),
+        ),
+    ]
+
+
+def participation(run: RunFolder) -> list[Figure]:
+    """Return who took part in each round, and how often clients were sampled."""
+    rounds = [record for record in run.records if record.clients]
+    cohorts = [(r.server_round, _sum_by_plan([(c.plan, 1) for c in r.clients])) for r in rounds]
+    histograms = times_sampled(run.records, run.manifest)
+    most = max((times for histogram in histograms.values() for times in histogram), default=-1) if rounds else -1
+    columns = [
+        (times, {plan: float(histogram[times]) for plan, histogram in histograms.items()}) for times in range(most + 1)
+    ]
+    write = _counter("client")
+    styles = run.plan_styles
+    return [
+        Figure(
+            "cohort-chart",
+            "Clients per round",
+            "clients sampled, by rank plan",
+            "Clients that failed are included.",
+            stacked_bars(cohorts, styles, what="Sampled clients", heading="Round {}", write=write, with_sums=False),
+        ),
+        Figure(
+            "sampled-chart",
+            "How often clients were sampled",
+            "clients, over the number of rounds they took part in",
+            "Sampling is a function of the seed and the round alone.",
+            stacked_bars(columns, styles, what="Clients", heading="Sampled {} ×", write=write),
+        ),
+    ]
+
+
+def traffic(run: RunFolder) -> Figure:
+    """Return the bytes moved in each round by rank plan."""
+    rounds = [
+        (r.server_round, _sum_by_plan([(c.plan, c.up_bytes + c.down_bytes) for c in r.clients]))
+        for r in run.records
+        if r.clients
+    ]
+    most = max((sum(parts.values()) for _, parts in rounds), default=0.0)
+    unit, name = next(
+        (size, name) for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")) if most >= size or size == 1
     )
-    description = f"{what}, {axis.name} {axis.write(rounds[0])} to {axis.write(rounds[-1])}: {ends}."
-    return Chart(_svg(body), legend, readings, description)
+    chart = stacked_bars(rounds, run.plan_styles, what="Bytes moved", heading="Round {}", write=bytes_text, unit=unit)
+    caption = "Serialised factors as they travel, both directions."
+    return Figure(
+        "traffic-chart", "Traffic per round", f"{name if chart else 'bytes'} up and down, by rank plan", caption, chart
+    )
 
 
-def stacked_bars(
-    columns: Sequence[tuple[int, Mapping[str, float]]],
-    styles: Mapping[str, str],
-    *,
-    what: str,
-    heading: str,
-    write: NumberText,
-    unit: float = 1.0,
-    with_sums: bool = True,
-) -> Chart | None:
-    """Draw one bar per column, made of the parts named in ``styles``, bottom first; None when there is nothing.
+def stage_times(run: RunFolder) -> Figure:
+    """Return the wall time of each round by stage."""
+    stages = [row.stage for row in time_table(run.records)]
+    rounds = [(r.server_round, {k: v for k, v in r.seconds.items() if k != "total"}) for r in run.records if r.seconds]
+    chart = stacked_bars(
+        rounds,
+        {stage: f"c{1 + place % 6}" for place, stage in enumerate(stages)},
+        what="Wall time",
+        heading="Round {}",
+        write=seconds_text,
+    )
+    return Figure("time-chart", "Time per round", "seconds, by stage", "Wall time on the machine of the run.", chart)
 
-    Args:
-        columns: Number under the bar, and part -> size.
-        styles: Part -> CSS class, in stacking order.
-        what: The measure in words, for the description.
-        heading: What a column is, with ``{}`` for its number: ``Round {}``.
-        write: How a size is written in readings.
-        unit: Sizes are divided by it for the labels of the vertical axis.
-        with_sums: Put the sum over the columns into the legend.
-    """
-    totals = [sum(parts.values()) for _, parts in columns]
-    if not columns or max(totals) <= 0:
-        return None
-    _, y_high = _span(0.0, max(totals) / unit, True)
-    y_scale = Scale(0.0, y_high, BOTTOM, TOP)
-    pitch = (RIGHT - LEFT) / len(columns)
-    width = min(0.76 * pitch, 56.0)
-    body = list(_y_axis(ticks(0.0, y_high), y_scale))
-    every = max(1, math.ceil(len(columns) / 12))
-    readings = []
-    for index, (number, parts) in enumerate(columns):
-        middle = LEFT + (index + 0.5) * pitch
-        if index % every == 0:
-            body.append(_text(middle, BOTTOM + 20, str(number), "middle"))
-        below = 0.0
-        for name, style in styles.items():
-            size = parts.get(name, 0.0)
-            if size <= 0:
-                continue
-            top, bottom = y_scale((below + size) / unit), y_scale(below / unit)
-            below += size
-            body.append(
-                Markup('<rect class="bar {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
-                    style, middle - width / 2, top, width, max(bottom - top, 0.5)
-                )
+
+def timed_curves(runs: Sequence[TimedRun], target: float | None) -> list[Figure]:
+    """Return score and validation loss over virtual time, one line a run."""
+    longest = max((run.seconds for run in runs), default=0.0)
+    unit, words = next(
+        (size, words)
+        for size, words in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+        if longest >= 2 * size or size == 1.0
+    )
+    axis = Axis(f"virtual {words}", lambda x: seconds_text(x * unit), _writer(1), is_whole=False)
+    styles = {place: f"c{1 + place % 6}" for place in range(len(runs))}
+    what = [("rouge_l", "ROUGE-L on unseen tasks", True, 1), ("validation_loss", "Validation loss", False, 3)]
+    shown = []
+    for measure, title, from_zero, digits in what:
+        series = [
+            Series(
+                f"{run.name} ({run.policy})",
+                styles[place],
+                [(p.seconds / unit, getattr(p, measure)) for p in run.points],
             )
-        lines = [(style, name, write(parts[name])) for name, style in styles.items() if parts.get(name, 0.0) > 0]
-        readings.append(Reading(round(middle, 1), heading.format(number), lines[::-1]))
-    whole = {name: sum(parts.get(name, 0.0) for _, parts in columns) for name in styles}
-    legend = [
-        LegendEntry(name, style, write(whole[name]) if with_sums else "")
-        for name, style in styles.items()
-        if whole[name] > 0
-    ]
-    sums = "; ".join(f"{name} {write(size)}" for name, size in whole.items() if size > 0)
-    return Chart(_svg(body), legend, readings, f"{what}, {len(columns)} bars; in sum: {sums}.")
-
-
-def dot_row(marks: Sequence[tuple[str, float | None]], low: float, high: float) -> Markup:
-    """Draw values as dots on one small common scale, the last one largest, joined from first to last.
-
-    Args:
-        marks: Pairs of CSS class and value; missing values are left out.
-        low: Value at the left edge.
-        high: Value at the right edge.
-    """
-    scale = Scale(low, high, 6.0, 154.0)
-    present = [(style, scale(value)) for style, value in marks if value is not None]
-    body = [Markup('<line class="track" x1="4" x2="156" y1="9" y2="9"/>')]
-    if len(present) > 1:
-        body.append(
-            Markup('<line class="reach" x1="{:.1f}" x2="{:.1f}" y1="9" y2="9"/>').format(present[0][1], present[-1][1])
-        )
-    for index, (style, x) in enumerate(present):
-        radius = 5.5 if index == len(present) - 1 else 4.0
-        body.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="9" r="{}"/>').format(style, x, radius))
-    return Markup('<svg class="dots" viewBox="0 0 160 18" aria-hidden="true">{}</svg>').format(Markup().join(body))
-
-
-def spectrum_chart(low: float, high: float, num_values: int, curves: Sequence[tuple[str, Sequence[float]]]) -> Markup:
-    """Draw singular values over their index on a logarithmic axis.
-
-    The page's script redraws the paths ``.curve`` when another module or round is chosen; the axes serve all.
-
-    Args:
-        low: Smallest value shown, positive; smaller ones lie on the lower edge.
-        high: Largest value shown.
-        num_values: Length of the horizontal axis.
-        curves: Pairs of CSS class and values.
-    """
-    x_scale = Scale(1, max(num_values, 2), LEFT, RIGHT)
-    y_scale = Scale(low, high, BOTTOM, TOP, is_log=True)
-    body = [
-        *_y_axis(log_ticks(low, high), y_scale, _power_of_ten),
-        *_x_axis(_index_ticks(num_values), x_scale),
-        Markup('<g class="ranks"></g>'),
-    ]
-    for style, values in curves:
-        path = _path([(x_scale(k), y_scale(value)) for k, value in enumerate(values, start=1) if finite(value)])
-        body.append(Markup('<path class="curve {}" d="{}"/>').format(style, path))
-    return _svg(body)
-
-
-def heatmap(rows: Sequence[str], columns: Sequence[int], shares: Sequence[Sequence[float | None]], top: float) -> Chart:
-    """Draw one cell per row and column, darker for more; a missing share is an outlined cell.
-
-    Args:
-        rows: Labels.
-        columns: Round numbers.
-        shares: Per row, per column, a value between 0 and ``top``.
-        top: Value of the darkest shade.
-    """
-    height = 15.0 if len(rows) <= 60 else 8.0
-    label_every = 1 if height > 10 else 2
-    left, right = 92.0, 516.0
-    width = (right - left) / max(len(columns), 1)
-    body = []
-    for row, label in enumerate(rows):
-        cells = [
-            Markup('<rect class="{}" x="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
-                heat_class(share, top), left + column * width, max(width - 0.8, 0.6), height - 0.8
-            )
-            for column, share in enumerate(shares[row])
+            for place, run in enumerate(runs)
         ]
-        if row % label_every == 0:
-            cells.append(_text(left - 6, height - 4, label, "end"))
-        body.append(Markup('<g transform="translate(0 {:.1f})">{}</g>').format(row * height, Markup().join(cells)))
-    bottom = len(rows) * height
-    every = max(1, math.ceil(len(columns) / 12))
-    for column in range(0, len(columns), every):
-        body.append(_text(left + (column + 0.5) * width, bottom + 15, str(columns[column]), "middle"))
-    svg = Markup(
-        '<svg class="heat" viewBox="0 0 520 {:.0f}" data-left="{}" data-cell="{:.4f}" data-row="{}">{}</svg>'
-    ).format(bottom + 22, left, width, height, Markup().join(body))
-    present = [share for line in shares for share in line if share is not None]
-    description = f"{len(rows)} modules by {len(columns)} rounds"
-    if present:
-        description += f", from {100 * min(present):.1f} % to {100 * max(present):.1f} %"
-    return Chart(svg, [], [], description)
+        if measure == "rouge_l" and target is not None:
+            series.append(Series("Target", BASE, [(0, target)], is_level=True))
+        chart = line_chart(series, what=title, from_zero=from_zero, write=_writer(digits), axis=axis)
+        key = f"virtual-{measure.replace('_', '-')}"
+        caption = "Each point is an evaluation; the server's own work takes no virtual time."
+        shown.append(Figure(key, f"{title} over virtual time", f"over virtual {words}", caption, chart))
+    return shown
 
 
-def heat_class(share: float | None, top: float) -> str:
-    """Return the CSS class of a cell, ``h0`` to ``h9``, or ``none``."""
-    if share is None:
-        return "none"
-    return f"h{min(int(HEAT_LEVELS * share / top), HEAT_LEVELS - 1) if top > 0 else 0}"
+def _unseen_series(run: RunFolder, measure: str) -> list[Series]:
+    name = f"Federated, {run.manifest.method}" if run.manifest else "Federated"
+    scores = [(r.server_round, getattr(r.evaluation.unseen, measure) if r.evaluation else None) for r in run.records]
+    series = [Series(name, FEDERATED, scores)]
+    fedit = run.references.fedit_smallest_rank
+    if fedit:
+        points = [(e.server_round, getattr(e.unseen, measure)) for e in fedit.evaluations]
+        if not points and fedit.final:
+            points = [(0, getattr(fedit.final.unseen, measure))]
+        series.append(Series("FedIT, smallest rank", FEDIT, points, is_level=not fedit.evaluations))
+    local = run.references.local_only
+    if local and local.unseen:
+        series.append(Series("Training alone", LOCAL, [(0, getattr(local.unseen, measure))], is_level=True))
+    base = base_evaluation(run.records, run.references)
+    if base:
+        series.append(Series("Base model", BASE, [(0, getattr(base.unseen, measure))], is_level=True))
+    return series
 
 
-def encode(values: Sequence[float | None], low: float, high: float) -> str:
-    """Return values as two characters each, on a scale of 4,095 steps from ``low`` to ``high``."""
-    return "".join(_encode_one(value, low, high) for value in values)
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
-def sampled_indices(length: int, most: int = 48) -> list[int]:
-    """Return at most about ``most`` 1-based indices up to ``length``: the first ones all, later ones ever sparser."""
-    if length <= most:
-        return list(range(1, length + 1))
-    head = most // 3
-    ratio = (length / head) ** (1 / (most - head))
-    later = {min(length, round(head * ratio**step)) for step in range(1, most - head + 1)}
-    return sorted({*range(1, head + 1), *later, length})
+def _sum_by_plan(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for plan, value in pairs:
+        sums[plan] = sums.get(plan, 0.0) + value
+    return sums
 
 
-def _encode_one(value: float | None, low: float, high: float) -> str:
-    if value is None or not math.isfinite(value):
-        return NOT_THERE
-    share = (value - low) / (high - low) if high > low else 0.0
-    code = round(min(max(share, 0.0), 1.0) * _MAX_CODE)
-    return _DIGITS[code // 64] + _DIGITS[code % 64]
+def _writer(digits: int) -> NumberText:
+    return lambda value: number_text(value, digits)
 
 
-def _span(low: float, high: float, from_zero: bool) -> tuple[float, float]:
-    """Return the ends of an axis that holds ``low`` and ``high``, at round numbers."""
-    if from_zero:
-        low = min(low, 0.0)
-    if not high > low:
-        low, high = (low, low + 1.0) if from_zero else (low - 0.5, high + 0.5)
-    marks = ticks(low, high)
-    step = marks[1] - marks[0] if len(marks) > 1 else high - low
-    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+def _in_percent(value: float) -> str:
+    return number_text(value, 1, " %")
 
 
-def _value_at(line: Series, x: float) -> float | None:
-    if line.is_level:
-        return line.present[0][1]
-    points = line.present
-    place = bisect.bisect_left(points, (x, -math.inf))
-    return points[place][1] if place < len(points) and points[place][0] == x else None
-
-
-def _line(line: Series, x_scale: Scale, y_scale: Scale) -> Markup:
-    places = [(x_scale(x), y_scale(y)) for x, y in line.present]
-    body = [Markup('<path class="line {}" d="{}"/>').format(line.style, _path(places))]
-    if len(places) <= MAX_MARKERS:
-        body += [
-            Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.2"/>').format(line.style, *at) for at in places
-        ]
-    return Markup().join(body)
-
-
-def _level(line: Series, y_scale: Scale) -> Markup:
-    y = y_scale(line.present[0][1])
-    return Markup('<line class="line level {}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
-        line.style, LEFT, RIGHT, y, y
-    )
-
-
-def _path(places: Sequence[tuple[float, float]]) -> str:
-    return "".join(f"{'L' if index else 'M'}{x:.1f} {y:.1f}" for index, (x, y) in enumerate(places))
-
-
-def _y_axis(marks: Sequence[float], scale: Scale, write: NumberText | None = None) -> list[Markup]:
-    write = write or _plain(marks)
-    body = []
-    for mark in marks:
-        y = scale(mark)
-        body.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, RIGHT, y, y))
-        body.append(_text(LEFT - 8, y + 4.5, write(mark), "end"))
-    return body
-
-
-def _x_axis(marks: Sequence[float], scale: Scale, write: NumberText = ROUNDS.write) -> list[Markup]:
-    axis = Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, RIGHT, BOTTOM, BOTTOM)
-    return [axis, *(_text(scale(mark), BOTTOM + 20, write(mark), "middle") for mark in marks)]
-
-
-def _index_ticks(num_values: int) -> list[float]:
-    return [1.0, *(mark for mark in ticks(0, max(num_values, 2), 6, True) if mark > 1)]
-
-
-def _plain(marks: Sequence[float]) -> NumberText:
-    steps = [abs(after - before) for before, after in itertools.pairwise(marks)]
-    decimals = max(0, -math.floor(math.log10(min(steps)) + 1e-9)) if steps else 1
-    if steps and round(min(steps) * 10**decimals, 6) % 1:
-        decimals += 1
-    return lambda value: number_text(value, decimals)
-
-
-def _power_of_ten(value: float) -> str:
-    power = round(math.log10(value))
-    if -3 <= power <= 4:
-        return f"{value:g}"
-    return "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, text)
-
-
-def _svg(body: Sequence[Markup]) -> Markup:
-    return Markup('<svg viewBox="0 0 {:.0f} {:.0f}" aria-hidden="true">{}</svg>').format(
-        WIDTH, HEIGHT, Markup().join(body)
-    )
+def _counter(noun: str) -> NumberText:
+    return lambda value: count_text(round(value), noun)

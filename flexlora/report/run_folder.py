@@ -1,4 +1,4 @@
-"""What a run folder holds, read as far as the run has got."""
+"""Read what a run folder holds, as far as the run has got."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from flexlora.errors import FlexLoraError
-from flexlora.report import tables
+from flexlora.report import participation
 from flexlora.rounds.records import (
     MANIFEST_FILE,
     RECORDS_FILE,
@@ -49,7 +49,7 @@ class RunFolder:
     @cached_property
     def plan_ranks(self) -> dict[str, dict[str, int]]:
         """Plan name -> module path -> rank, smallest ranks first."""
-        return tables.plan_ranks(self.records, self.manifest)
+        return participation.plan_ranks(self.records, self.manifest)
 
     @cached_property
     def plan_styles(self) -> dict[str, str]:

@@ -1,11 +1,10 @@
-"""How good a run is at which virtual time, and when it reaches a target: what clock policies are compared by."""
+"""Follow a run on the virtual clock: its score at each time, and when it reached a target."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexlora.report.tables import finite
-from flexlora.rounds.records import ClientRecord, EvaluationRecord, ManifestRecord, ReferenceRunRecord, RoundRecord
+from flexlora.report.scores import finite
+from flexlora.rounds.records import EvaluationRecord, ManifestRecord, ReferenceRunRecord, RoundRecord
 from flexlora.text import bytes_text, number_text, seconds_text
 
 
@@ -50,21 +49,6 @@ class TimedRun:
             return None
         reached = (p.seconds for p in self.points if p.rouge_l is not None and p.rouge_l >= target)
         return next(reached, None)
-
-
-@dataclass(frozen=True)
-class DeviceRow:
-    """The clients of one simulated device: how they fared in the rounds that sampled them."""
-
-    device: str
-    num_clients: int | None
-    num_sent: int
-    num_ok: int
-    num_failed: int
-    seconds_each: float | None
-    staleness_each: float | None
-    up_bytes: int
-    down_bytes: int
 
 
 def timed_run(name: str, records: Sequence[RoundRecord], manifest: ManifestRecord | None) -> TimedRun | None:
@@ -120,34 +104,6 @@ def common_target(runs: Sequence[TimedRun], target: float | None = None) -> floa
     return min((value for value in best if value is not None), default=None)
 
 
-def device_table(records: Sequence[RoundRecord], manifest: ManifestRecord | None) -> list[DeviceRow]:
-    """Return one row per simulated device, the quickest first."""
-    by_device: defaultdict[str, list[ClientRecord]] = defaultdict(list)
-    for record in records:
-        for client in record.clients:
-            if client.device:
-                by_device[client.device].append(client)
-    counts = manifest.device_counts if manifest else {}
-    rows = []
-    for device in sorted(by_device.keys() | counts.keys()):
-        clients = by_device[device]
-        ok = [client for client in clients if client.outcome == "ok"]
-        rows.append(
-            DeviceRow(
-                device=device,
-                num_clients=counts.get(device),
-                num_sent=len(clients),
-                num_ok=len(ok),
-                num_failed=len(clients) - len(ok),
-                seconds_each=_mean([client.virtual_seconds for client in ok]),
-                staleness_each=_mean([client.staleness for client in ok]),
-                up_bytes=sum(client.up_bytes for client in clients),
-                down_bytes=sum(client.down_bytes for client in clients),
-            )
-        )
-    return sorted(rows, key=lambda row: (row.seconds_each is None, row.seconds_each or 0.0, row.device))
-
-
 VIRTUAL_COLUMNS = ("run", "policy", "rounds", "used", "left out", "sent", "best", "time")
 
 
@@ -169,8 +125,3 @@ def virtual_cells(run: TimedRun, target: float | None) -> list[str]:
 
 def _point(seconds: float, evaluation: EvaluationRecord) -> TimedPoint:
     return TimedPoint(seconds, finite(evaluation.unseen.rouge_l), finite(evaluation.validation_loss))
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None

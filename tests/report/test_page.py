@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
@@ -11,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from flexlora import FlexLoraError
-from flexlora.report.page import headline, status, write_report
-from flexlora.report.run_folder import read_run
-from flexlora.rounds.records import RoundRecord, append_record
+from flexlora.report.page import write_report
+from flexlora.rounds.records import EvaluationRecord, RoundRecord, append_record
 
 SECTIONS = [
     "headline",
@@ -197,37 +197,6 @@ def test_the_tables_hold_the_numbers_of_the_run(whole_run: Path) -> None:
     assert "1 min 53 s" in rows["train"]
 
 
-def test_the_headline_says_what_was_run_and_what_came_of_it(whole_run: Path) -> None:
-    assert headline(read_run(whole_run)) == (
-        "12 rounds of flexlora on flexlora/tiny-llama with 80 clients in 4 rank plans. ROUGE-L on unseen tasks rose "
-        "from 12.0 (base model alone) to 41.0: +29.0 points. FedIT at the smallest rank reached 32.9 (8.1 points "
-        "less); training alone reached 17.5 (23.5 points less)."
-    )
-    assert status(read_run(whole_run)) is None
-
-
-def test_a_run_that_got_worse_says_so(whole_run: Path, records: list[RoundRecord]) -> None:
-    (whole_run / "records.jsonl").unlink()
-    worse = records[0].evaluation
-    assert worse
-    worse = worse.model_copy(update={"unseen": worse.unseen.model_copy(update={"rouge_l": 9.5})})
-    append_record(whole_run / "records.jsonl", records[0])
-    append_record(whole_run / "records.jsonl", records[2].model_copy(update={"evaluation": worse}))
-    text = headline(read_run(whole_run))
-    assert "fell from 12.0 (base model alone) to 9.5: \u22122.5 points" in text
-    assert "FedIT at the smallest rank reached 32.9 (23.4 points more)" in text
-
-
-def test_a_run_in_progress_says_how_far_it_is(running_run: Path) -> None:
-    assert status(read_run(running_run)) == "Not finished: 4 of 12 rounds. The page shows what there is."
-    assert "rose from 12.0 (base model alone) to 29.3" in headline(read_run(running_run))
-
-
-def test_a_run_that_stopped_early_says_why(running_run: Path, records: list[RoundRecord]) -> None:
-    append_record(running_run / "records.jsonl", records[5].model_copy(update={"stopped": "no progress in 3 rounds."}))
-    assert status(read_run(running_run)) == "Ended early after round 5: no progress in 3 rounds."
-
-
 def test_the_base_alone_makes_a_page(base_only_run: Path) -> None:
     _, page = page_of(base_only_run)
     assert "Base model alone: ROUGE-L 12.0 of 100 on unseen tasks." in page.text
@@ -280,3 +249,23 @@ def test_reports_need_neither_torch_nor_transformers() -> None:
         "assert not {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_page_compares_runs_on_the_virtual_clock(folders: list[Path]) -> None:
+    page = write_report(folders[0], folders[1:]).read_text(encoding="utf-8")
+    section = page.split('<section id="virtual-time"')[1].split("</section>")[0]
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", section))
+    # The weakest of the three, the reference, reached 16; the others did so after 200 and 40 seconds.
+    assert "Time to ROUGE-L 16.0" in text
+    assert re.search(r"patient wait 4 6 min 40 s .* 30\.0 3 min 20 s hasty async 4 40\.0 s .* 25\.0 40\.0 s", text)
+    assert re.search(r"FedIT, smallest rank wait 4 3 min 20 s – – .* 16\.0 3 min 20 s", text)
+    assert "ROUGE-L on unseen tasks over virtual time" in text and "over virtual minutes" in text
+    assert "Validation loss over virtual time" in text
+    assert re.search(r"watch 1 0 0 0 – –", text)
+
+
+def test_a_run_without_devices_says_so(tmp_path: Path, evaluation_of: Callable[..., EvaluationRecord]) -> None:
+    path = tmp_path / "plain"
+    path.mkdir()
+    append_record(path / "records.jsonl", RoundRecord(server_round=0, evaluation=evaluation_of(3)))
+    assert "No devices were simulated." in write_report(path).read_text(encoding="utf-8")
