@@ -1,8 +1,8 @@
-"""The verbs: what a person types, and what the terminal shows.
+"""Define the verbs of the command line.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 1 an unexpected error; 2 wrong
-configuration, input or usage; 3 the run made no progress; 4 the machine gave out (disk, permission, memory); 130
-interrupted, ``--resume`` goes on.
+configuration, input or usage; 3 the run made no progress; 4 the machine failed (disk, permission, memory); 130
+interrupted, ``--resume`` continues.
 """
 
 import io
@@ -24,7 +24,7 @@ try:
     from rich.table import Table
     from rich.text import Text
 except KeyboardInterrupt:
-    # Loading them takes most of the time before main is there to catch it.
+    # Loading these takes most of the time before main can catch an interruption.
     sys.stderr.write("Interrupted.\n")
     sys.exit(130)
 
@@ -42,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 unexpected error, 2 wrong input, 3 no progress, 4 disk or memory, 130 interrupted.",
 )
-# A client may be called task:100:a, which is no emoji.
+# A client may be called task:100:a, and :100: is no emoji here.
 out = Console(emoji=False)
 err = Console(emoji=False, stderr=True)
 
@@ -53,12 +53,53 @@ OverridesArgument = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
+AdaptersArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="ADAPTER", help="PEFT folders, or ids on the Hugging Face hub.")
+]
+WeightsOption = Annotated[str | None, typer.Option("--weights", help="One per adapter, as 3,1,1; default all 1.")]
+MergeMethodOption = Annotated[
+    Literal["mean", "sum"],
+    typer.Option("--method", help="mean divides the weights by their sum; sum takes them as they are, signs included."),
+]
+MergeRankOption = Annotated[
+    int | None,
+    typer.Option("--rank", min=1, help="Rank of every module; default the largest that an adapter has there."),
+]
+EnergyOption = Annotated[
+    float | None, typer.Option("--energy", help="Least rank that keeps this share of the energy, as 0.99.")
+]
+ExactOption = Annotated[bool, typer.Option("--exact", help="Keep every direction that the sum has.")]
+MissingOption = Annotated[
+    Literal["zero", "renormalise"],
+    typer.Option("--missing", help="A module that an adapter lacks counts as unchanged, or is left out of the mean."),
+]
+AccuracyOption = Annotated[
+    Literal["exact", "fast"],
+    typer.Option("--accuracy", help="Within 1e-6 or within 1e-3 of the best approximation of its rank."),
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the factors written.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda or cuda:N.")]
+DifferentBasesOption = Annotated[
+    bool, typer.Option("--allow-different-bases", help="Take adapters that name different base models.")
+]
+ExplainOption = Annotated[
+    bool, typer.Option("--explain", help="Show how each module was decomposed and why; every one with --inspect.")
+]
+InspectOption = Annotated[
+    str | None, typer.Option("--inspect", metavar="ADAPTER", help="Show the spectrum of one adapter instead.")
+]
+MergeOutOption = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder to write; with --inspect a picture (.svg, .png or .pdf). Must not exist."),
+]
 
 
 @app.callback()
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log messages of lower importance.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show more log messages.")] = False,
 ) -> None:
     if version:
         out.print(__version__)
@@ -72,20 +113,21 @@ def run(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/run"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in --out first.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the final table.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fine-tune federatedly and leave adapters, records and a report behind."""
+    """Fine-tune a model across clients; write adapters, records and a report."""
     from flexlora.experiment.config_file import load_config
+    from flexlora.experiment.live_progress import LiveProgress
     from flexlora.experiment.run import run_experiment
-    from flexlora.experiment.terminal import LiveProgress, print_summary
+    from flexlora.experiment.terminal import print_summary
 
     settings = load_config(config, overrides or (), check_paths=True)
     _hide_other_progress_bars()
     with (
-        _interruptible("the same command with --resume goes on from the last checkpoint"),
+        _interruptible("the same command with --resume continues from the last checkpoint"),
         LiveProgress(err, hidden=quiet or as_json) as progress,
     ):
         result = run_experiment(settings, folder, resume=resume, overwrite=overwrite, notify=progress)
@@ -105,21 +147,23 @@ def run(
 def plan(config: ConfigArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Show what a run will do and what it will cost each kind of client, before any weight is loaded."""
     from flexlora.experiment.config_file import load_config
-    from flexlora.experiment.estimate import plan_experiment
-    from flexlora.experiment.terminal import print_plan
+    from flexlora.experiment.estimate import estimate_experiment
+    from flexlora.experiment.terminal import print_estimate
 
-    planned = plan_experiment(load_config(config, overrides or (), check_paths=True))
+    estimate = estimate_experiment(load_config(config, overrides or (), check_paths=True))
     if as_json:
-        _print_json(planned.to_json())
+        _print_json(estimate.to_json())
     else:
-        print_plan(out, planned)
+        print_estimate(out, estimate)
 
 
 @app.command(epilog="Example: flexlora export runs/demo --rank 8 --out adapter")
 def export(
     run_folder: RunArgument,
     folder: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Up to the server's; default all of it.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="At most the server's, which is the default.")
+    ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the adapter merged in.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -137,56 +181,27 @@ def export(
 
 @app.command(epilog="Example: flexlora merge clinic-a clinic-b me/on-the-hub --weights 3,1,1 --rank 16 --out merged")
 def merge(
-    adapters: Annotated[
-        list[str] | None, typer.Argument(metavar="ADAPTER", help="PEFT folders, or ids on the Hugging Face hub.")
-    ] = None,
-    weights: Annotated[str | None, typer.Option("--weights", help="One per adapter, as 3,1,1; default all 1.")] = None,
-    method: Annotated[
-        Literal["mean", "sum"],
-        typer.Option("--method", help="mean divides the weights by their sum; sum takes them as they are, signs too."),
-    ] = "mean",
-    rank: Annotated[
-        int | None,
-        typer.Option("--rank", min=1, help="Rank of every module; default the largest that an adapter has there."),
-    ] = None,
-    energy: Annotated[
-        float | None, typer.Option("--energy", help="Least rank that keeps this share of the energy, as 0.99.")
-    ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Keep every direction that the sum has.")] = False,
-    missing: Annotated[
-        Literal["zero", "renormalise"],
-        typer.Option(
-            "--missing", help="A module that an adapter lacks counts as unchanged, or is left out of the mean."
-        ),
-    ] = "zero",
-    accuracy: Annotated[
-        Literal["exact", "fast"],
-        typer.Option("--accuracy", help="Within 1e-6 or within 1e-3 of the best approximation of its rank."),
-    ] = "exact",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the factors written.")
-    ] = "float32",
-    device: Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
-    allow_different_bases: Annotated[
-        bool, typer.Option("--allow-different-bases", help="Take adapters that name different base models.")
-    ] = False,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Show how each module was decomposed and why; every one with --inspect.")
-    ] = False,
-    inspect: Annotated[
-        str | None, typer.Option("--inspect", metavar="ADAPTER", help="Show the spectrum of one adapter instead.")
-    ] = None,
-    target: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder to write; with --inspect a picture (.svg, .png or .pdf). Must not exist."),
-    ] = None,
+    adapters: AdaptersArgument = None,
+    weights: WeightsOption = None,
+    method: MergeMethodOption = "mean",
+    rank: MergeRankOption = None,
+    energy: EnergyOption = None,
+    exact: ExactOption = False,
+    missing: MissingOption = "zero",
+    accuracy: AccuracyOption = "exact",
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    allow_different_bases: DifferentBasesOption = False,
+    explain: ExplainOption = False,
+    inspect: InspectOption = None,
+    target: MergeOutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Combine LoRA adapters of any ranks, exactly, or look into one."""
+    """Merge LoRA adapters of any ranks, exactly, or inspect one."""
     if inspect is not None:
         if adapters or (weights, rank, energy, exact) != (None, None, None, False):
             more = f"{len(adapters)} more" if adapters else "--weights, --rank, --energy or --exact too"
-            raise FlexLoraError(f"--inspect looks into one adapter and merges nothing; got {more}")
+            raise FlexLoraError(f"--inspect shows one adapter and merges nothing; got {more}")
         _inspect(inspect, target, every_module=explain, as_json=as_json)
         return
     if not adapters or target is None:
@@ -244,7 +259,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise FlexLoraError(f"--weights must be numbers with commas between, as 3,1,1; got {text}") from None
+        raise FlexLoraError(f"--weights must be numbers separated by commas, as 3,1,1; got {text}") from None
 
 
 @app.command(name="eval", epilog="Example: flexlora eval runs/demo --rank 4 data.test_examples_per_task=50")
@@ -254,7 +269,7 @@ def evaluate(
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Cut the adapter to this rank first.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score the adapter of a run on its unseen tasks, beside the base model alone."""
+    """Score the adapter of a run on its unseen tasks, compared with the base model alone."""
     from flexlora.experiment.score_run import evaluate_run
     from flexlora.experiment.terminal import print_evaluation
 
@@ -271,21 +286,22 @@ def report(
     run_folder: RunArgument,
     others: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="OTHER", help="Folders of runs to show beside it on the virtual clock."),
+        typer.Argument(metavar="OTHER", help="Folders of runs to compare it with on the virtual clock."),
     ] = None,
     target: Annotated[
         float | None,
         typer.Option(
             "--target",
-            help="Unseen ROUGE-L whose virtual time to give; default the run's, or one all that learned reach.",
+            help="Unseen ROUGE-L to reach; default the run's own, or one that all runs that learned have reached.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write report.html again from what a run has recorded so far, beside others if they are named."""
+    """Write report.html again from what a run has recorded so far, compared with other runs if any are named."""
     from flexlora.report.comparison import comparison_notes, timed_runs
     from flexlora.report.page import write_report
     from flexlora.report.run_folder import read_run
+    from flexlora.report.terminal import print_virtual_time
 
     for folder in (run_folder, *(others or ())):
         if not folder.is_dir():
@@ -299,17 +315,13 @@ def report(
         found = {"report": str(path), "target_rouge_l": target, "virtual_seconds_to_target": reached, "notes": notes}
         _print_json(found)
         return
-    if timed or notes:
-        # Only here: the tables of a run need torch, and writing a report does not.
-        from flexlora.experiment.terminal import print_virtual_time
-
-        print_virtual_time(out, timed, target, notes)
+    print_virtual_time(out, timed, target, notes)
     out.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: flexlora doctor")
 def doctor(as_json: JsonOption = False) -> None:
-    """Check versions, devices and files, and say how to mend what is wrong."""
+    """Check versions, devices and files, and say how to fix what is wrong."""
     from flexlora.experiment.doctor import examine
 
     findings = examine()
@@ -326,12 +338,12 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 class _Interrupted(Exception):
-    """A person ended the command; the message is what that means for them."""
+    """The user interrupted the command; the message says what that means."""
 
 
 @contextmanager
 def _interruptible(consequence: str) -> Iterator[None]:
-    """Let an interruption of a ``with`` block say what it means."""
+    """Say ``consequence`` if the user interrupts the ``with`` block."""
     try:
         yield
     except KeyboardInterrupt:
@@ -367,7 +379,7 @@ def _guarded(command: Callable[[], None]) -> int:
             err.print("Interrupted.")  # Caught by typer, which says nothing.
         return leaving.code if isinstance(leaving.code, int) else EXIT_ERROR
     except (OSError, MemoryError) as error:
-        err.print("[bold red]The machine said no:[/]", end=" ")
+        err.print("[bold red]System error:[/]", end=" ")
         err.print(f"{error or type(error).__name__}", markup=False, highlight=False)
         return EXIT_MACHINE
     except Exception as error:
@@ -386,7 +398,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # What is done must not fail for a letter that the terminal lacks.
+            # A command must not fail because the terminal lacks a letter.
             stream.reconfigure(errors="backslashreplace")
     sys.exit(_guarded(app))
 

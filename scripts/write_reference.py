@@ -117,7 +117,7 @@ def command_line_page() -> str:
         "| 1 | an unexpected error; a traceback was printed |",
         "| 2 | wrong configuration, input or usage; the message names the rule, the value and the fix |",
         "| 3 | the run made no progress: no usable update, or `rounds.max_failed_rounds` rounds in which all failed |",
-        "| 4 | the machine gave out: disk, permission or memory; what was checkpointed is safe, use `--resume` |",
+        "| 4 | the machine failed: disk, permission or memory; what was checkpointed is safe, use `--resume` |",
         "| 130 | interrupted; `run` goes on with `--resume`, `merge` has written nothing |",
     ]
     for name, command in group.commands.items():  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Is this machine ready: versions, devices, files, offline state, and how to mend what is not."""
+"""Check whether this machine is ready: versions, devices, files and offline state."""
 
 import importlib.metadata
 import importlib.util
@@ -13,23 +13,24 @@ from flexlora.data.pretraining import BASE_FOLDER
 REQUIRED = ("torch", "transformers", "peft", "safetensors", "scipy", "rouge-score", "pydantic", "matplotlib")
 
 
-# Package -> the extra that brings it, and what it is for.
+# Package -> the extra that installs it, and what it is for.
 OPTIONAL = {"datasets": ("flexlora[hub]", "parquet and hub data sets"), "ray": ("flexlora[ray]", "clusters")}
 
 
 LITTLE_DISK_BYTES = 2 * 10**9
+"""With less free space, a warning."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        check: What was looked at.
+        check: What was checked.
         found: What is there.
-        is_fine: Whether nothing needs doing.
-        fix: What to do, empty when nothing.
-        is_fatal: Whether ``flexlora run`` cannot work like this.
+        is_fine: Whether nothing needs to be done.
+        fix: What to do; empty when nothing.
+        is_fatal: Whether ``flexlora run`` cannot work this way.
     """
 
     check: str
@@ -44,7 +45,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Return every finding, fine ones included."""
+    """Return the result of every check."""
     return [
         Finding("flexlora", importlib.metadata.version("flexlora")),
         _python(),
@@ -101,14 +102,14 @@ def _threads() -> Finding:
 
 def _hub() -> Finding:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return Finding("hub", "HF_HUB_OFFLINE is set: only local folders and what is cached already")
-    return Finding("hub", "online; contacted only for hub ids. HF_HUB_OFFLINE=1 forbids it")
+        return Finding("hub", "HF_HUB_OFFLINE is set: only local folders and what is already cached")
+    return Finding("hub", "online; contacted only for hub ids, and never with HF_HUB_OFFLINE=1")
 
 
 def _embedded_model() -> Finding:
     weights = BASE_FOLDER / "model.safetensors"
     if not weights.is_file():
-        return Finding("embedded model", f"{weights} is missing", False, "install flexlora again", True)
+        return Finding("embedded model", f"{weights} is missing", False, "reinstall flexlora", True)
     return Finding("embedded model", f"{weights.stat().st_size / 1e6:.1f} MB")
 
 

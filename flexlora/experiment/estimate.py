@@ -1,4 +1,4 @@
-"""What a run will do and cost, before any weight is loaded."""
+"""Estimate what a run will do and cost, before any weight is loaded."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from flexlora.engines.processes import plan_processes
 from flexlora.experiment.base import base_name, check_length, resolve_device
 from flexlora.experiment.config import Config
 from flexlora.experiment.corpora import length_sample
-from flexlora.experiment.device_ranks import Budget, exceeded, time_budget
+from flexlora.experiment.device_ranks import Affordable, Budget, exceeded, time_budget
 from flexlora.experiment.loaded import adapted_shapes
 from flexlora.experiment.participants import Participants, config_plans, gather_participants, policy_of
 from flexlora.experiment.round_loop import cohort_size
@@ -25,7 +25,7 @@ from flexlora.training.base_model import load_empty_model
 
 
 @dataclass(frozen=True)
-class DeviceRow:
+class DeviceEstimate:
     """What clients of one device do and spend in a round, or why they take no part.
 
     Attributes:
@@ -33,11 +33,11 @@ class DeviceRow:
         plan: Name of the rank plan; empty when the device is left out.
         ranks: Name of a module -> rank; empty when it is left out.
         num_clients: Clients with this device and plan.
-        memory_bytes: What the device has.
-        cost: Of a round, at the smallest ranks when it is left out.
-        limited_by: What keeps chosen ranks from being larger, what fixed ones exceed (``memory``, ``time``,
-            ``traffic``), or ``left out`` with what the smallest ranks exceed.
-        fixed_types: Client type -> what of the device its ranks would exceed, empty when they fit.
+        memory_bytes: The memory of the device.
+        cost: Of a round; at the smallest ranks when it is left out.
+        limited_by: What keeps chosen ranks from being larger, or what fixed ranks exceed (``memory``, ``time``,
+            ``traffic``); ``left out`` with what the smallest ranks exceed.
+        fixed_types: Client type -> the limits of the device that its ranks would exceed, empty when they fit.
     """
 
     device: str
@@ -51,8 +51,8 @@ class DeviceRow:
 
 
 @dataclass(frozen=True)
-class PlanRow:
-    """What one kind of client will do and spend in a round."""
+class ClientEstimate:
+    """What the clients of one rank plan will do and spend in a round."""
 
     name: str
     ranks: Mapping[str, int]
@@ -62,20 +62,20 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a run will do and cost.
 
     Attributes:
         facts: Pairs of a name and a value for a person.
-        types: One row per rank plan.
+        types: One per rank plan.
         notes: Sentences on how the estimate was made.
-        devices: One row per device and rank plan; empty when no devices are simulated.
+        devices: One per device and rank plan; empty when no devices are simulated.
     """
 
     facts: Sequence[tuple[str, str]]
-    types: Sequence[PlanRow]
+    types: Sequence[ClientEstimate]
     notes: Sequence[str]
-    devices: Sequence[DeviceRow] = ()
+    devices: Sequence[DeviceEstimate] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -98,40 +98,7 @@ class Plan:
         }
 
 
-def plan_experiment(config: Config) -> Plan:
-    """Return what a run will do and cost; reads data and tokenizer, but no weights."""
-    participants = gather_participants(config)
-    base, tokenizer = load_empty_model(
-        base_name(config), revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-    )
-    sample = length_sample(participants.corpus)
-    workload = participants.workload or measure_workload(config, sample, base, tokenizer)
-    check_length(base.config, config.data.max_length)
-    shapes = adapted_shapes(workload.shapes, participants.plans.values())
-    device = resolve_device(config.model.device)
-    shape, tokens, model = workload.base, int(workload.batch_tokens), config.model
-    children, threads = plan_processes(device, shape.num_parameters, model.num_processes, model.num_threads)
-    torch.set_num_threads(threads)
-    rate = measure_flops_per_second(shape.hidden_size, shape.intermediate_size, tokens, device)
-    server_ranks = largest_ranks(participants.plans.values(), shapes)
-    traits = config.method.traits()
-    if traits.server_rank is not None:
-        server_ranks = dict.fromkeys(server_ranks, traits.server_rank)
-    folded_ranks = server_ranks if traits.folds_tail else {}
-    rows = []
-    for name, plan in participants.plans.items():
-        ranks = plan.resolve(shapes)
-        own = [client for client in participants.clients if client.plan == plan]
-        cost = workload.cost(ranks, _mean_examples(own), rate)
-        down_bytes = cost.transfer_bytes + workload.tail_bytes(ranks, folded_ranks)
-        rows.append(PlanRow(name, compact_ranks(ranks, shapes), len(own), cost, down_bytes))
-    per_round = cohort_size(config, len(participants.clients))
-    facts = _plan_facts(config, participants, shape, rows, per_round, 1 + len(children))
-    devices = _device_rows(config, participants, workload, shapes, folded_ranks) if participants.devices else []
-    return Plan(facts, rows, participants.warnings + PLAN_NOTES + (DEVICE_NOTES if devices else ()), devices)
-
-
-PLAN_NOTES = (
+ESTIMATE_NOTES = (
     "Memory and time are estimates from shapes and a short measurement of this machine; transfers follow from the "
     "factors' shapes, and a folded tail is counted at its most. Server work and evaluation come on top.",
 )
@@ -139,91 +106,145 @@ PLAN_NOTES = (
 
 DEVICE_NOTES = (
     "Times on devices are virtual, for a client with the mean number of examples of its row; built-in profiles are "
-    "assumptions of ours.",
+    "our assumptions.",
 )
 
 
-def _device_rows(
+def estimate_experiment(config: Config) -> Estimate:
+    """Return what a run will do and cost; reads data and tokenizer, but no weights."""
+    participants = gather_participants(config)
+    base, tokenizer = load_empty_model(
+        base_name(config), revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+    )
+    workload = participants.workload
+    if workload is None:
+        workload = measure_workload(config, length_sample(participants.corpus), base, tokenizer)
+    check_length(base.config, config.data.max_length)
+    shapes = adapted_shapes(workload.shapes, participants.plans.values())
+    folded_ranks = _folded_ranks(config, participants, shapes)
+    num_processes, flops_per_second = _measure_machine(config, workload)
+    types = []
+    for name, plan in participants.plans.items():
+        ranks, own = plan.resolve(shapes), [client for client in participants.clients if client.plan == plan]
+        cost = workload.cost(ranks, _mean_examples(own), flops_per_second)
+        down_bytes = cost.transfer_bytes + workload.tail_bytes(ranks, folded_ranks)
+        types.append(ClientEstimate(name, compact_ranks(ranks, shapes), len(own), cost, down_bytes))
+    facts = _facts(config, participants, workload.base, types, num_processes)
+    devices = _device_estimates(config, participants, workload, shapes, folded_ranks)
+    notes = participants.warnings + ESTIMATE_NOTES + (DEVICE_NOTES if devices else ())
+    return Estimate(facts, types, notes, devices)
+
+
+# The names that they had first; everywhere else a plan is a rank plan.
+Plan, plan_experiment = Estimate, estimate_experiment
+
+
+def _folded_ranks(
+    config: Config, participants: Participants, shapes: Mapping[str, tuple[int, int]]
+) -> Mapping[str, int]:
+    """Return module path -> rank up to which the tail is sent along; empty when it is not."""
+    traits = config.method.traits()
+    if not traits.folds_tail:
+        return {}
+    ranks = largest_ranks(participants.plans.values(), shapes)
+    return ranks if traits.server_rank is None else dict.fromkeys(ranks, traits.server_rank)
+
+
+def _measure_machine(config: Config, workload: Workload) -> tuple[int, float]:
+    """Return how many processes a run will use here, and how many operations a second one of them does."""
+    model, shape, device = config.model, workload.base, resolve_device(config.model.device)
+    children, threads = plan_processes(device, shape.num_parameters, model.num_processes, model.num_threads)
+    torch.set_num_threads(threads)
+    tokens = int(workload.batch_tokens)
+    rate = measure_flops_per_second(shape.hidden_size, shape.intermediate_size, tokens, device)
+    return 1 + len(children), rate
+
+
+def _device_estimates(
     config: Config,
     participants: Participants,
     workload: Workload,
     shapes: Mapping[str, tuple[int, int]],
     folded_ranks: Mapping[str, int],
-) -> list[DeviceRow]:
-    """Return one row per device and rank plan that occur together, and one per device that is left out."""
-    settings, rows = config.devices, list[DeviceRow]()
+) -> list[DeviceEstimate]:
+    """Return one estimate per device and rank plan that occur together, and one per device that is left out."""
     seconds, seconds_from = time_budget(config)
-    budget = Budget((1,), seconds, settings.round_bytes, seconds_from)
-    chosen = config.clients.ranks_from == "devices"
+    budget = Budget((1,), seconds, config.devices.round_bytes, seconds_from)
+    found = []
     for name, profile in participants.devices.items():
         clients = [client for client in participants.clients if client.device == name]
-        mean = _mean_examples(clients)
 
-        def cost(plan: RankPlan, examples: float, profile: DeviceProfile = profile) -> DeviceCost:
-            return cost_on_device(workload, profile, plan.resolve(workload.shapes), examples, folded_ranks)
+        def cost(plan: RankPlan, clients: Sequence[ClientSpec], profile: DeviceProfile = profile) -> DeviceCost:
+            """Return what a round costs clients of this device."""
+            ranks = plan.resolve(workload.shapes)
+            return cost_on_device(workload, profile, ranks, _mean_examples(clients), folded_ranks)
 
         fixed_types = {
-            type_name: ", ".join(exceeded(profile, cost(plan, mean), budget))
+            type_name: ", ".join(exceeded(profile, cost(plan, clients), budget))
             for type_name, plan in config_plans(config).items()
         }
         for plan in sorted({client.plan for client in clients}, key=lambda plan: plan.name):
             own = [client for client in clients if client.plan == plan]
-            spent = cost(plan, _mean_examples(own))
-            if chosen:
+            spent = cost(plan, own)
+            if config.clients.ranks_from == "devices":
                 limited_by = ", ".join(participants.affordable[plan.name].limited_by) or "largest rank allowed"
             else:
                 limited_by = ", ".join(exceeded(profile, spent, budget))
             ranks = compact_ranks(plan.resolve(shapes), shapes)
-            rows.append(
-                DeviceRow(name, plan.name, ranks, len(own), profile.memory_bytes, spent, limited_by, fixed_types)
+            found.append(
+                DeviceEstimate(name, plan.name, ranks, len(own), profile.memory_bytes, spent, limited_by, fixed_types)
             )
-    for found in participants.left_out:
-        memory, why = found.profile.memory_bytes, f"left out: {', '.join(found.limited_by)}"
-        rows.append(DeviceRow(found.profile.name, "", {}, 0, memory, found.cost, why, {}))
-    return rows
+    return [*found, *(_left_out(device) for device in participants.left_out)]
+
+
+def _left_out(device: Affordable) -> DeviceEstimate:
+    profile, why = device.profile, f"left out: {', '.join(device.limited_by)}"
+    return DeviceEstimate(profile.name, "", {}, 0, profile.memory_bytes, device.cost, why, {})
 
 
 def _mean_examples(clients: Sequence[ClientSpec]) -> float:
     return sum(client.num_examples for client in clients) / len(clients)
 
 
-def _plan_facts(
+def _facts(
     config: Config,
     participants: Participants,
     shape: BaseShape,
-    rows: Sequence[PlanRow],
-    per_round: int,
-    processes: int,
+    types: Sequence[ClientEstimate],
+    num_processes: int,
 ) -> list[tuple[str, str]]:
     num_clients, num_rounds = len(participants.clients), config.rounds.num_rounds
+    sent, counted = _clients_per_round(config, participants)
 
-    sent, counted = per_round, per_round
-    if participants.devices:
-        policy = policy_of(config, config.method.traits(), per_round)
-        sent = min(num_clients, clients_per_round(policy, per_round))
-        counted = sent if policy.name == "async" else min(sent, per_round)
-
-    def per_run(value: Callable[[PlanRow], float]) -> float:
-        return num_rounds * sum(row.num_clients * value(row) for row in rows) / num_clients
+    def per_run(value: Callable[[ClientEstimate], float]) -> float:
+        """Return the sum over the rounds of the mean over clients."""
+        return num_rounds * sum(row.num_clients * value(row) for row in types) / num_clients
 
     examples = sum(client.num_examples for client in participants.clients)
-    seconds = counted * per_run(lambda row: row.cost.train_seconds) / (processes if config.ray is None else 1)
-    where = "on this machine" if processes == 1 else f"on this machine, by {processes} processes"
+    clients = f"{num_clients:,} with {examples:,} training examples; {counted} in each of {num_rounds} rounds"
+    traffic = per_run(lambda row: sent * row.down_bytes + counted * row.cost.transfer_bytes)
+    seconds = counted * per_run(lambda row: row.cost.train_seconds)
+    where = "on this machine"
+    if config.ray is not None:
+        where = "divided by the actors of the cluster"
+    elif num_processes > 1:
+        seconds, where = seconds / num_processes, f"on this machine, by {num_processes} processes"
     return [
         ("Base model", f"{config.model.name_or_path}, {shape.num_parameters:,} parameters, {config.model.dtype}"),
         ("Method", config.method.name),
-        (
-            "Clients",
-            f"{num_clients:,} with {examples:,} training examples; {counted} in each of {num_rounds} rounds"
-            + (f", {sent} sampled" if sent > counted else ""),
-        ),
+        ("Clients", clients + (f", {sent} sampled" if sent > counted else "")),
         ("Unseen tasks", f"{len(participants.corpus.unseen)}"),
-        (
-            "Traffic of the run",
-            bytes_text(per_run(lambda row: sent * row.down_bytes + counted * row.cost.transfer_bytes)),
-        ),
-        (
-            "Local training of the run",
-            f"about {seconds_text(seconds)} {where if config.ray is None else 'divided by the actors of the cluster'}",
-        ),
+        ("Traffic of the run", bytes_text(traffic)),
+        ("Local training of the run", f"about {seconds_text(seconds)} {where}"),
     ]
+
+
+def _clients_per_round(config: Config, participants: Participants) -> tuple[int, int]:
+    """Return how many clients a round samples, and of how many it waits for the update."""
+    num_clients = len(participants.clients)
+    size = cohort_size(config, num_clients)
+    if not participants.devices:
+        return size, size
+    policy = policy_of(config, config.method.traits(), size)
+    sent = min(num_clients, clients_per_round(policy, size))
+    return sent, sent if policy.name == "async" else min(sent, size)

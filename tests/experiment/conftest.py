@@ -1,0 +1,57 @@
+"""A console that writes to memory, and records with names that markup could swallow."""
+
+from collections.abc import Callable
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from flexlora.rounds.records import ClientRecord, EvaluationRecord, RoundRecord, ScoreRecord
+
+NAMES = ("[/red] a/b", "old [/slow]", "pixel [arm64]", "pixel [x86]", "a:100:b")
+
+SCORE = ScoreRecord(rouge_l=9, exact_match=0, loss=1, num_examples=4, num_tasks=2)
+
+
+@pytest.fixture(scope="session")
+def names() -> tuple[str, ...]:
+    """Names that a terminal may take for markup or emoji."""
+    return NAMES
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=StringIO(), force_terminal=True, color_system=None, width=200, emoji=False)
+
+
+@pytest.fixture(scope="session")
+def shown() -> Callable[[Console], str]:
+    """Returns what a console of these tests has shown."""
+    return lambda console: console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def record_of() -> Callable[..., RoundRecord]:
+    """Returns a maker of scored rounds in which the given clients failed."""
+    return _record
+
+
+@pytest.fixture(scope="session")
+def failed() -> Callable[[str], ClientRecord]:
+    """Returns a maker of clients that failed."""
+    return _failed
+
+
+def _record(server_round: int, *clients: ClientRecord) -> RoundRecord:
+    scores = EvaluationRecord(unseen=SCORE, unseen_unweighted=SCORE, categories={name: SCORE for name in NAMES})
+    return RoundRecord(
+        server_round=server_round,
+        clients=list(clients),
+        num_failed=len(clients),
+        evaluation=scores,
+        virtual_clock_seconds=5.0 * server_round,
+    )
+
+
+def _failed(name: str) -> ClientRecord:
+    return ClientRecord(client_id=name, plan=name, ranks={}, num_examples=1, outcome="failed", reason=f"{name} is late")
