@@ -33,6 +33,7 @@ RANKS = {
     "experiment": 8,
     "cli": 9,
     "testing": 9,
+    "trainers": 9,
 }
 # What rooms may see of lower rooms, where that is less than all of it.
 NARROW = {

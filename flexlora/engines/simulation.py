@@ -4,10 +4,9 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -15,37 +14,19 @@ from flexlora.data.prompts import EncodedExample
 from flexlora.engines.base import RoundOrder
 from flexlora.errors import FlexLoraError
 from flexlora.federation.clients import ClientSpec
-from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.messages import ClientFailure, Update
 from flexlora.federation.streams import stream_seed
-from flexlora.lora.factors import AdapterState
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.group import TrainedClient, train_group
 from flexlora.training.group_layers import reason_against_groups
 from flexlora.training.group_passes import GroupJob
-from flexlora.training.one_client import LocalTraining, train_client
+from flexlora.training.one_client import LocalTraining, TrainClient, train_client
 from flexlora.uplink.base import send
 from flexlora.uplink.wire import encoded_size, received
 
 _LONGEST_REASON = 300
 
 _log = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class TrainClient(Protocol):
-    """What trains one client at a time, as ``flexlora.training.train_client`` does."""
-
-    def __call__(
-        self,
-        model: AdaptedModel,
-        broadcast: Broadcast,
-        examples: Sequence[EncodedExample],
-        settings: LocalTraining,
-        learning_rate: float,
-        seed: int,
-    ) -> tuple[AdapterState, Mapping[str, float]]:
-        """Return the trained factors and what was measured."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.training.base_model import ModelError, features, frozen
+from flexlora.training.randomness import torch_seeded
 
 # What transformers calls a position without a label.
 IGNORED = -100
@@ -61,6 +62,7 @@ class AdaptedModel:
         self._broadcast = Broadcast(trainable={})
         self._drops_out = dropout > 0 or self.base_drops_out
         self._head = _separate_head(network)
+        self._refusal: str | None = None
         self._takes_positions = "position_ids" in inspect.signature(network.forward).parameters
 
     @property
@@ -105,8 +107,10 @@ class AdaptedModel:
         """Make exactly the factors of ``broadcast`` active, as float32 copies; other modules become the bare base.
 
         Raises:
-            ModelError: If a module does not exist in the base or factors do not fit it.
+            ModelError: If a module does not exist in the base or factors do not fit it, or after ``refuse``.
         """
+        if self._refusal is not None:
+            raise ModelError(self._refusal)
         branches = {_TRAINABLE: broadcast.trainable, _FROZEN: broadcast.frozen or {}}
         self.check(broadcast.trainable)
         self.check(branches[_FROZEN])
@@ -120,6 +124,10 @@ class AdaptedModel:
                 _place(layer, branch, branches[branch][path])
         for parameter in self.trained_parameters():
             parameter.requires_grad_(True)
+
+    def refuse(self, reason: str) -> None:
+        """Load nothing from now on, because the base is no longer what it was; ``reason`` becomes the error."""
+        self._refusal = reason
 
     def read(self) -> AdapterState:
         """Return the trainable factors as they are now: detached float32 copies on the CPU."""
@@ -262,7 +270,8 @@ class AdaptedModel:
                 config = LoraConfig(
                     r=1, lora_alpha=1, target_modules=names, lora_dropout=dropout, fan_in_fan_out=is_transposed
                 )
-                with warnings.catch_warnings():
+                # PEFT draws initial factors from the global generator; ``load`` replaces them.
+                with torch_seeded(0, self.device), warnings.catch_warnings():
                     # A second adapter is what we want: the frozen branch lives beside the trained one.
                     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
                     # So is an output layer whose embedding stays as it is; merging into the base refuses it by name.

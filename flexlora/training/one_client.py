@@ -4,10 +4,9 @@ A compact loop of its own: a Trainer per client and round costs more than the tr
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from flexlora.errors import FlexLoraError
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState
 from flexlora.training.adapted_model import AdaptedModel, num_labels
+from flexlora.training.randomness import torch_seeded
 
 # What one more forward and backward pass costs before its first token, in tokens: measured on a small model on CPU; an
 # estimate for GPUs, where launching kernels takes longer and tokens less.
@@ -66,6 +66,23 @@ class LocalTraining:
         return num_steps if self.max_steps is None else min(num_steps, self.max_steps)
 
 
+@runtime_checkable
+class TrainClient(Protocol):
+    """Trains one client at a time, as ``train_client`` does."""
+
+    def __call__(
+        self,
+        model: AdaptedModel,
+        broadcast: Broadcast,
+        examples: Sequence[EncodedExample],
+        settings: LocalTraining,
+        learning_rate: float,
+        seed: int,
+    ) -> tuple[AdapterState, Mapping[str, float]]:
+        """Return the trained factors and what was measured."""
+        ...
+
+
 def train_client(
     model: AdaptedModel,
     broadcast: Broadcast,
@@ -101,7 +118,7 @@ def train_client(
     optimizer = _optimizer(parameters, settings, learning_rate)
     padding = padding_token(model.tokenizer)
     losses, norms, num_tokens, num_answers = [], [], 0, 0
-    with _own_randomness(seed, model.device), model.dropping_out():
+    with torch_seeded(seed, model.device), model.dropping_out():
         for batch in step_batches(examples, settings, np.random.default_rng(seed)):
             answer_tokens = num_answer_tokens(batch)
             losses.append(_backward(model, batch, answer_tokens, settings.batch_size, padding))
@@ -160,14 +177,6 @@ def _optimizer(parameters: list[nn.Parameter], settings: LocalTraining, learning
     return torch.optim.AdamW(
         parameters, learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
-
-
-@contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Run a ``with`` block on the stream of ``seed`` and leave the global generators as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def step_batches(

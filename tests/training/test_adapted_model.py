@@ -117,7 +117,9 @@ def test_what_is_read_has_exactly_the_ranks_and_is_a_copy(model, random_adapter,
     shapes = target_modules(model.network, "all-linear")
     ranks = mixed_ranks(shapes)
     adapter = random_adapter(shapes, ranks, scaling)
+    generator = torch.get_rng_state()
     model.load(Broadcast(adapter))
+    assert torch.equal(torch.get_rng_state(), generator)
     read = model.read()
     assert {path: factors.rank for path, factors in read.items()} == ranks
     assert list(read) == sorted(read)
