@@ -15,6 +15,7 @@ from flexlora.errors import FlexLoraError
 Template = Literal["alpaca", "chat", "plain"]
 LossOn = Literal["answers", "all"]
 
+# What transformers calls a position without a label.
 IGNORED = -100
 # Shares of the window that long neighbours cannot take away: from the prompt for the answer, and from the prompt's
 # text for the input (a definition without its instance teaches nothing).
@@ -40,6 +41,11 @@ class EncodedExample:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     truncated: bool = False
+
+
+def num_labels(labels: Sequence[int]) -> int:
+    """Return the number of tokens of a row that a loss looks at: the first has nothing that could predict it."""
+    return sum(label != IGNORED for label in labels[1:])
 
 
 @dataclass(frozen=True)

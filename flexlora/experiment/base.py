@@ -4,16 +4,37 @@ import os
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.errors import FlexLoraError
 from flexlora.experiment.config import Config
+from flexlora.training.base_model import load_base_model, load_empty_model
 
 
 def base_name(config: Config) -> str:
     """Return the folder or hub id of the base model."""
     name = config.model.name_or_path
     return str(BASE_FOLDER) if name == "embedded" else os.path.expanduser(name)
+
+
+def load_base(config: Config, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the base model on ``device``, frozen, and its tokenizer."""
+    settings = config.model
+    return load_base_model(
+        base_name(config),
+        dtype=settings.dtype,
+        device=device,
+        attn_implementation=settings.attn_implementation,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def load_empty(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the base model without weights and its tokenizer."""
+    settings = config.model
+    return load_empty_model(base_name(config), revision=settings.revision, trust_remote_code=settings.trust_remote_code)
 
 
 class BaseModelError(FlexLoraError, ValueError):

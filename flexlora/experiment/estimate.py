@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flexlora.engines.processes import plan_processes
-from flexlora.experiment.base import base_name, check_length, resolve_device
+from flexlora.experiment.base import check_length, load_empty, resolve_device
 from flexlora.experiment.config import Config
 from flexlora.experiment.corpora import length_sample
 from flexlora.experiment.device_ranks import Affordable, Budget, exceeded, time_budget
@@ -21,7 +21,6 @@ from flexlora.rounds.clock import clients_per_round
 from flexlora.rounds.costs import BaseShape, ClientCost, DeviceCost, measure_flops_per_second
 from flexlora.rounds.devices import DeviceProfile
 from flexlora.text import bytes_text, seconds_text
-from flexlora.training.base_model import load_empty_model
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,7 @@ DEVICE_NOTES = (
 def estimate_experiment(config: Config) -> Estimate:
     """Return what a run will do and cost; reads data and tokenizer, but no weights."""
     participants = gather_participants(config)
-    base, tokenizer = load_empty_model(
-        base_name(config), revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-    )
+    base, tokenizer = load_empty(config)
     workload = participants.workload
     if workload is None:
         workload = measure_workload(config, length_sample(participants.corpus), base, tokenizer)

@@ -9,7 +9,7 @@ import torch
 from flexlora.adapters.merge_into_base import merge_into_base
 from flexlora.adapters.write import write_adapter
 from flexlora.aggregators.base import Aggregator, state_types
-from flexlora.experiment.base import base_name
+from flexlora.experiment.base import base_name, load_base
 from flexlora.experiment.config import Config
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
 from flexlora.experiment.round_loop import aggregator_of
@@ -19,7 +19,6 @@ from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.product import ProductSum, Spectrum, Split, add_product, decompose
 from flexlora.rounds.checkpoint import load_latest
 from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER, Loop, Outcome
-from flexlora.training.base_model import load_base_model
 
 
 def write_run_adapters(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: Path) -> None:
@@ -60,14 +59,7 @@ def export_run(run_folder: Path, folder: Path, *, rank: int | None, merged: bool
         raise ExperimentError(f"--rank must be in 1..{top}, the server's rank in this run; got {rank}")
     adapter = adapter_at_rank(aggregator.broadcast(state, server_ranks), rank or top, scaling_rule(config))
     if merged:
-        base, tokenizer = load_base_model(
-            base_name(config),
-            dtype=config.model.dtype,
-            device="cpu",
-            attn_implementation=config.model.attn_implementation,
-            revision=config.model.revision,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        base, tokenizer = load_base(config, "cpu")
         merge_into_base(base, tokenizer, adapter, folder)
     else:
         write_adapter(folder, adapter, base_name(config))

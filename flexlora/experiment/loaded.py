@@ -13,7 +13,7 @@ from flexlora.engines.base import Engine
 from flexlora.engines.processes import Workers, WorkersEngine, plan_processes
 from flexlora.engines.ray_cluster import ActorSettings, RayActors, RayEngine
 from flexlora.engines.simulation import SimulationEngine
-from flexlora.experiment.base import BaseModelError, base_name, check_length, resolve_device
+from flexlora.experiment.base import BaseModelError, base_name, check_length, load_base, resolve_device
 from flexlora.experiment.config import Config
 from flexlora.experiment.participants import Participants
 from flexlora.experiment.stages import Notify, Stage
@@ -21,7 +21,7 @@ from flexlora.federation.clients import RankPlan
 from flexlora.federation.streams import stream
 from flexlora.lora.factors import Scaling
 from flexlora.training.adapted_model import AdaptedModel
-from flexlora.training.base_model import load_base_model, target_modules
+from flexlora.training.base_model import target_modules
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,12 @@ class LoadedRun:
             # Resuming to the same bits needs kernels that add in a fixed order.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-        name = base_name(config)
-        base, tokenizer = load_base_model(
-            name,
-            dtype=config.model.dtype,
-            device=device,
-            attn_implementation=config.model.attn_implementation,
-            revision=config.model.revision,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        base, tokenizer = load_base(config, device)
         check_length(base.config, config.data.max_length)
         shapes = adapted_shapes(target_modules(base, config.lora.target_modules), participants.plans.values())
         model = AdaptedModel(base, tokenizer, dropout=config.lora.dropout)
         scaling = scaling_rule(config)
-        return LoadedRun(config, participants, model, shapes, scaling, name)
+        return LoadedRun(config, participants, model, shapes, scaling, base_name(config))
 
     def engine(self, engine: SimulationEngine) -> Engine:
         return WorkersEngine(engine, self._workers) if self.config.ray is None else RayEngine(engine, self._actors)

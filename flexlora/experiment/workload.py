@@ -8,12 +8,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.prompts import IGNORED, encode_many
-from flexlora.experiment.base import base_name
+from flexlora.experiment.base import load_empty
 from flexlora.experiment.config import Config, TrainingConfig
 from flexlora.experiment.corpora import length_sample
 from flexlora.rounds.costs import STEP_RATE, BaseShape, ClientCost, DeviceCost, LocalWork, client_cost, device_cost
 from flexlora.rounds.devices import DeviceProfile
-from flexlora.training.base_model import load_empty_model, target_modules
+from flexlora.training.base_model import target_modules
 
 # A batch is as long as its longest example.
 PADDING = 1.25
@@ -108,9 +108,7 @@ def measure_workload(
 
 def workload_of(config: Config, corpus: FederatedCorpus) -> Workload:
     """Return what a round takes; reads the base model's shapes and tokenizer, but no weights."""
-    base, tokenizer = load_empty_model(
-        base_name(config), revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-    )
+    base, tokenizer = load_empty(config)
     return measure_workload(config, length_sample(corpus), base, tokenizer)
 
 

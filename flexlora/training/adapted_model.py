@@ -20,25 +20,17 @@ from torch.nn import functional
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from flexlora.data.prompts import IGNORED
 from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.training.base_model import ModelError, features, frozen
 from flexlora.training.randomness import torch_seeded
 
-# What transformers calls a position without a label.
-IGNORED = -100
-
-
 _TRAINABLE, _FROZEN = "trainable", "frozen"
 
 
 _PROBE_LENGTH = 4
-
-
-def num_labels(labels: Sequence[int]) -> int:
-    """Return the number of tokens of a row that a loss looks at: the first has nothing that could predict it."""
-    return sum(label != IGNORED for label in labels[1:])
 
 
 class AdaptedModel:

@@ -11,9 +11,9 @@ import torch
 from rouge_score import rouge_scorer
 
 from flexlora.data.examples import Example
-from flexlora.data.prompts import Template, encode_many, encode_prompts, padding_token
+from flexlora.data.prompts import Template, encode_many, encode_prompts, num_labels, padding_token
 from flexlora.federation.messages import Broadcast
-from flexlora.training.adapted_model import AdaptedModel, num_labels
+from flexlora.training.adapted_model import AdaptedModel
 
 # Bounds the memory of a batch of long sequences; batches of short ones are bounded by their number of rows.
 _MOST_BATCH_TOKENS = 65_536

@@ -19,9 +19,9 @@ from torch.nn import functional
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from flexlora.data.prompts import padding_token
+from flexlora.data.prompts import IGNORED, padding_token
 from flexlora.lora.factors import AdapterState
-from flexlora.training.adapted_model import IGNORED, AdaptedModel
+from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.group_decoder import GroupDecoder, decoder_of
 from flexlora.training.group_layers import FactorBank, GroupLayers, Share, Trained, without_lora
 from flexlora.training.group_passes import GroupJob, PooledClient, Row, cut_into_passes, shares_of

@@ -12,18 +12,17 @@ from flexlora.data.prompts import EncodedExample
 from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
 from flexlora.training.group_layers import FactorBank, RowMasks, Share
+from flexlora.training.one_client import PASS_TOKENS
 
-# A pass is as long as caches like. One more pass, and one more bank in a pass, cost as much as so many padded tokens.
+# A pass with more tokens no longer fits into the caches.
 _MOST_PASS_TOKENS = {"cpu": 1024, "cuda": 32768}
 
 
-_PASS_TOKENS = {"cpu": 96, "cuda": 1024}
-
-
+# What one more bank in a pass costs, in padded tokens.
 _SHARE_TOKENS = {"cpu": 48, "cuda": 512}
 
 
-# A client whose factors do not lie where the pass could take them from as they are costs as much as so many tokens.
+# What it costs, in padded tokens, to gather the factors of a client that do not lie next to those before.
 _GATHER_TOKENS = {"cpu": 8, "cuda": 32}
 
 
@@ -136,7 +135,7 @@ def _cheapest_cuts(units: Sequence[Sequence[Row]], kind: str) -> list[list[Row]]
             tokens = num_rows * longest
             if start < end - 1 and tokens > most:
                 break
-            cost = cheapest[start][0] + tokens + _PASS_TOKENS.get(kind, 0) + num_banks * _SHARE_TOKENS.get(kind, 0)
+            cost = cheapest[start][0] + tokens + PASS_TOKENS.get(kind, 0) + num_banks * _SHARE_TOKENS.get(kind, 0)
             best = min(best, (cost, start))
         cheapest.append(best)
     parts, end = [], len(units)
@@ -149,7 +148,7 @@ def _cheapest_cuts(units: Sequence[Sequence[Row]], kind: str) -> list[list[Row]]
 
 def _cost(rows: Sequence[Row], kind: str) -> float:
     """Return what a pass costs, in tokens."""
-    cost = float(len(rows) * max(row.length for row in rows) + _PASS_TOKENS.get(kind, 0))
+    cost = float(len(rows) * max(row.length for row in rows) + PASS_TOKENS.get(kind, 0))
     for _, own in itertools.groupby(rows, key=lambda row: row.client.order):
         places, num_segments = _cut_into_segments([row.client.slots[0] for row in own], torch.device("cpu"))
         gathered = 0 if isinstance(places, slice) else num_segments * _GATHER_TOKENS.get(kind, 0)

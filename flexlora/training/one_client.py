@@ -13,16 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flexlora.data.prompts import EncodedExample, padding_token
+from flexlora.data.prompts import EncodedExample, num_labels, padding_token
 from flexlora.errors import FlexLoraError
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState
-from flexlora.training.adapted_model import AdaptedModel, num_labels
+from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.randomness import torch_seeded
 
 # What one more forward and backward pass costs before its first token, in tokens: measured on a small model on CPU; an
 # estimate for GPUs, where launching kernels takes longer and tokens less.
-_PASS_TOKENS = {"cpu": 96, "cuda": 1024}
+PASS_TOKENS = {"cpu": 96, "cuda": 1024}
 
 
 class TrainingError(FlexLoraError, ValueError):
@@ -202,7 +202,7 @@ def _backward(
 ) -> Float[Tensor, ""]:
     """Add the gradient of the mean loss over ``answer_tokens`` and return that loss."""
     total = torch.zeros((), device=model.device)
-    for part in _passes(batch, most_per_pass, _PASS_TOKENS.get(model.device.type, 0)):
+    for part in _passes(batch, most_per_pass, PASS_TOKENS.get(model.device.type, 0)):
         if not num_answer_tokens(part):
             continue
         rows, labels = [example.input_ids for example in part], [example.labels for example in part]
