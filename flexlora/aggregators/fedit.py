@@ -4,7 +4,7 @@
 the products: it misses ``sum_i w_i (B_i - B+) (A_i - A+)``. With SGD as local optimiser this is FedAvg on the adapter.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from flexlora.aggregators.base import require_server_ranks, weighed
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import Traits
 from flexlora.federation.messages import Broadcast, Update
+from flexlora.lora.factor_mean import mean_factors
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import Spectrum, spectrum_of
 
@@ -47,23 +48,7 @@ class FedIt:
         Raises:
             AggregationError: If an update lacks a module or has another rank than the server's adapter.
         """
-        total = 0.0
-        A = {module: torch.zeros_like(factors.A) for module, factors in state.adapter.items()}
-        B = {module: torch.zeros_like(factors.B) for module, factors in state.adapter.items()}
-        for update in weighed(state.adapter, updates):
-            ranks = {module: factors.rank for module, factors in update.payload.items()}
-            require_server_ranks(state.adapter, ranks, f"client {update.client_id!r}")
-            total += update.weight
-            for module, factors in update.payload.items():
-                client = _at_server(factors, self.scaling)
-                A[module] += update.weight * client.A
-                B[module] += update.weight * client.B
-        return FedItState(
-            {
-                module: LoraFactors(A[module] / total, B[module] / total, factors.scaling)
-                for module, factors in state.adapter.items()
-            }
-        )
+        return FedItState(mean_factors(state.adapter, _at_one_rank(state.adapter, updates)))
 
     def broadcast(self, state: FedItState, ranks: Mapping[str, int]) -> Broadcast:
         """Return the averaged adapter in float32; ``ranks`` must be the server's.
@@ -77,6 +62,14 @@ class FedIt:
     def spectra(self, state: FedItState) -> dict[str, Spectrum]:
         """Return the decomposed product of the averaged factors; nothing of it was discarded."""
         return {module: spectrum_of(factors) for module, factors in state.adapter.items()}
+
+
+def _at_one_rank(adapter: AdapterState, updates: Iterable[Update]) -> Iterator[tuple[AdapterState, float]]:
+    """Yield factors and weight of each update, checked to have the server's ranks."""
+    for update in weighed(adapter, updates):
+        ranks = {module: factors.rank for module, factors in update.payload.items()}
+        require_server_ranks(adapter, ranks, f"client {update.client_id!r}")
+        yield update.payload, update.weight
 
 
 def _at_server(factors: LoraFactors, scaling: Scaling) -> LoraFactors:

@@ -18,7 +18,7 @@ direction decays with ``c_j^2``. Only what nobody in a round covers is kept as i
 a direction that is zero in both factors would never learn again.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ import torch
 from flexlora.aggregators.base import require_rank_within, weighed
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.federation.messages import Broadcast, Update
+from flexlora.lora.factor_mean import mean_factors
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import Spectrum, spectrum_of
 
@@ -58,28 +59,7 @@ class ZeroPad:
         Raises:
             AggregationError: If an update has a larger rank than the server's adapter.
         """
-        total = 0.0
-        A = {module: torch.zeros_like(factors.A) for module, factors in state.adapter.items()}
-        B = {module: torch.zeros_like(factors.B) for module, factors in state.adapter.items()}
-        covered = dict.fromkeys(state.adapter, 0)
-        for update in weighed(state.adapter, updates):
-            total += update.weight
-            for module, factors in update.payload.items():
-                require_rank_within(state.adapter[module], module, factors.rank)
-                client = _folded(factors)
-                A[module][: client.rank] += update.weight * client.A
-                B[module][:, : client.rank] += update.weight * client.B
-                covered[module] = max(covered[module], client.rank)
-        return ZeroPadState(
-            {
-                module: LoraFactors(
-                    torch.cat([A[module][:rank] / total, state.adapter[module].A[rank:]]),
-                    torch.cat([B[module][:, :rank] / total, state.adapter[module].B[:, rank:]], 1),
-                    1.0,
-                )
-                for module, rank in covered.items()
-            }
-        )
+        return ZeroPadState(mean_factors(state.adapter, _within_server_ranks(state.adapter, updates)))
 
     def broadcast(self, state: ZeroPadState, ranks: Mapping[str, int]) -> Broadcast:
         """Return the first rows and columns in float32, the client's own scaling divided out of ``B``.
@@ -96,6 +76,14 @@ class ZeroPad:
     def spectra(self, state: ZeroPadState) -> dict[str, Spectrum]:
         """Return the decomposed product of the averaged factors; nothing of it was discarded."""
         return {module: spectrum_of(factors) for module, factors in state.adapter.items()}
+
+
+def _within_server_ranks(adapter: AdapterState, updates: Iterable[Update]) -> Iterator[tuple[AdapterState, float]]:
+    """Yield factors and weight of each update, checked to have no rank above the server's."""
+    for update in weighed(adapter, updates):
+        for module, factors in update.payload.items():
+            require_rank_within(adapter[module], module, factors.rank)
+        yield update.payload, update.weight
 
 
 def _folded(factors: LoraFactors) -> LoraFactors:
