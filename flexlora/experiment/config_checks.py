@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from flexlora.experiment.config import Config, InstructionsData, NaturalInstructionsData
+from flexlora.experiment.config import Config
+from flexlora.experiment.config_data import InstructionsData, NaturalInstructionsData
 from flexlora.experiment.method_config import DEFAULT_METHOD
 
 NUM_CLIENTS_SHOWN = 5

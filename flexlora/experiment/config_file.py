@@ -11,15 +11,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from flexlora.errors import FlexLoraError
-from flexlora.experiment.config import (
-    Config,
-    ConfigError,
-    GeneratedData,
-    InstructionsData,
-    NaturalInstructionsData,
-    RankConfig,
-)
+from flexlora.experiment.config import Config, ConfigError
 from flexlora.experiment.config_checks import disagreements, missing_paths
+from flexlora.experiment.config_clients import RankConfig
+from flexlora.experiment.config_data import GeneratedData, InstructionsData, NaturalInstructionsData
 from flexlora.experiment.config_section import Section
 from flexlora.experiment.method_config import method_model, method_named
 

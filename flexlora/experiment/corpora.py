@@ -12,7 +12,8 @@ from flexlora.data.natural_instructions import Task, read_tasks
 from flexlora.data.pretraining import BASE_FOLDER, INSTANCES_FILE, seen_in_pretraining
 from flexlora.data.task_dealing import TaskDealing, deal_tasks
 from flexlora.data.task_hold_out import HoldOut
-from flexlora.experiment.config import Config, GeneratedData, InstructionsData, NaturalInstructionsData
+from flexlora.experiment.config import Config
+from flexlora.experiment.config_data import GeneratedData, InstructionsData, NaturalInstructionsData
 
 # Clients whose first example tells how long texts are.
 LENGTH_SAMPLE = 256

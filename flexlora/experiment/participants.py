@@ -7,7 +7,8 @@ from functools import cache
 from flexlora.aggregators.settings import Traits
 from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.partition import fixed_validation
-from flexlora.experiment.config import Config, ConfigError, RankConfig
+from flexlora.experiment.config import Config, ConfigError
+from flexlora.experiment.config_clients import RankConfig
 from flexlora.experiment.corpora import corpus_of
 from flexlora.experiment.device_ranks import Affordable, affordable_plans, left_out_clients, never_there
 from flexlora.experiment.workload import Workload, workload_of
