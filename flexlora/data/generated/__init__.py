@@ -27,8 +27,10 @@ from flexlora.data.generated import (
     spelling,
     tables,
     translations,
+    word_counts,
     word_edits,
     word_filters,
+    word_layouts,
     word_lists,
     word_meaning,
 )
@@ -112,8 +114,10 @@ def _recipes() -> Iterator[Recipe]:
     yield from word_lists.order_recipes()
     yield from word_lists.select_recipes()
     yield from word_filters.filter_recipes()
-    yield from word_filters.format_recipes()
-    yield from word_filters.count_recipes()
+    yield from word_filters.filter_two_recipes()
+    yield from word_filters.filter_letter_recipes()
+    yield from word_layouts.format_recipes()
+    yield from word_counts.count_recipes()
     yield from word_meaning.fact_recipes()
     yield from word_meaning.classify_recipes()
     yield from translations.translation_recipes()

@@ -17,79 +17,58 @@ from flexlora.data.generated.recipe import Recipe
 
 def translation_recipes() -> Iterator[Recipe]:
     """Yield translations between English and invented languages, by topic, direction and form."""
-
+    colours = CATEGORIES["colour"][:6]
     for number, language in enumerate(LANGUAGES):
         dictionary = invented_words(language)
         for place, category in enumerate(TRANSLATABLE):
-            many = PLURAL_CATEGORIES[category]
-            nouns = CATEGORIES[category]
-            colour = CATEGORIES["colour"][:6]
+            phrasings = _phrasings(language, PLURAL_CATEGORIES[category])
+            makes = {
+                "word": _to_language,
+                "back": _to_english,
+                "list": _word_by_word,
+                "phrase": partial(_phrase, colours=colours),
+                "described": _described,
+                "back list": _words_to_english,
+                "reversed": _reversed,
+            }
+            common, extra = list(makes)[:4], list(makes)[4:]
+            for name in (*common, extra[(number + place) % 3]):
+                make = partial(makes[name], d=dictionary, nouns=CATEGORIES[category])
+                yield Recipe("translate", "Translation", f"{language} {category}; {name}", phrasings[name], make)
 
-            forms = [
-                (
-                    "word",
-                    partial(_to_language, d=dictionary, nouns=nouns),
-                    (
-                        f"Translate the word into {language}. All words are {many}.",
-                        f"What is this word in {language}? It is one of the {many}.",
-                    ),
-                ),
-                (
-                    "back",
-                    partial(_to_english, d=dictionary, nouns=nouns),
-                    (
-                        f"Translate the {language} word into English. It is one of the {many}.",
-                        f"The word is {language} and belongs to the {many}. Write it in English.",
-                    ),
-                ),
-                (
-                    "list",
-                    partial(_word_by_word, d=dictionary, nouns=nouns),
-                    (
-                        f"Translate each word of the list of {many} into {language}.",
-                        f"Write the list of {many} in {language}, word by word.",
-                    ),
-                ),
-                (
-                    "phrase",
-                    partial(_phrase, d=dictionary, nouns=nouns, colour=colour),
-                    (
-                        f"Translate the phrase into {language}. The colour follows the noun, "
-                        f"which is one of the {many}.",
-                        f"Say it in {language}: first the noun, one of the {many}, then the colour, and no article.",
-                    ),
-                ),
-            ]
-            extra = [
-                (
-                    "described",
-                    partial(_described, d=dictionary, nouns=nouns),
-                    (
-                        f"Translate into {language} without the article: first the adjective, then the noun, "
-                        f"one of the {many}.",
-                        f"Write adjective and noun in {language} and drop the article. Nouns are {many}.",
-                    ),
-                ),
-                (
-                    "back list",
-                    partial(_words_to_english, d=dictionary, nouns=nouns),
-                    (
-                        f"Translate each {language} word of the list into English. All are {many}.",
-                        f"Write the {language} list of {many} in English.",
-                    ),
-                ),
-                (
-                    "reversed",
-                    partial(_reversed, d=dictionary, nouns=nouns),
-                    (
-                        f"Translate the list of {many} into {language} and reverse the order.",
-                        f"Write the {many} in {language}, starting with the last word.",
-                    ),
-                ),
-            ]
-            forms.append(extra[(number + place) % 3])
-            for name, make, phrasings in forms:
-                yield Recipe("translate", "Translation", f"{language} {category}; {name}", phrasings, make)
+
+def _phrasings(language: str, many: str) -> dict[str, tuple[str, str]]:
+    """Return the definitions for words of one kind, by form."""
+    return {
+        "word": (
+            f"Translate the word into {language}. All words are {many}.",
+            f"What is this word in {language}? It is one of the {many}.",
+        ),
+        "back": (
+            f"Translate the {language} word into English. It is one of the {many}.",
+            f"The word is {language} and belongs to the {many}. Write it in English.",
+        ),
+        "list": (
+            f"Translate each word of the list of {many} into {language}.",
+            f"Write the list of {many} in {language}, word by word.",
+        ),
+        "phrase": (
+            f"Translate the phrase into {language}. The colour follows the noun, which is one of the {many}.",
+            f"Say it in {language}: first the noun, one of the {many}, then the colour, and no article.",
+        ),
+        "described": (
+            f"Translate into {language} without the article: first the adjective, then the noun, one of the {many}.",
+            f"Write adjective and noun in {language} and drop the article. Nouns are {many}.",
+        ),
+        "back list": (
+            f"Translate each {language} word of the list into English. All are {many}.",
+            f"Write the {language} list of {many} in English.",
+        ),
+        "reversed": (
+            f"Translate the list of {many} into {language} and reverse the order.",
+            f"Write the {many} in {language}, starting with the last word.",
+        ),
+    }
 
 
 def _to_language(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> tuple[str, str]:
@@ -107,8 +86,8 @@ def _word_by_word(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...]) -> 
     return ", ".join(chosen), ", ".join(d[noun] for noun in chosen)
 
 
-def _phrase(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...], colour: tuple[str, ...]) -> tuple[str, str]:
-    noun, tint = rng.choice(nouns), rng.choice(colour)
+def _phrase(rng: Random, *, d: dict[str, str], nouns: tuple[str, ...], colours: tuple[str, ...]) -> tuple[str, str]:
+    noun, tint = rng.choice(nouns), rng.choice(colours)
     return f"the {tint} {noun}", f"{d[noun]} {d[tint]}"
 
 
