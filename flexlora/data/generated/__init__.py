@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 from flexlora.data.generated import (
     arithmetic,
     blanks,
+    facts,
     grammar,
     lookups,
     messages,
@@ -118,8 +119,10 @@ def _recipes() -> Iterator[Recipe]:
     yield from word_filters.filter_letter_recipes()
     yield from word_layouts.format_recipes()
     yield from word_counts.count_recipes()
-    yield from word_meaning.fact_recipes()
+    yield from facts.fact_recipes()
+    yield from facts.two_fact_recipes()
     yield from word_meaning.classify_recipes()
+    yield from word_meaning.check_recipes()
     yield from translations.translation_recipes()
     yield from sentences.rewrite_recipes()
     yield from word_edits.edit_recipes()

@@ -1,225 +1,42 @@
-"""Which tasks map or label words by what they mean: facts, and kinds with plain or arbitrary labels."""
+"""Which tasks tell what kind of thing a word names."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import combinations
 from random import Random
 
-from flexlora.data.generated.lexicon import CATEGORIES, CATEGORY_OF, FACTS, NOUNS, PLURAL_CATEGORIES
-from flexlora.data.generated.list_steps import STEPS
-from flexlora.data.generated.recipe import FEWEST_INPUTS, Recipe, capitalised
+from flexlora.data.generated.lexicon import CATEGORIES, CATEGORY_OF, NOUNS, PLURAL_CATEGORIES
+from flexlora.data.generated.recipe import Recipe, either
 
-_FACTS: dict[str, tuple[str, str, str, str]] = {
-    "sound": ("an animal", "the sound it makes", "What sound does a {key} make?", "the {key} says {value}"),
-    "young": ("an animal", "the word for its young", "What is a young {key} called?", "a young {key} is a {value}"),
-    "home": ("an animal", "where it lives", "Where does a {key} live?", "the {key} lives in the {value}"),
-    "tint": ("a thing", "its usual colour", "What colour is a {key}?", "the {key} is {value}"),
-    "workplace": ("a job", "where the person works", "Where does a {key} work?", "the {key} works at the {value}"),
-    "maker": ("a thing", "the job of who makes it", "Who makes a {key}?", "the {value} makes the {key}"),
-    "use": ("a tool", "what it is for, in one verb", "What do we do with a {key}?", "we {value} with the {key}"),
-    "worn_on": (
-        "a garment",
-        "the body part it is worn on",
-        "Where do you wear a {key}?",
-        "the {key} is for the {value}",
-    ),
-    "country": ("a city", "its country", "In which country is {key}?", "{key} is in {value}"),
-    "opposite": ("an adjective", "its opposite", "What is the opposite of {key}?", "{key} is not {value}"),
-    "plural": ("a noun", "its plural", "How do you write more than one {key}?", "one {key}, two {value}"),
-    "past": (
-        "a verb",
-        "its past tense",
-        "What is the past tense of {key}?",
-        "today they {key}, yesterday they {value}",
-    ),
-    "participle": ("a verb", "its past participle", "What follows have for the verb {key}?", "to {key}, have {value}"),
-    "gerund": ("a verb", "its form with ing", "What is the ing form of {key}?", "to {key}, {value}"),
-    "base form": (
-        "a verb in the past tense",
-        "its base form",
-        "Which verb has the past tense {key}?",
-        "{key} comes from {value}",
-    ),
-    "third person": (
-        "a verb",
-        "the form used after he or she",
-        "What follows he or she for {key}?",
-        "I {key}, she {value}",
-    ),
-    "category": ("a thing", "what kind of thing it is", "What kind of thing is a {key}?", "{key} is a kind of {value}"),
-}
-
-
-def fact_recipes() -> Iterator[Recipe]:
-    """Yield fact look-ups: on one word, as a question, as a sentence, on lists, and together with list steps."""
-
-    for number, (fact, (what, value_of, question, sentence)) in enumerate(_FACTS.items()):
-        table = FACTS[fact]
-        keys = tuple(table)
-
-        forms = [
-            (
-                "word",
-                partial(_fact_of_word, table=table, keys=keys),
-                (f"You get {what}. Write {value_of}.", f"Give {value_of}. The input is {what}."),
-            ),
-            (
-                "question",
-                partial(_answer_question, table=table, keys=keys, question=question),
-                (
-                    f"Answer a question about {what} in one word: {value_of}.",
-                    f"The question asks for {value_of}, given {what}. Answer in one word.",
-                ),
-            ),
-            (
-                "sentence",
-                partial(_fact_sentence, table=table, keys=keys, sentence=sentence),
-                (
-                    f"You get {what}. Say {value_of} in a short sentence.",
-                    f"Write a short sentence that tells {value_of}. The input is {what}.",
-                ),
-            ),
-            (
-                "pair",
-                partial(_word_and_fact, table=table, keys=keys),
-                (
-                    f"You get {what}. Copy it, write a colon and then {value_of}.",
-                    f"Write the input, a colon, and {value_of}. The input is {what}.",
-                ),
-            ),
-        ]
-        # The base form inverts past and (mostly) participle, and the opposite inverts itself.
-        if fact not in ("category", "tint", "opposite", "past", "participle", "base form"):
-            forms.append(
-                (
-                    "backwards",
-                    partial(_word_of_fact, table=table),
-                    (
-                        f"You get {value_of}, for {what} you have to guess. Write that word.",
-                        f"Which word fits? The input tells {value_of}; answer with {what}.",
-                    ),
-                )
-            )
-        for name, make, phrasings in forms if len(keys) >= FEWEST_INPUTS else ():
-            yield Recipe("fact", "Word Semantics", f"{fact} of one {name}", phrasings, make)
-
-        steps = [None, STEPS[0], STEPS[1], STEPS[2], STEPS[5], STEPS[7], STEPS[8]]
-        for step in [*steps[:2], *(steps[2 + (number + k) % 5] for k in range(3))]:
-            if step is None:
-                phrasings = (
-                    f"For every word of the list, which is {what}, write {value_of}.",
-                    f"Each word of the list is {what}. Replace each by {value_of}.",
-                )
-            else:
-                phrasings = (
-                    f"First {step.wordings[0]}. Then replace every word by {value_of}.",
-                    f"{capitalised(step.wordings[1])}, then write {value_of} for every word.",
-                )
-            yield Recipe(
-                "fact_list",
-                "Word Semantics",
-                f"{fact} of a list; {step.name if step else 'as is'}",
-                phrasings,
-                partial(_facts_of_list, table=table, keys=keys, apply=step.apply if step else list),
-            )
-
-    for one, other in (
-        ("past", "base form"),
-        ("plural", "category"),
-        ("young", "sound"),
-        ("workplace", "plural"),
-        ("opposite", "opposite"),
-        ("young", "home"),
-        ("sound", "tint"),
-        ("use", "category"),
-        ("gerund", "past"),
-        ("participle", "past"),
-        ("third person", "gerund"),
-        ("home", "young"),
-    ):
-        keys = tuple(key for key in FACTS[one] if key in FACTS[other])
-        if len(keys) < FEWEST_INPUTS or one == other:
-            continue
-
-        yield Recipe(
-            "fact_two",
-            "Word Semantics",
-            f"{one} and {other}",
-            (
-                f"You get {_FACTS[one][0]}. Write {_FACTS[one][1]} and {_FACTS[other][1]}, with a comma between them.",
-                f"Give first {_FACTS[one][1]}, then {_FACTS[other][1]}. The input is {_FACTS[one][0]}.",
-            ),
-            partial(_two_facts, one=one, other=other, keys=keys),
-        )
-
-
-def _fact_of_word(rng: Random, *, table: dict[str, str], keys: tuple[str, ...]) -> tuple[str, str]:
-    key = rng.choice(keys)
-    return key, table[key]
-
-
-def _answer_question(rng: Random, *, table: dict[str, str], keys: tuple[str, ...], question: str) -> tuple[str, str]:
-    key = rng.choice(keys)
-    return question.format(key=key), table[key]
-
-
-def _fact_sentence(rng: Random, *, table: dict[str, str], keys: tuple[str, ...], sentence: str) -> tuple[str, str]:
-    key = rng.choice(keys)
-    return key, capitalised(sentence.format(key=key, value=table[key])) + "."
-
-
-def _word_and_fact(rng: Random, *, table: dict[str, str], keys: tuple[str, ...]) -> tuple[str, str]:
-    key = rng.choice(keys)
-    return key, f"{key}: {table[key]}"
-
-
-def _word_of_fact(rng: Random, *, table: dict[str, str]) -> tuple[str, str]:
-    unique = [key for key, value in table.items() if list(table.values()).count(value) == 1]
-    key = rng.choice(unique)
-    return table[key], key
-
-
-def _facts_of_list(
-    rng: Random, *, table: dict[str, str], keys: tuple[str, ...], apply: Callable[[list[str]], list[str]]
-) -> tuple[str, str]:
-    words = rng.sample(keys, rng.randint(2, 3))
-    return ", ".join(words), ", ".join(table[word] for word in apply(words))
-
-
-def _two_facts(rng: Random, *, one: str, other: str, keys: tuple[str, ...]) -> tuple[str, str]:
-    key = rng.choice(keys)
-    return key, f"{FACTS[one][key]}, {FACTS[other][key]}"
+_LABELS = (
+    ("A", "B", "C", "D"),
+    ("one", "two", "three", "four"),
+    ("left", "right", "up", "down"),
+    ("X", "Y", "Z", "W"),
+)
 
 
 def classify_recipes() -> Iterator[Recipe]:
     """Yield word classification into two to four kinds, with plain and with arbitrary labels."""
-    kinds = list(CATEGORIES)
-    groups: list[tuple[str, ...]] = [
-        *list(combinations(kinds, 2))[::3],
-        *list(combinations(kinds, 3))[::29],
-        *list(combinations(kinds, 4))[::161],
+    every = list(CATEGORIES)
+    choices: list[tuple[str, ...]] = [
+        *list(combinations(every, 2))[::3],
+        *list(combinations(every, 3))[::29],
+        *list(combinations(every, 4))[::161],
     ]
-    labels = (
-        ("A", "B", "C", "D"),
-        ("one", "two", "three", "four"),
-        ("left", "right", "up", "down"),
-        ("X", "Y", "Z", "W"),
-    )
-
-    for number, group in enumerate(groups):
+    for number, kinds in enumerate(choices):
         plain = number % 2 == 0
-        names = group if plain else labels[(number // 2) % len(labels)][: len(group)]
+        names = kinds if plain else _LABELS[(number // 2) % len(_LABELS)][: len(kinds)]
 
         if plain:
-            choices = ", ".join(names[:-1]) + " or " + names[-1]
             phrasings = (
-                f"Is the word a name for: {choices}? Answer with one of these.",
-                f"Classify the word. The classes are {choices}.",
-                f"Decide which kind fits the word: {choices}.",
+                f"Is the word a name for: {either(kinds)}? Answer with one of these.",
+                f"Classify the word. The classes are {either(kinds)}.",
+                f"Decide which kind fits the word: {either(kinds)}.",
             )
         else:
             rules = ", ".join(
-                f"{label} for {PLURAL_CATEGORIES[kind]}" for label, kind in zip(names, group, strict=True)
+                f"{label} for {PLURAL_CATEGORIES[kind]}" for label, kind in zip(names, kinds, strict=True)
             )
             phrasings = (
                 f"Label the word. Write {rules}.",
@@ -229,11 +46,20 @@ def classify_recipes() -> Iterator[Recipe]:
         yield Recipe(
             "word_class",
             "Word Classification",
-            " / ".join(f"{k}={n}" for k, n in zip(group, names, strict=True)),
+            " / ".join(f"{k}={n}" for k, n in zip(kinds, names, strict=True)),
             phrasings,
-            partial(_kind_of_word, group=group, names=names),
+            partial(_kind_of_word, kinds=kinds, names=names),
         )
 
+
+def _kind_of_word(rng: Random, *, kinds: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, str]:
+    place = rng.randrange(len(kinds))
+    return rng.choice(CATEGORIES[kinds[place]]), names[place]
+
+
+def check_recipes() -> Iterator[Recipe]:
+    """Yield checks whether a word, or both of two words, are of one kind."""
+    kinds = list(CATEGORIES)
     for number, category in enumerate(kinds):
         yield Recipe(
             "word_check",
@@ -259,11 +85,6 @@ def classify_recipes() -> Iterator[Recipe]:
             ),
             partial(_same_kind, category=category, other=other),
         )
-
-
-def _kind_of_word(rng: Random, *, group: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, str]:
-    place = rng.randrange(len(group))
-    return rng.choice(CATEGORIES[group[place]]), names[place]
 
 
 def _is_one(rng: Random, *, category: str) -> tuple[str, str]:
