@@ -26,7 +26,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from flexlora.data.generated import GeneratedTask, Instance, all_tasks, split_of
 from flexlora.data.generated.clauses import draw_clause, pronoun, write_clause
 from flexlora.data.generated.lexicon import (
     ADJECTIVES,
@@ -47,6 +46,7 @@ from flexlora.data.generated.lexicon import (
 )
 from flexlora.data.generated.recipe import capitalised, with_article
 from flexlora.data.generated.scenes import SCENES, draw_scene
+from flexlora.data.generated.tasks import GeneratedTask, Instance, all_tasks, split_of
 from flexlora.data.pretraining import BASE_FOLDER, INSTANCES_FILE, TASKS_FILE, instance_hash
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from flexlora.data.corpus_cache import files_state, kept_corpus, user_cache_folder
 from flexlora.data.corpus_file import ExampleFile
 from flexlora.data.examples import Example, FederatedCorpus
-from flexlora.data.generated import all_tasks, split_of
+from flexlora.data.generated.tasks import all_tasks, split_of
 from flexlora.data.instructions import load_instructions
 from flexlora.data.natural_instructions import Task, read_tasks
 from flexlora.data.pretraining import BASE_FOLDER, INSTANCES_FILE, seen_in_pretraining

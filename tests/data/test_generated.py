@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexlora.data.generated import GeneratedTask, _QuickRandom, all_tasks, as_natural_instructions, split_of
 from flexlora.data.generated.lexicon import CATEGORIES, LANGUAGES, NOUNS, TRANSLATABLE, invented_words
 from flexlora.data.generated.recipe import FEWEST_INPUTS
+from flexlora.data.generated.tasks import GeneratedTask, _QuickRandom, all_tasks, as_natural_instructions, split_of
 from flexlora.data.natural_instructions import parse_task
 
 

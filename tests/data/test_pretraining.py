@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from flexlora.data import pretraining
-from flexlora.data.generated import all_tasks
+from flexlora.data.generated.tasks import all_tasks
 from flexlora.data.pretraining import BASE_FOLDER, INSTANCES_FILE, TASKS_FILE, instance_hash, seen_in_pretraining
 
 

@@ -1,4 +1,4 @@
-"""Which tasks calculate, compare and write numbers."""
+"""Makes tasks that calculate, compare and write numbers."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which tasks fill the blank of a sentence."""
+"""Makes tasks that fill the blank of a sentence."""
 
 from collections.abc import Iterator
 from functools import partial

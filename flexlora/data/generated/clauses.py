@@ -1,4 +1,4 @@
-"""How a simple sentence about a person and a thing is drawn and written in its grammatical forms."""
+"""Draws a simple sentence about a person and a thing, and writes it in its grammatical forms."""
 
 from dataclasses import dataclass
 from random import Random

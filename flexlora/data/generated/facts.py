@@ -1,4 +1,4 @@
-"""Which tasks look up facts about words."""
+"""Makes tasks that look up facts about words."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

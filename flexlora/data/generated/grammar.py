@@ -1,4 +1,4 @@
-"""Which tasks correct and judge sentences with a planted mistake."""
+"""Makes tasks that correct and judge sentences with a planted mistake."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which words the generated tasks are made of.
+"""Holds the words that the generated tasks are made of.
 
 Every noun belongs to exactly one category, so that "keep only the animals" has one answer. All tables are ordered
 tuples: the order is part of the seed of everything drawn from them.

@@ -1,4 +1,4 @@
-"""What can be done to a list of words: the primitives that the list tasks share."""
+"""Defines what can be done to a list of words: the primitives that the list tasks share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which tasks look things up in a short table."""
+"""Makes tasks that look things up in a short table."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which tasks judge what somebody says: reviews, topics of notes, and turns of small talk."""
+"""Makes tasks that judge what somebody says: reviews, topics of notes, and turns of small talk."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which tasks read a tiny passage: questions, extraction, titles, key words and checks of claims."""
+"""Makes tasks that read a tiny passage: questions, extraction, titles, key words and checks of claims."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""What a generated task is before it has a number: what it computes, its wordings, how an instance is made."""
+"""Defines a generated task before it has a number: what it computes, its wordings, how an instance is made."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ MakeInstance = Callable[[Random], tuple[str, str]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One task to be.
+    """One task before it has a number.
 
     Attributes:
         family: Prefix of the task id.

@@ -1,4 +1,4 @@
-"""What the little passages tell of: a sentence over named fields and a question for every field."""
+"""Holds the scenes of the little passages: a sentence over named fields and a question for every field."""
 
 from dataclasses import dataclass
 from random import Random

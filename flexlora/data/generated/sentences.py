@@ -1,4 +1,4 @@
-"""Which tasks write a sentence in another grammatical form."""
+"""Makes tasks that write a sentence in another grammatical form."""
 
 from collections.abc import Iterator
 from functools import partial

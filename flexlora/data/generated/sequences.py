@@ -1,4 +1,4 @@
-"""Which tasks continue patterns of words and count on in rows of days, months, letters and numbers."""
+"""Makes tasks that continue patterns of words and count on in rows of days, months, letters and numbers."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which tasks are about the letters of words."""
+"""Makes tasks that are about the letters of words."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which tasks turn data into text and back."""
+"""Makes tasks that turn data into text and back."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which tasks translate between English and invented languages, whose dictionaries must be memorised."""
+"""Makes tasks that translate between English and invented languages, whose dictionaries must be memorised."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which tasks count the words of a list."""
+"""Makes tasks that count the words of a list."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which tasks edit a sentence word by word."""
+"""Makes tasks that edit a sentence word by word."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which tasks keep or remove the words of a list, by meaning or by spelling."""
+"""Makes tasks that keep or remove the words of a list, by meaning or by spelling."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which tasks write the words of a list in another layout."""
+"""Makes tasks that write the words of a list in another layout."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

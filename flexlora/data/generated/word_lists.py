@@ -1,4 +1,4 @@
-"""Which tasks reorder a list of words or pick one word from it."""
+"""Makes tasks that reorder a list of words or pick one word from it."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which tasks tell what kind of thing a word names."""
+"""Makes tasks that tell what kind of thing a word names."""
 
 from collections.abc import Iterator
 from functools import partial
