@@ -1,1 +1,1 @@
-"""Corpora: one file per family, all giving the same examples."""
+"""Corpora, from files and generated, turned into the same examples, dealt to clients and tokenised."""

@@ -1,8 +1,8 @@
-"""Corpora kept for later runs: a folder of them, named by everything that decides what is in them.
+"""Keeps corpora for later runs, in folders whose names depend on everything that decides what is in them.
 
-A corpus appears under its name when it is whole, so that being killed leaves nothing half, and two runs that make the
-same one at once both end with a good one. Whoever opens it compares its examples with their hash first; what does not
-fit is made again.
+A corpus gets its name when it is complete: a run that is killed leaves no half corpus under that name, and two runs
+that build the same one at once both end with a good one. The examples of an opened corpus are compared with their hash;
+a corpus that fails its hash is rebuilt.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from flexlora.data.mapped_file import MappedFileError
 
 EXAMPLES_FILE = "examples.jsonl"
 INDEX_FILE = "index.json"
-# More are deleted, those first that nobody has used for longest.
+# If there are more, those used longest ago are deleted.
 MOST_CORPORA = 16
 
 _NAME = re.compile(r"corpus-[0-9a-f]{32}(\.partial-.+)?")
@@ -41,7 +41,7 @@ ReadCorpus = Callable[[ExampleFile], tuple[FederatedCorpus, tuple[str, ...]]]
 
 
 def user_cache_folder() -> Path:
-    """Return the folder for what can be made again: below ``XDG_CACHE_HOME``, which is ``~/.cache`` by default."""
+    """Return the folder for what can be rebuilt: below ``XDG_CACHE_HOME``, which is ``~/.cache`` by default."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexlora"
 
 
@@ -64,13 +64,13 @@ def kept_corpus(
         return found
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # Made for this user alone: others must not read what may be private.
+        # Readable by this user alone: the texts may be private.
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=root))
     except OSError as error:
         _log.warning("Examples are not kept for later runs, as %s cannot be written to: %s.", root, error)
         return read(ExampleFile())
     try:
-        corpus, warnings = _made(partial, folder, read)
+        corpus, warnings = _build(partial, folder, read)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _delete_old(root, folder)
@@ -94,8 +94,8 @@ def files_state(path: Path) -> list[tuple[str, int, int]]:
     return [(str(file.resolve()), state.st_size, state.st_mtime_ns) for file, state in states]
 
 
-def _made(partial: Path, folder: Path, read: ReadCorpus) -> tuple[FederatedCorpus, tuple[str, ...]]:
-    """Make the corpus in ``partial`` and give that the name ``folder``."""
+def _build(partial: Path, folder: Path, read: ReadCorpus) -> tuple[FederatedCorpus, tuple[str, ...]]:
+    """Build the corpus in ``partial`` and rename that to ``folder``."""
     file = ExampleFile(partial / EXAMPLES_FILE)
     corpus, warnings = read(file)
     file.flush()
@@ -109,7 +109,7 @@ def _made(partial: Path, folder: Path, read: ReadCorpus) -> tuple[FederatedCorpu
         try:
             partial.rename(folder)
         except OSError:
-            # Another run was faster, or what is there is broken.
+            # Another run was faster, or the corpus that is there is damaged.
             found = _opened(folder)
             if found is not None:
                 return found
@@ -124,7 +124,7 @@ def _made(partial: Path, folder: Path, read: ReadCorpus) -> tuple[FederatedCorpu
 
 
 def _opened(folder: Path) -> tuple[FederatedCorpus, tuple[str, ...]] | None:
-    """Return the corpus in a folder, None unless it is there and whole."""
+    """Return the corpus in a folder, None if there is none or it fails its hash."""
     try:
         index = json.loads((folder / INDEX_FILE).read_bytes())
         file = ExampleFile(folder / EXAMPLES_FILE, writable=False)
@@ -137,7 +137,7 @@ def _opened(folder: Path) -> tuple[FederatedCorpus, tuple[str, ...]] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
-        _log.warning("Examples kept in %s are damaged and made again: %s.", folder, error)
+        _log.warning("The corpus kept in %s is damaged and will be rebuilt: %s.", folder, error)
         return None
 
 
@@ -153,13 +153,13 @@ def _from_row(row: list[Any]) -> Owner:
 
 
 def _delete_old(root: Path, newest: Path) -> None:
-    """Delete corpora that have not been used for long, and what killed runs have left."""
+    """Delete the corpora that were used longest ago, and what killed runs have left."""
     ours = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path != newest]
     unfinished = [path for path in ours if ".partial-" in path.name]
     whole = sorted((path for path in ours if path not in unfinished), key=_changed, reverse=True)
     abandoned = [path for path in unfinished if _changed(path) < time.time() - _DAY_SECONDS]
     for path in (*whole[MOST_CORPORA - 1 :], *abandoned):
-        # Runs that use it still have their files open.
+        # Runs that use it keep their files open.
         shutil.rmtree(path, ignore_errors=True)
 
 

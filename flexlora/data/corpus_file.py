@@ -1,4 +1,4 @@
-"""Examples in a file: one record an owner, written as they come and read where they are looked at.
+"""Keeps examples in a file: one record an owner, written as they come and read when they are used.
 
 A record is JSON: the instructions that occur, then one list per example of the number of its instruction, its input,
 its outputs and its history. Where records are and which part their examples belong to is a small
@@ -16,7 +16,7 @@ from typing import overload
 from flexlora.data.examples import Example, ExampleSplits, FederatedCorpus
 from flexlora.data.mapped_file import MappedFile
 
-# Whoever walks through the parts of an owner asks for them one by one.
+# Callers go through the parts of one owner in turn.
 _RECORDS_KEPT = 8
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -24,7 +24,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where the examples of somebody are: ``size`` bytes from ``start`` on."""
+    """Where the examples of an owner are: ``size`` bytes from ``start`` on."""
 
     start: int
     size: int
@@ -61,7 +61,7 @@ class ExampleFile:
     """A file of records.
 
     Args:
-        path: None takes a file without a name, which is gone with the process.
+        path: None takes a file without a name, which is deleted when the process ends.
         writable: Whether records will be added.
     """
 
@@ -76,7 +76,7 @@ class ExampleFile:
             (numbers.setdefault(example.instruction, len(numbers)), example.input, example.outputs, example.history)
             for example in examples
         ]
-        # Texts of strangers may hold halves of surrogate pairs.
+        # Scraped texts may hold halves of surrogate pairs.
         content = _ENCODER.encode([list(numbers), rows]).encode("utf-8", "surrogatepass")
         return Record(self._file.append(content), len(content), len(examples))
 
@@ -132,7 +132,7 @@ class StoredExamples(Sequence[Example]):
 
 
 class StoredOwners(Mapping[str, ExampleSplits]):
-    """Name -> examples of everybody in a file, sorted by name."""
+    """Name -> examples of every owner in a file, sorted by name."""
 
     def __init__(self, file: ExampleFile, owners: Sequence[Owner]) -> None:
         self.owners = {owner.name: owner for owner in sorted(owners, key=lambda owner: owner.name)}
@@ -182,11 +182,13 @@ def stored_corpus(
 def store_corpus(file: ExampleFile, corpus: FederatedCorpus) -> FederatedCorpus:
     """Return the same corpus with its examples in ``file`` and no longer in memory."""
 
-    def stored(name: str, splits: ExampleSplits) -> Owner:
-        record = file.append([*splits.validation, *splits.test, *splits.train])
-        return Owner(name, splits.category, record, len(splits.validation), len(splits.test))
-
     clients, unseen = (
-        [stored(name, splits) for name, splits in sorted(owners.items())] for owners in (corpus.clients, corpus.unseen)
+        [_stored(file, name, splits) for name, splits in sorted(owners.items())]
+        for owners in (corpus.clients, corpus.unseen)
     )
     return stored_corpus(file, clients, unseen)
+
+
+def _stored(file: ExampleFile, name: str, splits: ExampleSplits) -> Owner:
+    record = file.append([*splits.validation, *splits.test, *splits.train])
+    return Owner(name, splits.category, record, len(splits.validation), len(splits.test))

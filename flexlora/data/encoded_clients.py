@@ -1,8 +1,8 @@
-"""Clients' training sequences: tokenised once, when a client is first asked for, and from then on read from files.
+"""Tokenises the training examples of a client once, when they are first asked for, and then reads them from files.
 
 A file holds one record a client: a header, three numbers per example (length, tokens without loss at its start, whether
-it was cut) and the tokens of all. Each record carries a checksum, so that a file is good as far as it is whole: a run
-that is killed loses at most the record it was writing. Every process writes a file of its own and reads those of all.
+it was cut) and the tokens of all. Each record carries a checksum, and a file is good up to its last complete record: a
+run that is killed loses at most the record it was writing. Every process writes a file of its own and reads all files.
 """
 
 import hashlib
@@ -35,10 +35,10 @@ class EncodedClients:
     """Client id -> its training sequences.
 
     Args:
-        client_ids: Everybody who may be asked for, always in the same order.
+        client_ids: All clients, always in the same order.
         encode: Tokenises the examples of one client.
         folder: Where files are kept for later runs; what is there belongs to the same clients and the same ``encode``.
-            None takes files that are gone with the process.
+            None takes files that are deleted when the process ends.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class EncodedClients:
         self._numbers = {client_id: number for number, client_id in enumerate(client_ids)}
         self._encode, self._folder = encode, folder
         self._files: list[MappedFile] = []
-        # Of each client: which file, and where in it. Arrays, because they are there for everybody.
+        # Of each client: which file, and where in it. Arrays, because there is an entry for every client.
         self._file_of = np.full(len(self._numbers), -1, np.int32)
         self._start_of = np.zeros(len(self._numbers), np.int64)
         self._own: tuple[int, int] | None = None
         if folder is not None and folder.is_dir():
-            # The newest last: what it holds twice has replaced something damaged.
+            # The newest last: a record that is there twice has replaced a damaged one.
             for path in sorted(folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns):
                 self._read_places(path)
 
@@ -66,12 +66,12 @@ class EncodedClients:
             examples = self._read(number)
             if examples is not None:
                 return examples
-            _log.warning("Kept tokens of client %s are damaged and made again.", client_id)
+            _log.warning("Kept tokens of client %s are damaged; the client is tokenised again.", client_id)
         examples = self._encode(client_id)
         content = _to_record(number, examples)
         index, file = self._own_file()
         self._file_of[number], self._start_of[number] = index, file.append(content)
-        # At once: a process that is made from this one must not write it a second time.
+        # At once, so that a process forked from this one does not write it a second time.
         file.flush()
         return examples
 
@@ -85,7 +85,7 @@ class EncodedClients:
         return _from_record(number, content)
 
     def _read_places(self, path: Path) -> None:
-        """Note where the whole records of a file are."""
+        """Note where the complete records of a file are."""
         try:
             file = MappedFile(path, writable=False)
             start, index = 0, len(self._files)
@@ -122,7 +122,7 @@ class EncodedClients:
 
 
 def encoding_name(tokenizer: PreTrainedTokenizerBase, settings: Sequence[object]) -> str | None:
-    """Return a name that differs whenever tokens could, None for tokenizers that cannot be written down.
+    """Return a name that differs whenever tokens could, None for tokenizers that cannot be serialised.
 
     Args:
         tokenizer: What makes tokens of texts.
@@ -160,7 +160,7 @@ def _payload_size(header: memoryview) -> int:
 
 
 def _from_record(number: int, content: memoryview) -> list[EncodedExample] | None:
-    """Return the sequences in a record, None unless it is whole and that of the client."""
+    """Return the sequences in a record, None if it is damaged or belongs to another client."""
     magic, owner, num_examples, _, width, checksum = _HEADER.unpack(content[: _HEADER.size])
     payload = content[_HEADER.size :]
     if magic != _MAGIC or owner != number or zlib.crc32(payload) != checksum:

@@ -1,4 +1,4 @@
-"""What a training example is, whatever corpus it came from."""
+"""Defines training examples and corpora, the same for all sources."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Example:
 class ExampleSplits:
     """The examples of one owner (a client's task, or an unseen task).
 
-    The parts know their lengths; where they are stored in a file, examples are read from it as they are asked for.
+    The parts know their lengths; where they are stored in a file, examples are read from it when they are used.
     """
 
     train: Sequence[Example]

@@ -1,4 +1,4 @@
-"""A file that grows at its end and is read where the system maps it, outside the process's own memory."""
+"""Appends to a file and reads it through a mapping, so that its content is not in the process's own memory."""
 
 import mmap
 import os
@@ -17,11 +17,11 @@ class MappedFileError(FlexLoraError, OSError):
 
 
 class MappedFile:
-    """Bytes appended by one process and read back from a mapping.
+    """Holds bytes that one process appends and reads back from a mapping.
 
     Args:
-        path: What exists there is kept and read; None takes a file without a name, which is gone with the process
-            however that ends.
+        path: What exists there is kept and read; None takes a file without a name, which is deleted when the process
+            ends, killed or not.
         writable: Whether anything will be appended.
     """
 
@@ -70,6 +70,6 @@ class MappedFile:
         if self._map is None or stop > len(self._map):
             # Views of an older mapping keep that one alive.
             if not 0 <= start <= stop <= os.fstat(self._file.fileno()).st_size:
-                raise MappedFileError(f"{self._file.name} ends before byte {stop}; delete it, it is made again")
+                raise MappedFileError(f"{self._file.name} ends before byte {stop}; delete it, and it will be rebuilt")
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         return memoryview(self._map)[start:stop]

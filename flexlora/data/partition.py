@@ -1,4 +1,4 @@
-"""How rows are dealt to clients: one index array per client, from labels or at random."""
+"""Deals rows to clients: one index array per client, from labels or at random."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol, TypeVar
@@ -9,11 +9,7 @@ from numpy.typing import NDArray
 from flexlora.errors import FlexLoraError
 
 Indices = NDArray[np.int64]
-
-
 Item = TypeVar("Item")
-
-
 Item_co = TypeVar("Item_co", covariant=True)
 
 
@@ -25,7 +21,9 @@ class HasValidation(Protocol[Item_co]):
     """Anything with a validation part, such as the examples of one client."""
 
     @property
-    def validation(self) -> Sequence[Item_co]: ...
+    def validation(self) -> Sequence[Item_co]:
+        """The examples for validation."""
+        ...
 
 
 def iid(num_rows: int, num_clients: int, rng: np.random.Generator, min_rows: int = 1) -> list[Indices]:
@@ -47,8 +45,8 @@ def dirichlet(
     ``p_ck`` of the label's rows, rounded so that all rows are dealt (arXiv:1905.12022). A small ``alpha``
     leaves most of a label with few clients, a large one approaches ``iid``.
 
-    Clients below ``min_rows`` are then filled up, one row at a time, with a random row of whoever has most; with
-    ``min_rows=0`` the draw is left as it is.
+    Clients below ``min_rows`` are then filled up, one row at a time, with a random row of the client that has most;
+    with ``min_rows=0`` the draw is left as it is.
 
     Args:
         labels: The label of every row.

@@ -1,4 +1,4 @@
-"""Which instances the embedded base model was pretrained on, so that no experiment uses them.
+"""Recognises the instances that the embedded base model was pretrained on, so that no experiment uses them.
 
 The package carries one 64-bit hash per Natural Instructions instance of the pretrain-only tasks. A task is recognised
 by its text, whatever its file is called.

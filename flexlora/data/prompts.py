@@ -1,4 +1,4 @@
-"""How an example becomes tokens: prompt templates, what the loss looks at, and what is cut when it is too long."""
+"""Turns examples into tokens: which of them count for the loss, and what is cut from a sequence that is too long."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -10,22 +10,17 @@ from typing import Literal
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from flexlora.data.examples import Example
-from flexlora.errors import FlexLoraError
+from flexlora.data.prompt_templates import PromptError, Rendered, Template, render
 
-Template = Literal["alpaca", "chat", "plain"]
 LossOn = Literal["answers", "all"]
 
-# What transformers calls a position without a label.
+# The label of a token that does not count for the loss, as transformers writes it.
 IGNORED = -100
-# Shares of the window that long neighbours cannot take away: from the prompt for the answer, and from the prompt's
-# text for the input (a definition without its instance teaches nothing).
+# Shares that stay, however long the rest is: of the window for the answer, and of the prompt's text for the input (a
+# definition without its instance teaches nothing).
 ANSWER_SHARE = 0.5
 INPUT_SHARE = 0.25
 BATCH = 512
-
-
-class PromptError(FlexLoraError, ValueError):
-    """An example cannot be written with this template, tokenizer or length."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class EncodedExample:
 
     Attributes:
         input_ids: Prompt, answer and end of sequence.
-        labels: As ``input_ids`` where the loss looks and -100 elsewhere; the model shifts them.
+        labels: As ``input_ids`` where tokens count for the loss and -100 elsewhere; the model shifts them.
         truncated: Whether anything was cut.
     """
 
@@ -44,24 +39,15 @@ class EncodedExample:
 
 
 def num_labels(labels: Sequence[int]) -> int:
-    """Return the number of tokens of a row that a loss looks at: the first has nothing that could predict it."""
+    """Return how many tokens of a sequence count for the loss; the first has nothing that could predict it."""
     return sum(label != IGNORED for label in labels[1:])
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    """A prompt as text and the character spans that may be cut, as (start, end)."""
-
-    text: str
-    instruction: tuple[int, int]
-    input: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class _Prompt:
     """A prompt as tokens; ``offsets`` tells for each of them which characters of the text it stands for."""
 
-    rendered: _Rendered
+    rendered: Rendered
     ids: list[int]
     offsets: Callable[[], list[tuple[int, int]]]
 
@@ -88,10 +74,11 @@ def encode_many(
 ) -> list[EncodedExample]:
     """Return one training sequence per example, tokenized in one batch.
 
-    Prompt and answer are tokenized apart and joined, so the prompt has the very tokens that ``encode_prompt`` gives at
-    generation (unless one of the two had to be cut). The end-of-sequence token follows the answer and is always in the
-    loss. What does not fit is cut in this order: the middle of the input (a quarter of the prompt's text stays: many
-    inputs end with their question), the end of the instruction, and the end of an answer of more than half the window.
+    Prompt and answer are tokenized separately and joined, so the prompt has exactly the tokens that ``encode_prompt``
+    gives at generation (unless one of the two had to be cut). The end-of-sequence token follows the answer and is
+    always in the loss. What does not fit is cut in this order: the middle of the input (a quarter of the prompt's
+    text stays: many inputs end with their question), the end of the instruction, and the end of an answer of more
+    than half the window.
 
     Args:
         max_length: Longest sequence in tokens, everything included.
@@ -152,11 +139,6 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
-    """Return the prompt as text, without what the tokenizer adds in front."""
-    return _render(example, tokenizer, template).text
-
-
 def _chosen_answers(examples: Sequence[Example], answer_indices: Sequence[int] | None) -> list[str]:
     indices = [0] * len(examples) if answer_indices is None else answer_indices
     if len(indices) != len(examples):
@@ -172,66 +154,12 @@ def _chosen_answers(examples: Sequence[Example], answer_indices: Sequence[int] |
     return [example.outputs[index] for example, index in zip(examples, indices, strict=True)]
 
 
-def _render(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> _Rendered:
-    if template == "alpaca":
-        return _render_alpaca(example)
-    if template == "plain":
-        return _render_plain(example)
-    if template == "chat":
-        return _render_chat(example, tokenizer)
-    raise PromptError(f"data.template must be one of alpaca, chat, plain; got {template!r}")
-
-
-def _render_alpaca(example: Example) -> _Rendered:
-    headings = {"user": "### Instruction:\n", "assistant": "### Response:\n"}
-    before = "".join(f"{headings.get(role, '')}{content}\n\n" for role, content in example.history)
-    return _join(before + headings["user"], example, "\n\n### Input:\n", "\n\n### Response:\n")
-
-
-def _render_plain(example: Example) -> _Rendered:
-    return _join("".join(f"{content}\n" for _, content in example.history), example, "\n", "\n")
-
-
-def _join(before: str, example: Example, between: str, after: str) -> _Rendered:
-    head = before + example.instruction
-    start = len(head) + len(between) if example.input else len(head)
-    text = (head + between + example.input if example.input else head) + after
-    return _Rendered(text, (len(before), len(head)), (start, start + len(example.input)))
-
-
-def _render_chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Rendered:
-    if not tokenizer.chat_template:
-        raise PromptError(
-            "data.template=chat needs a tokenizer with a chat template and this one has none; "
-            "set data.template to alpaca or plain, or use an instruction-tuned model"
-        )
-    request = "\n\n".join(part for part in (example.instruction, example.input) if part)
-    messages = [{"role": role, "content": content} for role, content in [*example.history, ("user", request)]]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # Templates raise whatever their authors chose, for example on a system turn.
-        roles = ", ".join(message["role"] for message in messages)
-        raise PromptError(
-            f"the tokenizer's chat template refuses turns of {roles} ({error}); "
-            "set data.template to alpaca or plain, or remove the turns it does not know"
-        ) from error
-    # Templates may strip the ends of a turn, so the parts are looked for without theirs.
-    instruction = _find(text, example.instruction.strip(), max(text.rfind(request.strip()), 0))
-    return _Rendered(text, instruction, _find(text, example.input.strip(), instruction[1]))
-
-
-def _find(text: str, part: str, start: int) -> tuple[int, int]:
-    """Return where ``part`` is in ``text`` from ``start`` on; empty, so that nothing is cut, if the template hid it."""
-    found = text.find(part, start)
-    return (found, found + len(part)) if found >= 0 else (start, start)
-
-
 def _prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template) -> Iterator[_Prompt]:
     """Yield tokenized prompts, uncut; in batches, because offsets of many long texts fill gigabytes."""
     # A chat template writes special tokens itself, the first one included; in other texts they stay text.
     start = [] if template == "chat" else _start_ids(tokenizer)
     for first in range(0, len(examples), BATCH):
-        rendered = [_render(example, tokenizer, template) for example in examples[first : first + BATCH]]
+        rendered = [render(example, tokenizer, template) for example in examples[first : first + BATCH]]
         encoded = _tokenize(tokenizer, [prompt.text for prompt in rendered], split_special_tokens=template != "chat")
         for index, prompt in enumerate(rendered):
             offsets = partial(_offsets, tokenizer, encoded, index, len(start))
@@ -239,7 +167,7 @@ def _prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, te
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield tokens of texts of strangers: what looks like a special token in them stays text."""
+    """Yield the tokens of other people's texts: what looks like a special token in them stays text."""
     for first in range(0, len(texts), BATCH):
         yield from _tokenize(tokenizer, texts[first : first + BATCH], split_special_tokens=True)["input_ids"]
 

@@ -11,7 +11,8 @@ import torch
 from rouge_score import rouge_scorer
 
 from flexlora.data.examples import Example
-from flexlora.data.prompts import Template, encode_many, encode_prompts, num_labels, padding_token
+from flexlora.data.prompt_templates import Template
+from flexlora.data.prompts import encode_many, encode_prompts, num_labels, padding_token
 from flexlora.federation.messages import Broadcast
 from flexlora.training.adapted_model import AdaptedModel
 

@@ -1,4 +1,4 @@
-"""Templates, what the loss sees, and what is cut, with tokenizers made on the spot."""
+"""Tokens of prompts and answers, what the loss sees, and what is cut, with tokenizers made on the spot."""
 
 import os
 from pathlib import Path
@@ -10,14 +10,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flexlora.data.examples import Example
+from flexlora.data.prompt_templates import PromptError, render
 from flexlora.data.prompts import (
-    PromptError,
+    IGNORED,
     encode,
     encode_many,
     encode_prompt,
     encode_prompts,
+    num_labels,
     padding_token,
-    render_prompt,
 )
 
 SHARED = Path(os.environ.get("FLEXLORA_SHARED", Path(__file__).parents[2].parent / "shared"))
@@ -60,33 +61,6 @@ def text_of(ids, tokenizer=BYTES):
     return tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def test_the_alpaca_template_has_its_three_headings():
-    assert render_prompt(REVERSE, BYTES, "alpaca") == (
-        "### Instruction:\nReverse the text.\n\n### Input:\nabc\n\n### Response:\n"
-    )
-    assert render_prompt(Example("Say hi.", "", ("hi",)), BYTES, "alpaca") == (
-        "### Instruction:\nSay hi.\n\n### Response:\n"
-    )
-
-
-def test_the_plain_template_is_the_text_alone():
-    assert render_prompt(REVERSE, BYTES, "plain") == "Reverse the text.\nabc\n"
-
-
-def test_the_chat_template_is_the_tokenizers_own():
-    assert render_prompt(REVERSE, BYTES, "chat") == "<s><|user|>Reverse the text.\n\nabc</s><|assistant|>"
-
-
-def test_earlier_turns_come_first():
-    example = Example("And now?", "", ("x",), history=(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")))
-    assert render_prompt(example, BYTES, "alpaca") == (
-        "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\nAnd now?\n\n### Response:\n"
-    )
-    assert render_prompt(example, BYTES, "chat") == (
-        "<s><|system|>Be brief.</s><|user|>Hi</s><|assistant|>Hello</s><|user|>And now?</s><|assistant|>"
-    )
-
-
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 @pytest.mark.parametrize("template", ["alpaca", "plain"])
 def test_training_sees_the_very_prompt_of_generation_and_then_the_answer(tokenizer, template):
@@ -104,7 +78,7 @@ def test_training_sees_the_very_prompt_of_generation_and_then_the_answer(tokeniz
 def test_a_prompt_has_the_tokens_the_tokenizer_itself_gives_the_text(name):
     tokenizer = TOKENIZERS[name]
     prompt = encode_prompt(REVERSE, tokenizer, "alpaca", 200)
-    assert prompt == tokenizer(render_prompt(REVERSE, tokenizer, "alpaca"))["input_ids"]
+    assert prompt == tokenizer(render(REVERSE, tokenizer, "alpaca").text)["input_ids"]
     assert (prompt[0] == tokenizer.bos_token_id) == (name != "bytes without start")
 
 
@@ -212,15 +186,10 @@ def test_a_window_smaller_than_the_template_is_refused():
         encode_prompt(REVERSE, BYTES, "alpaca", 20)
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused_with_the_key_to_change():
-    with pytest.raises(PromptError, match=r"data.template=chat needs a tokenizer with a chat template"):
-        encode(REVERSE, byte_level(), "chat", 100)
-
-
-def test_a_chat_template_that_refuses_a_turn_is_explained():
-    tokenizer = byte_level(chat_template="{{ raise_exception('no system turns') }}")
-    with pytest.raises(PromptError, match=r"refuses turns of user .no system turns.; set data.template"):
-        encode(REVERSE, tokenizer, "chat", 100)
+def test_the_first_token_is_predicted_from_nothing_and_does_not_count():
+    assert num_labels((IGNORED, IGNORED, 5, 6)) == 2
+    assert num_labels((4, 5, 6)) == 2
+    assert num_labels(()) == 0
 
 
 def test_a_tokenizer_without_an_end_is_refused():
