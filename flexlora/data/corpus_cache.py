@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -46,18 +46,19 @@ def user_cache_folder() -> Path:
 
 
 def kept_corpus(
-    root: Path | None, decided_by: Mapping[str, object], read: ReadCorpus
+    root: Path | None, decided_by: Mapping[str, object], read: ReadCorpus, code: Sequence[Path] = ()
 ) -> tuple[FederatedCorpus, tuple[str, ...]]:
     """Return what ``read`` returns, from an earlier run if there was one.
 
     Args:
         root: Folder of corpora; None keeps nothing.
-        decided_by: All that the corpus depends on, as plain values; the code of this package is added.
-        read: Called if there is no such corpus yet.
+        decided_by: Everything that the corpus depends on, as plain values; ``code_hash`` is added.
+        read: Called if there is no such corpus yet, or if it fails its hash.
+        code: Files of code that decide the corpus, too, such as the one that defines ``read``.
     """
     if root is None:
         return read(ExampleFile())
-    text = json.dumps([decided_by, code_hash()], sort_keys=True)
+    text = json.dumps([decided_by, code_hash(tuple(code))], sort_keys=True)
     folder = root / f"corpus-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     found = _opened(folder)
     if found is not None:
@@ -78,11 +79,15 @@ def kept_corpus(
 
 
 @cache
-def code_hash() -> str:
-    """Return a SHA-256 of the code that reads, generates, deals and writes examples."""
+def code_hash(further: tuple[Path, ...] = ()) -> str:
+    """Return a SHA-256 of the code that reads, generates, deals and writes examples.
+
+    Args:
+        further: Files that decide a corpus besides those of this folder and the random streams.
+    """
     digest = hashlib.sha256(f"{platform.python_version()} {np.__version__}".encode())
     data = Path(__file__).parent
-    for path in (*sorted(data.rglob("*.py")), data.with_name("federation") / "streams.py"):
+    for path in (*sorted(data.rglob("*.py")), data.with_name("federation") / "streams.py", *further):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

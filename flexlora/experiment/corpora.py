@@ -1,4 +1,4 @@
-"""The corpus that a configuration names, read anew or as an earlier run has kept it."""
+"""Reads the corpus that a configuration names, or opens it as an earlier run has kept it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,9 +17,7 @@ from flexlora.experiment.config_data import GeneratedData, InstructionsData, Nat
 
 # Clients whose first example tells how long texts are.
 LENGTH_SAMPLE = 256
-
-
-# What of ``data`` says how examples are used and not which there are.
+# Settings of ``data`` that say how examples are used, not which there are.
 NOT_IN_CORPUS = {"template", "max_length", "loss_on", "test_examples_per_task", "validation_examples", "cache"}
 
 
@@ -29,7 +27,7 @@ def length_sample(corpus: FederatedCorpus) -> list[Example]:
 
 
 def corpus_of(config: Config) -> tuple[FederatedCorpus, tuple[str, ...]]:
-    """Return the corpus and warnings about it, as an earlier run has kept them where it could."""
+    """Return the corpus, kept by an earlier run if there is one, and warnings about it."""
     data, seed, name = config.data, config.seed, config.model.name_or_path
     is_embedded = name == "embedded" or Path(name).expanduser().resolve() == BASE_FOLDER
     decided_by = {"seed": seed, "data": data.model_dump(mode="json", exclude=NOT_IN_CORPUS)}
@@ -38,14 +36,14 @@ def corpus_of(config: Config) -> tuple[FederatedCorpus, tuple[str, ...]]:
         decided_by["files"] = files_state(files) + files_state(BASE_FOLDER / INSTANCES_FILE)
         decided_by["is_embedded"] = is_embedded
 
-    def read(file: ExampleFile) -> tuple[FederatedCorpus, tuple[str, ...]]:
+    def _read(file: ExampleFile) -> tuple[FederatedCorpus, tuple[str, ...]]:
         if isinstance(data, InstructionsData):
             return _read_rows(data, seed, file)
         return _read_tasks(data, seed, file, base_is_embedded=is_embedded)
 
-    # What a hub id stands for may change without notice.
+    # What a hub id names may change without notice.
     can_be_kept = files is None or files.exists()
-    return kept_corpus(_cache_folder(data) if can_be_kept else None, decided_by, read)
+    return kept_corpus(_cache_folder(data) if can_be_kept else None, decided_by, _read, [Path(__file__)])
 
 
 def _cache_folder(data: GeneratedData | NaturalInstructionsData | InstructionsData) -> Path | None:
