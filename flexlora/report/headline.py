@@ -109,7 +109,7 @@ def _what_was_run(run: RunFolder, num_rounds: int) -> str:
     kinds = len(run.plan_ranks)
     mixed = f" in {kinds} rank plans" if kinds > 1 else ""
     return (
-        f"{count_text(num_rounds, 'round')} of {manifest.method} on {manifest.base_model} with "
+        f"{count_text(num_rounds, 'round')} of {manifest.method} on the {manifest.base_model} model with "
         f"{count_text(manifest.num_clients, 'client')}{mixed}."
     )
 
