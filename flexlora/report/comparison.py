@@ -10,7 +10,7 @@ from flexlora.report.run_folder import ReportError, RunFolder
 from flexlora.report.virtual_time import TimedRun, common_target, timed_reference, timed_run
 
 SCORING_SETTINGS = ("data.template", "data.max_length", "data.test_examples_per_task", "evaluation.max_new_tokens")
-"""On these a score depends, whatever the adapter."""
+"""Settings that change a score whatever the adapter."""
 HASHED = {"unseen": "the unseen tasks", "clients": "the clients' data", "devices": "the simulated devices"}
 """What each hash of a manifest stands for."""
 
@@ -31,9 +31,9 @@ def timed_runs(
     if target is not None and not 0 <= target <= 100:
         raise ReportError(f"--target must be a ROUGE-L between 0 and 100, as --target 30; got {target:g}")
     timed = [timed_run(name, folder.records, folder.manifest) for name, folder in _named(run, others).items()]
-    # The reference of this run only: with all of them nobody would find the runs themselves.
+    # Only the reference of this run: with all references, the runs themselves would be hard to find.
     policy = run.manifest.policy if run.manifest else None
-    # It averages factors, which only works with a server that waits for its cohort.
+    # The reference averages factors, which needs a server that waits for its cohort.
     policy = "wait" if policy == "async" else policy or "unknown"
     timed.append(timed_reference("FedIT, smallest rank", policy, run.references.fedit_smallest_rank))
     present = [one for one in timed if one is not None]
@@ -41,7 +41,7 @@ def timed_runs(
 
 
 def comparison_notes(run: RunFolder, others: Sequence[RunFolder] = (), target: float | None = None) -> list[str]:
-    """Return sentences on the runs of `timed_runs`: who is missing, what differs, and who has no say in the target."""
+    """Return sentences on the runs of `timed_runs`: which are missing, what differs, and which the target ignores."""
     timed, _ = timed_runs(run, others, target)
     folders, shown = _named(run, others), {one.name for one in timed}
     notes = []

@@ -56,7 +56,7 @@ def status(run: RunFolder) -> str | None:
     """Return one sentence if the run is not finished or ended early, else None."""
     if not run.records:
         return "No round is finished yet."
-    # Only the last word counts: a run that gave up may have been resumed.
+    # Only the last record counts: a run that stopped may have been resumed.
     stopped = run.records[-1]
     if stopped.stopped:
         return f"Ended early after round {stopped.server_round}: {str(stopped.stopped).rstrip('.')}."

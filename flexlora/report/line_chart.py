@@ -28,7 +28,7 @@ MAX_MARKERS = 30
 
 @dataclass(frozen=True)
 class Axis:
-    """What runs along the bottom of a line chart: its name, how a place on it is called, and how it is written."""
+    """The horizontal axis of a line chart: its name, and how a place on it is called and written."""
 
     name: str
     heading: NumberText

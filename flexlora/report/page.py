@@ -52,7 +52,7 @@ def write_report(run_folder: Path, others: Sequence[Path] = (), target: float | 
     """
     page = render(read_run(run_folder), [read_run(other) for other in others], target)
     path = run_folder / REPORT_FILE
-    # The name of a folder may hold bytes that are no text.
+    # The name of a folder may hold bytes that are not text.
     write_whole(path, page.encode(errors="replace"))
     return path
 

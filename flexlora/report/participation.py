@@ -10,7 +10,7 @@ from flexlora.text import NONE, describe_ranks
 
 @dataclass(frozen=True)
 class PlanRow:
-    """The clients of one rank plan: how many, how often in a round, and what they moved."""
+    """The clients of one rank plan: how many, how often sampled, and what they moved."""
 
     plan: str
     ranks: str
@@ -28,7 +28,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class DeviceRow:
-    """The clients of one simulated device: how they fared in the rounds that sampled them."""
+    """The clients of one simulated device, over the rounds that sampled them."""
 
     device: str
     num_clients: int | None

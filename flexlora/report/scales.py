@@ -12,7 +12,7 @@ NumberText = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Scale:
-    """A straight or logarithmic way from values to drawing units."""
+    """A linear or logarithmic map from values to drawing units."""
 
     low: float
     high: float

@@ -19,7 +19,7 @@ class TimedPoint:
 
 @dataclass(frozen=True)
 class TimedRun:
-    """A run on the virtual clock; what a reference run does not record is None."""
+    """A run on the virtual clock; None stands for what a reference run does not record."""
 
     name: str
     policy: str
@@ -34,7 +34,7 @@ class TimedRun:
 
     @property
     def best_rouge_l(self) -> float | None:
-        """The best unseen ROUGE-L it ever had."""
+        """The best unseen ROUGE-L of all its evaluations."""
         return max((point.rouge_l for point in self.points if point.rouge_l is not None), default=None)
 
     @property
@@ -52,7 +52,7 @@ class TimedRun:
 
 
 def timed_run(name: str, records: Sequence[RoundRecord], manifest: ManifestRecord | None) -> TimedRun | None:
-    """Return a run as it went on the virtual clock; None if it had none."""
+    """Return a run on the virtual clock; None if it had none."""
     timed = [record for record in records if record.virtual_clock_seconds is not None]
     if not timed:
         return None
@@ -74,7 +74,7 @@ def timed_run(name: str, records: Sequence[RoundRecord], manifest: ManifestRecor
 
 
 def timed_reference(name: str, policy: str, run: ReferenceRunRecord | None) -> TimedRun | None:
-    """Return a reference run as it went on the virtual clock; None if it had none."""
+    """Return a reference run on the virtual clock; None if it had none."""
     timed = [scored for scored in run.evaluations if scored.virtual_clock_seconds is not None] if run else []
     if run is None or not timed:
         return None
@@ -93,10 +93,10 @@ def timed_reference(name: str, policy: str, run: ReferenceRunRecord | None) -> T
 
 
 def common_target(runs: Sequence[TimedRun], target: float | None = None) -> float | None:
-    """Return ``target``, or else a ROUGE-L that all runs have reached which ever scored above their base model.
+    """Return ``target``, or else the highest ROUGE-L that every run that learned has reached; None if none has learned.
 
-    It is the best of the one whose best is lowest; None if no run has learned. With a run that never did, it would be
-    the score that every run begins with.
+    A run has learned if it ever scored above its base model. Runs that never did have no influence: with them the
+    target would be the score of the base.
     """
     if target is not None:
         return target
