@@ -1,10 +1,9 @@
-"""The base model with LoRA around its linear modules: the only file that names PEFT's keys.
+"""Puts LoRA factors around the linear modules of a base model; the only file that names PEFT's keys.
 
-One base serves every client of a process. A client's turn places its factors into the PEFT layers and costs no more
-than copying them; the base weights are never touched.
+One base serves every client of a process. To load a client means to copy its factors into the PEFT layers, and costs no
+more than that; the base weights are never touched.
 """
 
-import inspect
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,61 +11,57 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from flexlora.data.prompts import IGNORED
 from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.training.base_model import ModelError, features, frozen
+from flexlora.training.probes import has_dropout, separate_head, takes_positions
 from flexlora.training.randomness import torch_seeded
 
 _TRAINABLE, _FROZEN = "trainable", "frozen"
 
 
-_PROBE_LENGTH = 4
-
-
 class AdaptedModel:
-    """A base model whose linear modules carry, at any time, exactly the factors of one broadcast.
+    """A base model whose linear modules carry, at any time, the factors of one broadcast and no others.
 
     Attributes:
         network: The transformers model, with PEFT layers around the modules adapted so far.
         tokenizer: Its tokenizer.
         dropout: Probability that an input of the trained factors is dropped while training.
-        base_drops_out: Whether the base draws random numbers of its own while training.
+        base_drops_out: Whether the base has dropout of its own.
+        takes_positions: Whether the base can be told the position of each token.
     """
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, dropout: float = 0.0) -> None:
-        """Take over ``network`` and freeze it."""
+        """Freeze ``network`` and use it from now on."""
         self.network = frozen(network)
         self.tokenizer = tokenizer
         self._num_parameters = sum(parameter.numel() for parameter in network.parameters())
         self.dropout = dropout
-        self.base_drops_out = _has_dropout(network)
+        self.base_drops_out = has_dropout(network)
         self._layers: dict[str, LoraLayer] = {}
         self._broadcast = Broadcast(trainable={})
         self._drops_out = dropout > 0 or self.base_drops_out
-        self._head = _separate_head(network)
+        self._head = separate_head(network)
         self._refusal: str | None = None
-        self._takes_positions = "position_ids" in inspect.signature(network.forward).parameters
+        self.takes_positions = takes_positions(network)
 
     @property
     def device(self) -> torch.device:
-        """Where the base model is."""
+        """The device of the base model."""
         return self.network.device
 
     @property
     def separate_head(self) -> nn.Module | None:
-        """The output layer with its adapter, if logits are that of the last hidden states, of any of them, and no more.
+        """The output layer with its adapter, if applying it to some of the last hidden states gives their logits.
 
-        None too while a group of clients has something stand in for it, which has to see whole rows.
+        None also while a group of clients trains with a layer in its place, which needs whole rows.
         """
         head = self.network.get_output_embeddings()
         own = head.get_base_layer() if isinstance(head, LoraLayer) else head
@@ -74,7 +69,7 @@ class AdaptedModel:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters of the base, shared ones counted once, adapters left out."""
+        """Number of parameters of the base without adapters; shared ones count once."""
         return self._num_parameters
 
     def initial_adapter(self, ranks: Mapping[str, int], scaling: Scaling, seed: int) -> AdapterState:
@@ -96,7 +91,7 @@ class AdaptedModel:
         return adapter
 
     def load(self, broadcast: Broadcast) -> None:
-        """Make exactly the factors of ``broadcast`` active, as float32 copies; other modules become the bare base.
+        """Make the factors of ``broadcast`` active, as float32 copies, and no others.
 
         Raises:
             ModelError: If a module does not exist in the base or factors do not fit it, or after ``refuse``.
@@ -113,7 +108,7 @@ class AdaptedModel:
             if layer.active_adapters != active:
                 layer.set_adapter(active, inference_mode=True)
             for branch in active:
-                _place(layer, branch, branches[branch][path])
+                _set_factors(layer, branch, branches[branch][path])
         for parameter in self.trained_parameters():
             parameter.requires_grad_(True)
 
@@ -130,7 +125,7 @@ class AdaptedModel:
         return adapter
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters an optimiser has to move, always in the same order."""
+        """Return the parameters to train, always in the same order."""
         factors = {"both": ("A", "B"), "A": ("A",), "B": ("B",)}[self._broadcast.train_factors]
         return [
             cast("nn.Parameter", _linear(self._layers[path], name, _TRAINABLE).weight)
@@ -157,7 +152,7 @@ class AdaptedModel:
     def dropping_out(self) -> Iterator[None]:
         """Turn on the dropout of the adapters and of the base for the length of a ``with`` block."""
         if not self._drops_out:
-            # Switching a small model to training mode and back costs as much as loading a client's factors.
+            # Switching a small model to training mode and back takes as long as loading a client.
             yield
             return
         self.network.train()
@@ -165,64 +160,6 @@ class AdaptedModel:
             yield
         finally:
             self.network.eval()
-
-    def answer_losses(
-        self, rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], padding: int
-    ) -> Float[Tensor, " rows"]:
-        """Return the cross-entropy in nats of each row, summed over the tokens that have a label.
-
-        Where logits are the output layer applied to the last hidden states (found out once, by trying), it is applied
-        only where a label looks; models that do more than that, such as capping logits, compute all of them.
-
-        Args:
-            rows: Tokens; shorter rows are padded on the right, where a causal model needs no attention mask.
-            labels: For each row as many, the token itself or -100; shifted here.
-            padding: Any token.
-        """
-        length = max(map(len, rows))
-        padded = [[*row, *[padding] * (length - len(row))] for row in rows]
-        looked_at = [
-            (index, index * length + column - 1, label)
-            for index, row_labels in enumerate(labels)
-            for column, label in enumerate(row_labels)
-            if column and label != IGNORED
-        ]
-        owners, positions, targets = torch.tensor(looked_at, device=self.device).reshape(-1, 3).unbind(1)
-        logits = self._logits_at(torch.tensor(padded, device=self.device), positions)
-        losses = functional.cross_entropy(logits, targets, reduction="none")
-        return losses.new_zeros(len(rows)).index_add(0, owners, losses)
-
-    def _logits_at(
-        self, input_ids: Int[Tensor, "rows length"], positions: Int[Tensor, " chosen"]
-    ) -> Float[Tensor, "chosen vocab"]:
-        """Return float32 logits at positions counted through all rows."""
-        head = self.separate_head
-        if head is None:
-            logits = self.network(input_ids=input_ids, use_cache=False).logits
-            return logits.flatten(0, 1).index_select(0, positions).float()
-        hidden = self.network.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return head(hidden.flatten(0, 1).index_select(0, positions)).float()
-
-    def next_logits(
-        self, input_ids: Int[Tensor, "batch new"], attention_mask: Int[Tensor, "batch seen"], cache: Cache | None
-    ) -> tuple[Float[Tensor, "batch vocab"], Cache]:
-        """Return the logits after the last column, in float32, and the cache that now holds all columns.
-
-        Args:
-            input_ids: The columns that ``cache`` does not hold yet; prompts are padded on the left.
-            attention_mask: 0 at padding, 1 elsewhere, over all columns so far.
-            cache: What the previous call returned; None at first.
-        """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
-        if self._takes_positions:
-            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-            inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
-        head = self.separate_head
-        if head is None:
-            output = self.network(**inputs)
-            return output.logits[:, -1].float(), output.past_key_values
-        output = self.network.base_model(**inputs)
-        return head(output.last_hidden_state[:, -1]).float(), output.past_key_values
 
     def check(self, adapter: AdapterState) -> None:
         """Raise unless every module exists and its factors fit it.
@@ -252,8 +189,8 @@ class AdaptedModel:
         return features(module)
 
     def _wrap(self, paths: Sequence[str]) -> None:
-        """Put PEFT layers around modules that no broadcast has named before."""
-        # PEFT wants to know which way round the weights of a whole call are stored.
+        """Put PEFT layers around modules that are not wrapped yet."""
+        # In one call of PEFT, all weights must be stored the same way round.
         by_layout: dict[bool, list[str]] = {}
         for path in paths:
             by_layout.setdefault(isinstance(self.network.get_submodule(path), Conv1D), []).append(path)
@@ -264,9 +201,9 @@ class AdaptedModel:
                 )
                 # PEFT draws initial factors from the global generator; ``load`` replaces them.
                 with torch_seeded(0, self.device), warnings.catch_warnings():
-                    # A second adapter is what we want: the frozen branch lives beside the trained one.
+                    # A second adapter is intended: the frozen branch beside the trained one.
                     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-                    # So is an output layer whose embedding stays as it is; merging into the base refuses it by name.
+                    # So is an adapted output layer beside its unchanged embedding.
                     warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
                     inject_adapter_in_model(config, self.network, branch)
         for path in paths:
@@ -276,40 +213,12 @@ class AdaptedModel:
             self.network.eval()
 
 
-def _separate_head(network: PreTrainedModel) -> nn.Module | None:
-    """Return the output layer if logits are that of the last hidden states and no more, tried on a few tokens."""
-    decoder, head = network.base_model, network.get_output_embeddings()
-    if decoder is network or head is None:
-        return None
-    with torch.no_grad():
-        tokens = torch.arange(_PROBE_LENGTH, device=network.device)[None]
-        hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        expected = network(input_ids=tokens, use_cache=False).logits
-        logits = head(hidden)
-    return head if logits.shape == expected.shape and torch.allclose(logits, expected) else None
-
-
-# Settings of heads that a causal model has not got.
-_OTHER_HEADS = ("classifier_", "summary_")
-
-
-def _has_dropout(network: PreTrainedModel) -> bool:
-    settings = network.config.get_text_config().to_dict()
-    rates = [
-        rate
-        for name, rate in settings.items()
-        if name.endswith(("dropout", "pdrop")) and not name.startswith(_OTHER_HEADS)
-    ]
-    rates += [module.p for module in network.modules() if isinstance(module, nn.Dropout)]
-    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
-
-
 def _linear(layer: LoraLayer, name: str, branch: str) -> nn.Linear:
     return cast("nn.Linear", getattr(layer, f"lora_{name}")[branch])
 
 
-def _place(layer: LoraLayer, branch: str, factors: LoraFactors) -> None:
-    """Put copies of factors of any rank into a PEFT layer."""
+def _set_factors(layer: LoraLayer, branch: str, factors: LoraFactors) -> None:
+    """Copy factors of any rank into a PEFT layer."""
     device = layer.weight.device
     for name, factor in (("A", factors.A), ("B", factors.B)):
         linear = _linear(layer, name, branch)

@@ -59,7 +59,7 @@ def load_base_model(
 def load_empty_model(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the model without weights (on the meta device) and its tokenizer, for plans and shapes.
+    """Return the model without weights (on the meta device) and its tokenizer, for shapes and estimates.
 
     Raises:
         ModelError: If there is no such model, or the machine is offline and has no copy of it.
@@ -84,8 +84,8 @@ def _not_loadable(name_or_path: str, error: Exception) -> ModelError:
     else:
         rule = (
             f"the base model must be a local folder or a hub id; there is no folder {name_or_path}, and no such model "
-            "came from the hub. Check the spelling, the network (HF_HUB_OFFLINE, the local cache), and HF_TOKEN if the "
-            "model is gated"
+            "was found on the hub. Check the spelling, the network (HF_HUB_OFFLINE, the local cache), and HF_TOKEN if "
+            "the model is gated"
         )
     return ModelError(f"{rule}. Reason: {' '.join(str(error).split())[:300]}")
 
@@ -104,7 +104,7 @@ def target_modules(
 
     Args:
         model: The base model, not yet adapted.
-        selection: ``all-linear`` for every linear module but the output layer, or the last parts of paths, such as
+        selection: ``all-linear`` for every linear module except the output layer, or the last parts of paths, such as
             ``("q_proj", "self_attn.v_proj")``.
 
     Raises:

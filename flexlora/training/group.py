@@ -25,6 +25,7 @@ from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.group_decoder import GroupDecoder, decoder_of
 from flexlora.training.group_layers import FactorBank, GroupLayers, Share, Trained, without_lora
 from flexlora.training.group_passes import GroupJob, PooledClient, Row, cut_into_passes, shares_of
+from flexlora.training.logits import answer_losses
 from flexlora.training.one_client import (
     DivergedError,
     LocalTraining,
@@ -218,8 +219,11 @@ class _Pool:
             losses = self._backward_written_out(self._decoder, rows, weights, shares)
         else:
             with self._model.without_adapter(), self._layers.meeting(shares):
-                losses = weights * self._model.answer_losses(
-                    [row.example.input_ids for row in rows], [row.example.labels for row in rows], self._padding
+                losses = weights * answer_losses(
+                    self._model,
+                    [row.example.input_ids for row in rows],
+                    [row.example.labels for row in rows],
+                    self._padding,
                 )
                 losses.sum().backward()
         return torch.zeros(len(self.clients), device=device).index_add_(0, members, losses.detach())

@@ -1,6 +1,6 @@
-"""One client's local training: factors in, factors out, nothing kept in between.
+"""Trains one client: factors in, factors out, nothing kept in between.
 
-A compact loop of its own: a Trainer per client and round costs more than the training of a small client itself.
+The loop is our own, because building a Trainer takes longer than training a small client.
 """
 
 import math
@@ -18,15 +18,16 @@ from flexlora.errors import FlexLoraError
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState
 from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.logits import answer_losses
 from flexlora.training.randomness import torch_seeded
 
-# What one more forward and backward pass costs before its first token, in tokens: measured on a small model on CPU; an
-# estimate for GPUs, where launching kernels takes longer and tokens less.
+# What one more forward and backward pass costs before its first token, in tokens: measured with a small model on a CPU,
+# estimated for GPUs, where launching kernels takes longer and a token takes less time.
 PASS_TOKENS = {"cpu": 96, "cuda": 1024}
 
 
 class TrainingError(FlexLoraError, ValueError):
-    """Data or settings that cannot be trained on."""
+    """Data or settings that cannot be used for training."""
 
 
 class DivergedError(FlexLoraError, ArithmeticError):
@@ -38,7 +39,7 @@ class LocalTraining:
     """How every client trains between receiving and sending.
 
     Attributes:
-        optimizer: ``adamw`` or ``sgd``, started afresh for each client in each round.
+        optimizer: ``adamw`` or ``sgd``; its state starts anew for each client in each round.
         batch_size: Most examples in one forward pass.
         gradient_accumulation_steps: Optimiser steps look at this many times ``batch_size`` examples.
         num_epochs: Passes over the examples; a fraction stops inside one. At least one step is made.
@@ -91,13 +92,13 @@ def train_client(
     learning_rate: float,
     seed: int,
 ) -> tuple[AdapterState, dict[str, float]]:
-    """Return the trained factors at the ranks of ``broadcast``, and what was measured.
+    """Return the trained factors, at the ranks of ``broadcast``, and what was measured.
 
-    The loss of a step is the mean over all answer tokens of its examples, however they are split into passes. The
-    result depends on the arguments alone: no global random state is read or left changed.
+    The loss of a step is the mean over all answer tokens of its examples, however these are split into passes. The
+    result depends on the arguments alone: global random generators are neither used nor changed.
 
     Args:
-        model: Serves as the base; what was loaded before does not matter.
+        model: The base; factors loaded before do not matter.
         broadcast: Where to start from.
         examples: The client's data.
         settings: How to train.
@@ -147,12 +148,12 @@ def check_trainable(broadcast: Broadcast, examples: Sequence[EncodedExample]) ->
 def training_metrics(
     losses: Sequence[Float[Tensor, ""]], norms: Sequence[Float[Tensor, ""]], num_tokens: int, num_answers: int
 ) -> dict[str, float]:
-    """Return what ``train_client`` says about a training, from the loss and the gradient's norm of each step.
+    """Return the metrics of ``train_client``, from the loss and the gradient norm of each step.
 
     Raises:
         DivergedError: If a loss is not finite.
     """
-    # One transfer at the end: asking for a number in every step would make a GPU wait.
+    # One transfer at the end: reading a number in every step would make a GPU wait.
     values = torch.stack(list(losses)).tolist()
     for step, loss in enumerate(values, start=1):
         if not math.isfinite(loss):
@@ -169,7 +170,7 @@ def training_metrics(
 
 
 def _optimizer(parameters: list[nn.Parameter], settings: LocalTraining, learning_rate: float) -> torch.optim.Optimizer:
-    # The fused kernels take a fifth of the time of the loops over small factors, on CPU too.
+    # For small factors, the fused kernels take a fifth of the time of the loops, on a CPU too.
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
@@ -182,18 +183,18 @@ def _optimizer(parameters: list[nn.Parameter], settings: LocalTraining, learning
 def step_batches(
     examples: Sequence[EncodedExample], settings: LocalTraining, rng: np.random.Generator
 ) -> Iterator[list[EncodedExample]]:
-    """Yield the examples of each optimiser step: every epoch in a new order, each example once."""
+    """Yield the examples of each optimiser step: in every epoch each example once, in a new order."""
     size = settings.batch_size * settings.gradient_accumulation_steps
     left = settings.num_steps(len(examples))
     while left:
         order = rng.permutation(len(examples))
-        starts = range(0, len(examples), size)[:left]
-        yield from ([examples[index] for index in order[start : start + size]] for start in starts)
-        left -= len(starts)
+        first_of_step = range(0, len(examples), size)[:left]
+        yield from ([examples[index] for index in order[first : first + size]] for first in first_of_step)
+        left -= len(first_of_step)
 
 
 def num_answer_tokens(batch: Sequence[EncodedExample]) -> int:
-    """Return how many tokens of these examples the loss looks at."""
+    """Return the number of tokens of these examples that the loss looks at."""
     return sum(num_labels(example.labels) for example in batch)
 
 
@@ -202,23 +203,23 @@ def _backward(
 ) -> Float[Tensor, ""]:
     """Add the gradient of the mean loss over ``answer_tokens`` and return that loss."""
     total = torch.zeros((), device=model.device)
-    for part in _passes(batch, most_per_pass, PASS_TOKENS.get(model.device.type, 0)):
+    for part in cut_by_length(batch, most_per_pass, PASS_TOKENS.get(model.device.type, 0)):
         if not num_answer_tokens(part):
             continue
         rows, labels = [example.input_ids for example in part], [example.labels for example in part]
-        loss = model.answer_losses(rows, labels, padding).sum() / answer_tokens
+        loss = answer_losses(model, rows, labels, padding).sum() / answer_tokens
         loss.backward()
         total += loss.detach()
     return total
 
 
-def _passes(batch: Sequence[EncodedExample], most: int, pass_tokens: int) -> list[list[EncodedExample]]:
-    """Return the batch cut into groups of similar length, such that the padded tokens cost least.
+def cut_by_length(batch: Sequence[EncodedExample], most: int, pass_tokens: int) -> list[list[EncodedExample]]:
+    """Return the batch cut into passes of similar length, at the least cost in padded tokens and passes.
 
     Args:
         batch: Examples of one optimiser step.
-        most: Largest group.
-        pass_tokens: What one more group costs, in padded tokens.
+        most: Most examples of a pass.
+        pass_tokens: What one more pass costs, in padded tokens.
     """
     ordered = sorted(batch, key=lambda example: len(example.input_ids))
     cheapest: list[tuple[int, int]] = [(0, 0)]
@@ -230,9 +231,9 @@ def _passes(batch: Sequence[EncodedExample], most: int, pass_tokens: int) -> lis
                 for start in range(max(0, end - most), end)
             )
         )
-    groups, end = [], len(ordered)
+    passes, end = [], len(ordered)
     while end:
         start = cheapest[end][1]
-        groups.append(ordered[start:end])
+        passes.append(ordered[start:end])
         end = start
-    return groups
+    return passes

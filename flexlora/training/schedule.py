@@ -1,4 +1,4 @@
-"""The learning rate of a round."""
+"""Returns the learning rate of a round."""
 
 import math
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ def learning_rate_at(
     warmup_rounds: int = 0,
     halve_at: Sequence[int] = (),
 ) -> float:
-    """Return the learning rate of all clients in a round; it depends on nothing but the arguments.
+    """Return the learning rate of all clients in a round.
 
     Args:
         server_round: From 1 to ``num_rounds``.
         base: The rate after warm-up.
-        schedule: ``constant``; ``linear`` or ``cosine``, falling towards zero, which would be reached one round after
+        schedule: ``constant``; ``linear`` or ``cosine``, falling so that they would reach zero one round after
             the last; ``halve``, divided by two after each round of ``halve_at``.
         num_rounds: Rounds of the whole run.
-        warmup_rounds: Rounds at the beginning over which the rate rises in equal steps to ``base``.
+        warmup_rounds: First rounds, in which the rate rises to ``base`` in equal steps.
         halve_at: Rounds of ``halve``.
     """
     if server_round <= warmup_rounds:

@@ -14,11 +14,10 @@ from flexlora.training.one_client import (
     DivergedError,
     LocalTraining,
     TrainingError,
-    _passes,
+    cut_by_length,
     step_batches,
     train_client,
 )
-from flexlora.training.schedule import learning_rate_at
 
 
 @pytest.fixture
@@ -177,10 +176,10 @@ def test_the_number_of_steps_follows_epochs_and_limit(num_epochs, max_steps, num
 
 def test_batches_of_very_different_lengths_are_computed_in_groups():
     examples = [EncodedExample((1,) * length, (1,) * length) for length in (10, 300, 12, 290, 11)]
-    groups = [[len(example.input_ids) for example in group] for group in _passes(examples, 8, 96)]
+    groups = [[len(example.input_ids) for example in group] for group in cut_by_length(examples, 8, 96)]
     assert sorted(groups) == [[10, 11, 12], [290, 300]]
-    assert len(_passes(examples, 8, 10_000)) == 1
-    assert max(map(len, _passes(examples, 2, 10_000))) == 2
+    assert len(cut_by_length(examples, 8, 10_000)) == 1
+    assert max(map(len, cut_by_length(examples, 2, 10_000))) == 2
 
 
 def test_metrics_count_tokens_without_padding(model, broadcast, make_examples):
@@ -204,23 +203,3 @@ def test_divergence_is_an_error_that_names_the_step(model, broadcast, make_examp
     settings = LocalTraining("sgd", batch_size=1, max_grad_norm=None)
     with pytest.raises(DivergedError, match=r"it was nan at step [2-9], lower the learning rate"):
         train_client(model, broadcast, make_examples(9), settings, 1e30, seed=0)
-
-
-def rates(**settings):
-    return [learning_rate_at(number, base=1.0, num_rounds=8, **settings) for number in range(1, 9)]
-
-
-def test_learning_rates_follow_their_schedules():
-    assert rates(schedule="constant") == [1.0] * 8
-    assert rates(schedule="halve", halve_at=(2, 5)) == [1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
-    assert rates(schedule="linear") == pytest.approx([1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-    cosine = rates(schedule="cosine")
-    assert cosine[0] == 1.0
-    assert cosine[4] == pytest.approx(0.5)
-    assert 0 < cosine[-1] < 0.05
-
-
-def test_warm_up_rises_in_equal_steps_before_the_schedule():
-    assert rates(schedule="constant", warmup_rounds=4) == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
-    linear = rates(schedule="linear", warmup_rounds=4)
-    assert linear == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25])

@@ -1,0 +1,100 @@
+"""Generates answers by greedy decoding, in batches of similar length."""
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+
+from flexlora.data.examples import Example
+from flexlora.data.prompt_templates import Template
+from flexlora.data.prompts import encode_prompts, padding_token
+from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.logits import next_logits
+
+# Bounds the memory of a batch of long sequences; the number of rows bounds batches of short ones.
+_MOST_BATCH_TOKENS = 65_536
+
+
+def generate_answers(
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    template: Template,
+    max_length: int,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> list[str]:
+    """Return the answer that the model generates for each example with the factors that are loaded.
+
+    Args:
+        max_length: Longest sequence; prompts are cut to leave room for ``max_new_tokens``, at most to half of this.
+        max_new_tokens: Longest answer.
+        batch_size: Most prompts decoded at once.
+    """
+    room = max(max_length - max_new_tokens, max_length // 2)
+    prompts = encode_prompts(examples, model.tokenizer, template, room)
+    num_new = min(max_new_tokens, max_length - max(map(len, prompts), default=0))
+    generated = generate(model, prompts, num_new, batch_size)
+    return [str(model.tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in generated]
+
+
+@torch.no_grad()
+def generate(
+    model: AdaptedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 64
+) -> list[list[int]]:
+    """Return the most probable tokens after each prompt, one at a time, without the end of sequence.
+
+    Sampling settings and penalties that came with the model are ignored.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    for batch in batches_of_similar_length(lengths, batch_size):
+        for index, answer in zip(batch, _decode(model, [prompts[i] for i in batch], max_new_tokens), strict=True):
+            answers[index] = answer
+    return answers
+
+
+def _decode(model: AdaptedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """Return greedy continuations of one batch; a row that has ended leaves the batch."""
+    width, padding, ends = max(map(len, prompts)), padding_token(model.tokenizer), _end_tokens(model)
+    padded = [[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    input_ids = torch.tensor(padded, device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    answers: list[list[int]] = [[] for _ in prompts]
+    going, cache = answers, None
+    for step in range(1, max_new_tokens + 1):
+        logits, cache = next_logits(model, input_ids, mask, cache)
+        chosen = logits.argmax(-1)
+        tokens = chosen.tolist()
+        kept = [row for row, token in enumerate(tokens) if token not in ends]
+        for row in kept:
+            going[row].append(tokens[row])
+        if not kept or step == max_new_tokens:
+            break
+        if len(kept) < len(going):
+            rows = torch.tensor(kept, device=model.device)
+            going = [going[row] for row in kept]
+            chosen, mask = chosen[rows], mask[rows]
+            cache.reorder_cache(cast("torch.LongTensor", rows))
+        input_ids = chosen[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(kept), 1)], dim=1)
+    return answers
+
+
+def _end_tokens(model: AdaptedModel) -> set[int]:
+    """Return the tokens that end an answer: that of the tokenizer and those of the model (chat models have several)."""
+    settings = model.network.generation_config
+    of_model = cast("int | list[int] | None", settings.eos_token_id if settings is not None else None)
+    several = of_model if isinstance(of_model, list) else [of_model]
+    return {int(token) for token in [*several, model.tokenizer.eos_token_id] if token is not None}
+
+
+def batches_of_similar_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield indices in batches, longest first, so that a lack of memory shows at once."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > _MOST_BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
