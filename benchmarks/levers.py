@@ -24,8 +24,7 @@ from contextlib import contextmanager
 import torch
 from simulation import Setting, make_network, make_setting
 
-from flexlora.training import group as group_training
-from flexlora.training import group_decoder
+from flexlora.training import group_backward, group_block
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.group import TrainedClient, train_group
 
@@ -58,7 +57,7 @@ def through_autograd(setting: Setting, attention: str, dtype: torch.dtype = torc
     model = AdaptedModel(network, setting.model.tokenizer)
 
     def train() -> float:
-        with swapped(group_training, decoder_of=lambda _: None):
+        with swapped(group_backward, decoder_of=lambda _: None):
             return train_with(setting, model)
 
     return train
@@ -74,12 +73,12 @@ def by_onednn(setting: Setting) -> Trainer:
 
 
 def compiled(setting: Setting) -> Trainer:
-    norm = group_decoder._Norm
+    norm = group_block.RmsNorm
     values = {name: torch.compile(getattr(norm, name), dynamic=True) for name in ("forward", "backward")}
-    rotate = torch.compile(group_decoder._rotate, dynamic=True)
+    rotate = torch.compile(group_block._rotate, dynamic=True)
 
     def train() -> float:
-        with swapped(norm, **values), swapped(group_decoder, _rotate=rotate):
+        with swapped(norm, **values), swapped(group_block, _rotate=rotate):
             return train_with(setting, setting.model)
 
     return train

@@ -7,25 +7,20 @@ padding is computed. Whoever has made the last step leaves, and the next client 
 """
 
 import itertools
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
-from flexlora.data.prompts import IGNORED, padding_token
 from flexlora.lora.factors import AdapterState
 from flexlora.training.adapted_model import AdaptedModel
-from flexlora.training.group_decoder import GroupDecoder, decoder_of
-from flexlora.training.group_layers import FactorBank, GroupLayers, Share, Trained, without_lora
-from flexlora.training.group_passes import GroupJob, PooledClient, Row, cut_into_passes, shares_of
-from flexlora.training.logits import answer_losses
+from flexlora.training.factor_bank import FactorBank, Trained
+from flexlora.training.group_backward import GroupBackward
+from flexlora.training.group_optimizer import clip_gradients, num_moments, update_factors
+from flexlora.training.group_passes import GroupJob, PooledClient, Row, cut_into_passes
+from flexlora.training.group_room import has_room
 from flexlora.training.one_client import (
     DivergedError,
     LocalTraining,
@@ -35,25 +30,8 @@ from flexlora.training.one_client import (
     training_metrics,
 )
 
-# Clients enter while a step of all of them has fewer tokens than this, and while there is memory.
-_POOL_TOKENS = {"cpu": 4096, "cuda": 65536}
-
-
-_MOST_CLIENTS = 256
-
-
-_MEMORY_SHARE = 0.25
-
-
-# Weights, gradients and two moments.
-_BYTES_PER_FACTOR = 16
-
-
 # Clients share a bank while padding makes their factors at most so many times as large.
 _MOST_PADDING = 1.5
-
-
-_ADAM_EPS = 1e-8
 
 
 @dataclass(frozen=True)
@@ -108,23 +86,11 @@ class _Pool:
     def __init__(self, model: AdaptedModel, settings: LocalTraining, most_clients: int | None) -> None:
         self.clients: list[PooledClient] = []
         self._model, self._settings, self._most_clients = model, settings, most_clients
-        self._layers, self._banks = GroupLayers(model.network), list[FactorBank]()
-        self._padding = padding_token(model.tokenizer)
-        with model.without_adapter():
-            head = model.separate_head
-            self._head = None if head is None else without_lora(head)
-            is_simple = self._head is not None and not model.dropout
-            self._decoder = decoder_of(model.network) if is_simple else None
+        self._backward, self._banks = GroupBackward(model), list[FactorBank]()
 
     def has_room(self, job: GroupJob) -> bool:
-        if not self.clients or self._most_clients is not None:
-            return len(self.clients) < (self._most_clients or 1)
-        jobs = [job, *(client.job for client in self.clients)]
-        return (
-            len(jobs) <= _MOST_CLIENTS
-            and sum(_step_tokens(job, self._settings) for job in jobs) <= _POOL_TOKENS.get(self._model.device.type, 0)
-            and sum(map(_factor_bytes, jobs)) <= _MEMORY_SHARE * _memory_bytes(self._model.device)
-        )
+        training = [client.job for client in self.clients]
+        return has_room(training, job, self._settings, self._model.device, self._most_clients)
 
     def enter(self, index: int, job: GroupJob) -> None:
         check_trainable(job.broadcast, job.examples)
@@ -133,7 +99,7 @@ class _Pool:
             branches.append((job.broadcast.frozen, "none"))
         for adapter, _ in branches:
             self._model.check(adapter)
-            self._layers.add(adapter)
+            self._backward.add(adapter)
         places = tuple(self._place(adapter, trained) for adapter, trained in branches)
         bank, slot = places[0]
         self.clients.append(
@@ -144,7 +110,7 @@ class _Pool:
                 order=tuple(self._banks.index(bank) for bank, _ in places),
                 batches=step_batches(job.examples, self._settings, np.random.default_rng(job.seed)),
                 steps_left=self._settings.num_steps(len(job.examples)),
-                moments=[torch.zeros_like(bank.gradients[slot]) for _ in range(_num_moments(self._settings))],
+                moments=[torch.zeros_like(bank.gradients[slot]) for _ in range(num_moments(self._settings))],
                 num_updates=torch.zeros((), device=self._model.device),
             )
         )
@@ -201,117 +167,14 @@ class _Pool:
             bank.gradients.zero_()
         losses = torch.zeros(len(self.clients), device=self._model.device)
         for part in cut_into_passes(rows, self._model.device.type):
-            losses += self._backward(part)
-        norms = self._clip()
+            losses += self._backward(part, len(self.clients))
+        norms = clip_gradients(self.clients, self._banks, self._settings.max_grad_norm)
         for client, loss, norm in zip(self.clients, losses.unbind(), norms, strict=True):
             client.losses.append(loss)
             client.norms.append(norm)
         # A step without a single answer has no gradient: nothing moves, not even by momentum.
-        self._update([client for client, count in zip(self.clients, answers, strict=True) if count])
-
-    def _backward(self, rows: Sequence[Row]) -> Tensor:
-        """Add the gradients of a pass to the banks, and return its part of the loss of each client in the pool."""
-        device = self._model.device
-        weights = torch.tensor([row.weight for row in rows], device=device)
-        members = torch.tensor([row.member for row in rows], device=device)
-        shares = shares_of(rows, self._model.dropout, device)
-        if self._decoder is not None and all(share.bank.shapes.keys() <= self._decoder.paths for share in shares):
-            losses = self._backward_written_out(self._decoder, rows, weights, shares)
-        else:
-            with self._model.without_adapter(), self._layers.meeting(shares):
-                losses = weights * answer_losses(
-                    self._model,
-                    [row.example.input_ids for row in rows],
-                    [row.example.labels for row in rows],
-                    self._padding,
-                )
-                losses.sum().backward()
-        return torch.zeros(len(self.clients), device=device).index_add_(0, members, losses.detach())
-
-    def _backward_written_out(
-        self, decoder: GroupDecoder, rows: Sequence[Row], weights: Tensor, shares: Sequence[Share]
-    ) -> Tensor:
-        device, length = weights.device, max(row.length for row in rows)
-        padded = [[*row.example.input_ids, *[self._padding] * (length - row.length)] for row in rows]
-        columns = [[column for column, label in enumerate(row.example.labels[1:]) if label != IGNORED] for row in rows]
-        targets = torch.tensor(
-            [row.example.labels[column + 1] for row, own in zip(rows, columns, strict=True) for column in own],
-            device=device,
-        )
-        num_chosen = max(map(len, columns))
-        if num_chosen > length // 2:
-            num_chosen, chosen = length, [range(length)] * len(rows)
-            places = [index * length + column for index, own in enumerate(columns) for column in own]
-        else:
-            chosen = [[*own, *[own[-1]] * (num_chosen - len(own))] for own in columns]
-            places = [index * num_chosen + place for index, own in enumerate(columns) for place in range(len(own))]
-        owners = torch.tensor([index for index, own in enumerate(columns) for _ in own], device=device)
-        with torch.no_grad():
-            hidden, kept = decoder.forward(
-                torch.tensor(padded, device=device), torch.tensor([list(own) for own in chosen], device=device), shares
-            )
-        hidden.requires_grad_()
-        labelled = hidden.flatten(0, 1).index_select(0, torch.tensor(places, device=device))
-        assert self._head is not None
-        logits = self._head(decoder.last_norm(labelled)).float()
-        nats = functional.cross_entropy(logits, targets, reduction="none")
-        losses = weights * nats.new_zeros(len(rows)).index_add(0, owners, nats)
-        (gradient,) = torch.autograd.grad(losses.sum(), hidden)
-        with torch.no_grad():
-            decoder.backward(gradient, kept, shares)
-        return losses
-
-    def _clip(self) -> list[Tensor]:
-        """Scale the gradient of each client down to the largest norm, and return the norms before."""
-        norms = {bank: torch.linalg.vector_norm(bank.gradients, dim=1) for bank in self._banks}
-        if self._settings.max_grad_norm is not None:
-            for bank, of_slots in norms.items():
-                bank.gradients *= (self._settings.max_grad_norm / (of_slots + 1e-6)).clamp(max=1.0)[:, None]
-        return [norms[client.places[0][0]][client.places[0][1]] for client in self.clients]
-
-    def _update(self, clients: Sequence[PooledClient]) -> None:
-        for rate in sorted({client.job.learning_rate for client in clients}):
-            _optimizer_step([client for client in clients if client.job.learning_rate == rate], self._settings, rate)
-
-
-def _optimizer_step(clients: Sequence[PooledClient], settings: LocalTraining, learning_rate: float) -> None:
-    places = [client.places[0] for client in clients]
-    weights = [bank.trained_weights[slot] for bank, slot in places]
-    gradients = [bank.gradients[slot] for bank, slot in places]
-    if settings.optimizer == "sgd":
-        sgd(
-            weights,
-            gradients,
-            [client.moments[0] if client.moments else None for client in clients],
-            fused=True,
-            lr=learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
-        return
-    adamw(
-        weights,
-        gradients,
-        [client.moments[0] for client in clients],
-        [client.moments[1] for client in clients],
-        [],
-        [client.num_updates for client in clients],
-        fused=True,
-        amsgrad=False,
-        beta1=settings.betas[0],
-        beta2=settings.betas[1],
-        lr=learning_rate,
-        weight_decay=settings.weight_decay,
-        eps=_ADAM_EPS,
-        maximize=False,
-    )
-
-
-def _num_moments(settings: LocalTraining) -> int:
-    return 2 if settings.optimizer == "adamw" else int(settings.momentum > 0)
+        moving = [client for client, count in zip(self.clients, answers, strict=True) if count]
+        update_factors(moving, self._settings)
 
 
 def _leave(client: PooledClient) -> AdapterState:
@@ -329,22 +192,3 @@ def _outcome(client: PooledClient) -> TrainedClient | Exception:
     except DivergedError as error:
         return error
     return TrainedClient(adapter, metrics, client.train_seconds)
-
-
-def _step_tokens(job: GroupJob, settings: LocalTraining) -> float:
-    """Return about how many tokens one optimiser step of a client has."""
-    size = min(settings.batch_size * settings.gradient_accumulation_steps, len(job.examples))
-    return size * sum(len(example.input_ids) for example in job.examples) / max(1, len(job.examples))
-
-
-def _factor_bytes(job: GroupJob) -> int:
-    adapters = (job.broadcast.trainable, job.broadcast.frozen or {})
-    return _BYTES_PER_FACTOR * sum(
-        factors.rank * sum(factors.shape) for adapter in adapters for factors in adapter.values()
-    )
-
-
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -11,7 +11,8 @@ from torch import Tensor
 from flexlora.data.prompts import EncodedExample
 from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
-from flexlora.training.group_layers import FactorBank, RowMasks, Share
+from flexlora.training.factor_bank import FactorBank
+from flexlora.training.group_layers import RowMasks, Share
 from flexlora.training.one_client import PASS_TOKENS
 
 # A pass with more tokens no longer fits into the caches.

@@ -27,9 +27,11 @@ from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.base_model import ModelError, target_modules
-from flexlora.training.group import TrainedClient, _Pool, train_group
+from flexlora.training.factor_bank import FactorBank
+from flexlora.training.group import TrainedClient, train_group
+from flexlora.training.group_backward import GroupBackward
 from flexlora.training.group_decoder import decoder_of, written_out
-from flexlora.training.group_layers import FactorBank, RowMasks, Share, reason_against_groups
+from flexlora.training.group_layers import RowMasks, Share, reason_against_groups
 from flexlora.training.group_passes import GroupJob, Row, _cut_into_segments, cut_into_passes
 from flexlora.training.logits import answer_losses
 from flexlora.training.one_client import DivergedError, LocalTraining, TrainingError, step_batches, train_client
@@ -336,7 +338,7 @@ def test_networks_that_clients_cannot_share_say_why(make_network, tokenizer):
 def test_a_llama_is_written_out_whatever_peft_has_put_into_it(model, jobs):
     assert written_out(model.network) is not None
     model.load(jobs[0].broadcast)
-    assert _Pool(model, SGD, None)._decoder is not None
+    assert GroupBackward(model)._decoder is not None
     # With factors in it, it is no longer the base.
     assert written_out(model.network) is None
 
@@ -350,7 +352,7 @@ def test_written_out_and_by_autograd_the_gradients_are_the_same(model, jobs, mon
         jobs = [dataclasses.replace(job, examples=own) for job, own in zip(jobs, everywhere, strict=True)]
     settings = LocalTraining("sgd", batch_size=4)
     fast = list(train_group(model, jobs, settings))
-    monkeypatch.setattr("flexlora.training.group.decoder_of", lambda network: None)
+    monkeypatch.setattr("flexlora.training.group_backward.decoder_of", lambda network: None)
     slow = list(train_group(model, jobs, settings))
     assert max(distance(left.adapter, right.adapter) for left, right in zip(fast, slow, strict=True)) < 1e-5
 
