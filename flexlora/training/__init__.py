@@ -1,1 +1,1 @@
-"""How a base model with LoRA learns and is scored: one client, many in one pass, evaluation."""
+"""Trains a base model with LoRA, one client or many in one pass, and scores it."""

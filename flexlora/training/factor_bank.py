@@ -19,17 +19,17 @@ Shape = tuple[int, int, int]
 
 
 class FactorBank:
-    """Factors of several clients, side by side: one row of ``weights`` holds all of a client.
+    """Factors of several clients; one row of ``weights``, a slot, holds all those of a client.
 
     Attributes:
         shapes: Module path -> shape; a client's own ranks may be smaller.
         trained: The factors that get gradients.
         weights: [slots, columns], all ``A`` and then all ``B``.
-        gradients: As the trained columns of ``weights``; backward passes add to it.
+        gradients: Of the trained columns; backward passes add to them.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], trained: Trained, device: torch.device) -> None:
-        """Begin without a slot."""
+        """Start without a slot."""
         self.shapes = dict(sorted(shapes.items()))
         self.trained: Trained = trained
         self._size_of_A = sum(rank * in_features for rank, in_features, _ in self.shapes.values())
@@ -40,16 +40,16 @@ class FactorBank:
 
     @property
     def num_slots(self) -> int:
-        """Number of rows, in use or not."""
+        """Number of slots, used or free."""
         return self.weights.shape[0]
 
     @property
     def trained_weights(self) -> Tensor:
-        """A view of the trained columns of ``weights``; until the next client enters."""
+        """A view of the trained columns of ``weights``, valid until the next client enters."""
         return self.weights[:, self._trained_columns()]
 
     def fits(self, ranks: Mapping[str, int], trained: Trained, most_padding: float) -> bool:
-        """Return whether factors of these ranks may enter, made at most so many times as large by padding."""
+        """Return whether factors of these ranks may enter, padded to at most ``most_padding`` times their size."""
         if trained != self.trained or ranks.keys() != self.shapes.keys():
             return False
         own = sum(rank * sum(self.shapes[path][1:]) for path, rank in ranks.items())
@@ -58,7 +58,7 @@ class FactorBank:
         )
 
     def enter(self, adapter: AdapterState) -> int:
-        """Put copies of a client's factors into a free slot and return which."""
+        """Put copies of a client's factors into a free slot, and return the slot."""
         if not self._free:
             self._free = list(range(self.num_slots, max(1, 2 * self.num_slots)))[::-1]
             self._resize(_doubled(self.weights))
@@ -116,7 +116,7 @@ class FactorBank:
             start_A, start_B = end_A, end_B
 
     def scalings(self, path: str) -> Tensor:
-        """Return what stands before ``B @ A`` in each slot, as [slots, 1, 1]."""
+        """Return the scaling of each slot, as [slots, 1, 1]."""
         return self._scalings[path]
 
 

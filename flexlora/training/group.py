@@ -1,9 +1,9 @@
-"""Trains many clients at once on one base: what ``train_client`` does, for a pool of clients that share passes.
+"""Trains a pool of clients on one base as ``train_client`` trains one; the clients share passes.
 
-Every client keeps its own order of examples, number of steps, optimiser state, clipping and dropout, and what it gets
-does not depend on who else is in the pool, up to the rounding of sums taken in another order. In each turn of the pool
-every client makes one optimiser step, on passes whose rows come from all of them, sorted by length so that hardly any
-padding is computed. Whoever has made the last step leaves, and the next client enters.
+Every client keeps its own order of examples, number of steps, optimiser state, clipping and dropout. Its result does
+not depend on the other clients in the pool, except for the rounding of sums taken in another order. In each turn, every
+client makes one optimiser step, on passes whose rows come from all of them, sorted by length to save padding. A client
+that has made its last step leaves, and the next one enters.
 """
 
 import itertools
@@ -30,17 +30,17 @@ from flexlora.training.one_client import (
     training_metrics,
 )
 
-# Clients share a bank while padding makes their factors at most so many times as large.
+# Clients share a bank while padding makes their factors at most this many times as large.
 _MOST_PADDING = 1.5
 
 
 @dataclass(frozen=True)
 class TrainedClient:
-    """What came of a job.
+    """The result of a job.
 
     Attributes:
         adapter: The trained factors, as ``train_client`` returns them.
-        metrics: What was measured, likewise.
+        metrics: What was measured, as ``train_client`` returns it.
         train_seconds: The client's share, by tokens, of the time its group took.
     """
 
@@ -54,13 +54,13 @@ def train_group(
 ) -> Iterator[TrainedClient | Exception]:
     """Yield one outcome per job, in the order of the jobs.
 
-    A job that cannot be trained, or whose loss diverges, comes out as its exception; no other is affected. Jobs are
-    taken from the iterable only when there is room for them. Between outcomes the model is as it was before.
+    The outcome of a job that fails is its exception; other jobs are not affected. Jobs are taken from the iterable only
+    when there is room for them. Between outcomes the model is as it was before.
 
     Args:
-        model: Serves as the base; ``reason_against_groups`` must have no objection to it and the modules of the jobs.
+        model: The base; ``reason_against_groups`` must return None for it and the modules of the jobs.
         jobs: What to train.
-        settings: How to train; how a step is cut into passes is decided here, whatever ``batch_size`` is.
+        settings: How to train; passes are cut here, whatever ``batch_size`` is.
         clients_per_group: Most clients at a time; None decides by tokens and memory.
     """
     pool, queue = _Pool(model, settings, clients_per_group), enumerate(jobs)
@@ -100,14 +100,14 @@ class _Pool:
         for adapter, _ in branches:
             self._model.check(adapter)
             self._backward.add(adapter)
-        places = tuple(self._place(adapter, trained) for adapter, trained in branches)
-        bank, slot = places[0]
+        bank_slots = tuple(self._enter_bank(adapter, trained) for adapter, trained in branches)
+        bank, slot = bank_slots[0]
         self.clients.append(
             PooledClient(
-                index=index,
+                job_index=index,
                 job=job,
-                places=places,
-                order=tuple(self._banks.index(bank) for bank, _ in places),
+                bank_slots=bank_slots,
+                bank_numbers=tuple(self._banks.index(bank) for bank, _ in bank_slots),
                 batches=step_batches(job.examples, self._settings, np.random.default_rng(job.seed)),
                 steps_left=self._settings.num_steps(len(job.examples)),
                 moments=[torch.zeros_like(bank.gradients[slot]) for _ in range(num_moments(self._settings))],
@@ -115,7 +115,7 @@ class _Pool:
             )
         )
 
-    def _place(self, adapter: AdapterState, trained: Trained) -> tuple[FactorBank, int]:
+    def _enter_bank(self, adapter: AdapterState, trained: Trained) -> tuple[FactorBank, int]:
         ranks = {path: factors.rank for path, factors in adapter.items()}
         fitting = [bank for bank in self._banks if bank.fits(ranks, trained, _MOST_PADDING)]
         if fitting:
@@ -127,7 +127,7 @@ class _Pool:
         return bank, bank.enter(adapter)
 
     def turn(self) -> dict[int, TrainedClient | Exception]:
-        """Let every client make one step, and return the outcomes of those that leave."""
+        """Let every client make one step, and return the outcomes of those that are done."""
         start, tokens_before = time.perf_counter(), [client.num_tokens for client in self.clients]
         try:
             self._step()
@@ -139,27 +139,27 @@ class _Pool:
             client.train_seconds += seconds * own / max(1, sum(tokens))
         leaving = [client for client in self.clients if not client.steps_left]
         self.clients = [client for client in self.clients if client.steps_left]
-        return {client.index: _outcome(client) for client in leaving}
+        return {client.job_index: _outcome(client) for client in leaving}
 
     def _one_by_one(self, error: Exception) -> dict[int, TrainedClient | Exception]:
-        """Find out whose fault an error was: train each client anew, alone."""
+        """Train each client again, alone, to find the one that failed."""
         clients, self.clients = self.clients, []
         for client in clients:
             _leave(client)
         if len(clients) == 1:
-            return {clients[0].index: error}
-        return {client.index: next(train_group(self._model, [client.job], self._settings, 1)) for client in clients}
+            return {clients[0].job_index: error}
+        return {client.job_index: next(train_group(self._model, [client.job], self._settings, 1)) for client in clients}
 
     def _step(self) -> None:
         rows, answers = [], []
-        for member, client in enumerate(self.clients):
+        for pool_index, client in enumerate(self.clients):
             batch = next(client.batches)
             step, client.steps_left = client.steps_left, client.steps_left - 1
             answers.append(num_answer_tokens(batch))
             client.num_tokens += sum(len(example.input_ids) for example in batch)
             client.num_answers += answers[-1]
             rows += [
-                Row(member, client, example, 1 / answers[-1], (client.job.seed, step, position))
+                Row(pool_index, client, example, 1 / answers[-1], (client.job.seed, step, position))
                 for position, example in enumerate(batch)
                 if num_answer_tokens([example])
             ]
@@ -172,16 +172,16 @@ class _Pool:
         for client, loss, norm in zip(self.clients, losses.unbind(), norms, strict=True):
             client.losses.append(loss)
             client.norms.append(norm)
-        # A step without a single answer has no gradient: nothing moves, not even by momentum.
+        # A step without an answer token has no gradient; nothing moves, not even by momentum.
         moving = [client for client, count in zip(self.clients, answers, strict=True) if count]
         update_factors(moving, self._settings)
 
 
 def _leave(client: PooledClient) -> AdapterState:
     """Free the client's slots and return its factors."""
-    for bank, slot in client.places[1:]:
+    for bank, slot in client.bank_slots[1:]:
         bank.leave(slot, {})
-    bank, slot = client.places[0]
+    bank, slot = client.bank_slots[0]
     return bank.leave(slot, client.job.broadcast.trainable)
 
 

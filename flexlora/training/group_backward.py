@@ -10,8 +10,8 @@ from torch.nn import functional
 from flexlora.data.prompts import IGNORED, padding_token
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.group_decoder import GroupDecoder, decoder_of
-from flexlora.training.group_layers import GroupLayers, Share, without_lora
-from flexlora.training.group_passes import Row, shares_of
+from flexlora.training.group_layers import BankRows, GroupLayers, without_lora
+from flexlora.training.group_passes import Row, rows_by_bank
 from flexlora.training.logits import answer_losses
 
 
@@ -36,12 +36,12 @@ class GroupBackward:
         """Add the gradients of a pass to the banks, and return its part of the loss of each client in the pool."""
         device = self._model.device
         weights = torch.tensor([row.weight for row in rows], device=device)
-        members = torch.tensor([row.member for row in rows], device=device)
-        shares = shares_of(rows, self._model.dropout, device)
-        if self._decoder is not None and all(share.bank.shapes.keys() <= self._decoder.paths for share in shares):
-            losses = self._written_out(self._decoder, rows, weights, shares)
+        pool_indices = torch.tensor([row.pool_index for row in rows], device=device)
+        bank_rows = rows_by_bank(rows, self._model.dropout, device)
+        if self._decoder is not None and all(part.bank.shapes.keys() <= self._decoder.paths for part in bank_rows):
+            losses = self._written_out(self._decoder, rows, weights, bank_rows)
         else:
-            with self._model.without_adapter(), self._layers.meeting(shares):
+            with self._model.without_adapter(), self._layers.using(bank_rows):
                 losses = weights * answer_losses(
                     self._model,
                     [row.example.input_ids for row in rows],
@@ -49,15 +49,15 @@ class GroupBackward:
                     self._padding,
                 )
                 losses.sum().backward()
-        return torch.zeros(num_clients, device=device).index_add_(0, members, losses.detach())
+        return torch.zeros(num_clients, device=device).index_add_(0, pool_indices, losses.detach())
 
     def _written_out(
-        self, decoder: GroupDecoder, rows: Sequence[Row], weights: Tensor, shares: Sequence[Share]
+        self, decoder: GroupDecoder, rows: Sequence[Row], weights: Tensor, bank_rows: Sequence[BankRows]
     ) -> Tensor:
         device = weights.device
         chosen = _choose_positions(rows, device)
         with torch.no_grad():
-            hidden, kept = decoder.forward(_padded(rows, self._padding, device), chosen.columns, shares)
+            hidden, kept = decoder.forward(_padded(rows, self._padding, device), chosen.columns, bank_rows)
         hidden.requires_grad_()
         labelled = hidden.flatten(0, 1).index_select(0, chosen.places)
         assert self._head is not None
@@ -66,7 +66,7 @@ class GroupBackward:
         losses = weights * nats.new_zeros(len(rows)).index_add(0, chosen.owners, nats)
         (gradient,) = torch.autograd.grad(losses.sum(), hidden)
         with torch.no_grad():
-            decoder.backward(gradient, kept, shares)
+            decoder.backward(gradient, kept, bank_rows)
         return losses
 
 

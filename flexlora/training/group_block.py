@@ -1,7 +1,7 @@
 """Writes out one block of a Llama-like decoder, forward and backward, for a group of clients.
 
-Written out, the gradient of a block is a few products added up in place; autograd would keep books of each and pass
-over the activations more often.
+Written out, the gradient of a block is a few products added up in place; autograd would record each operation and read
+the activations more often.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexlora.training.group_layers import Share
+from flexlora.training.group_layers import BankRows
 
-# What a share's A made of an input, and its A, B and scalings.
+# The scaled product of an input with A, and A, B and the scalings.
 _Low = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -25,18 +25,20 @@ class GroupModule:
     weight: Tensor
     bias: Tensor | None
 
-    def forward(self, x: Tensor, shares: Sequence[Share], onto: Tensor | None = None) -> tuple[Tensor, list[_Low]]:
-        """Return the output, added to ``onto`` if given, and what ``backward`` needs of each share."""
+    def forward(
+        self, x: Tensor, bank_rows: Sequence[BankRows], onto: Tensor | None = None
+    ) -> tuple[Tensor, list[_Low]]:
+        """Return the output, added to ``onto`` if given, and what ``backward`` needs."""
         if onto is None or self.bias is not None:
             y = nn.functional.linear(x, self.weight, self.bias)
             y = y if onto is None else y.add_(onto)
         else:
             y = torch.addmm(onto.flatten(0, 1), x.flatten(0, 1), self.weight.T).view_as(onto)
         lows = []
-        for share in self._own(shares):
-            A, B, scaling = share.factors(self.path, x.dtype)
-            low = torch.bmm(share.segments(x), A.mT).mul_(scaling)
-            share.segments(y).baddbmm_(low, B.mT)
+        for part in self._own(bank_rows):
+            A, B, scaling = part.factors(self.path, x.dtype)
+            low = torch.bmm(part.segments(x), A.mT).mul_(scaling)
+            part.segments(y).baddbmm_(low, B.mT)
             lows.append((low, A, B, scaling))
         return y, lows
 
@@ -45,7 +47,7 @@ class GroupModule:
         x: Tensor,
         lows: Sequence[_Low],
         dy: Tensor,
-        shares: Sequence[Share],
+        bank_rows: Sequence[BankRows],
         dx: Tensor | None = None,
         *,
         wanted: bool = True,
@@ -54,22 +56,22 @@ class GroupModule:
         if wanted:
             flat = dy.flatten(0, 1)
             dx = (flat @ self.weight if dx is None else dx.flatten(0, 1).addmm_(flat, self.weight)).view_as(x)
-        for share, (low, A, B, scaling) in zip(self._own(shares), lows, strict=True):
-            into_A, into_B = share.bank.factor_gradients[self.path]
-            own = share.segments(dy)
+        for part, (low, A, B, scaling) in zip(self._own(bank_rows), lows, strict=True):
+            into_A, into_B = part.bank.factor_gradients[self.path]
+            own = part.segments(dy)
             if into_B is not None:
-                share.add_gradient(into_B, torch.bmm(own.mT, low))
+                part.add_gradient(into_B, torch.bmm(own.mT, low))
             if into_A is None and not wanted:
                 continue
             dlow = torch.bmm(own, B).mul_(scaling)
             if into_A is not None:
-                share.add_gradient(into_A, torch.bmm(dlow.mT, share.segments(x)))
+                part.add_gradient(into_A, torch.bmm(dlow.mT, part.segments(x)))
             if dx is not None:
-                share.segments(dx).baddbmm_(dlow, A)
+                part.segments(dx).baddbmm_(dlow, A)
         return dx
 
-    def _own(self, shares: Sequence[Share]) -> list[Share]:
-        return [share for share in shares if self.path in share.bank.shapes]
+    def _own(self, bank_rows: Sequence[BankRows]) -> list[BankRows]:
+        return [part for part in bank_rows if self.path in part.bank.shapes]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class RmsNorm:
         return unit * self.weight, unit, inverse
 
     def backward(self, dy: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-        """Return the gradient of the input; ``dy`` is used up."""
+        """Return the gradient of the input; ``dy`` is overwritten."""
         dunit = dy.mul_(self.weight)
         along = (dunit * unit).mean(-1, keepdim=True)
         return dunit.addcmul_(unit, along, value=-1.0).mul_(inverse)
@@ -95,7 +97,7 @@ class RmsNorm:
 
 @dataclass(frozen=True)
 class Heads:
-    """How many heads there are, and how a row of features is divided among them."""
+    """The number of heads, and views of features by head."""
 
     num_groups: int
     num_per_group: int
@@ -123,15 +125,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, into: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of where its queries are.
+    """Positions of keys and queries, as attention needs them.
 
     Attributes:
         cos: Of the angles of keys, [length, half a head].
-        sin: Likewise.
-        query_cos: Of the angles of queries, with the scale of the scores.
-        query_sin: Likewise.
+        sin: Of the same angles.
+        query_cos: Of the angles of queries, times the scale of the scores.
+        query_sin: Of the same angles.
         mask: Added to the scores, broadcast to [rows * groups, heads * queries, length].
-        chosen: Flat positions [rows, chosen] that queries are at; None for all.
+        chosen: Flat positions [rows, chosen] of the queries; None for all.
     """
 
     cos: Tensor
@@ -148,58 +150,58 @@ class Positions:
         return x.flatten(0, 1).index_select(0, self.chosen.flatten()).view(*self.chosen.shape, -1)
 
     def put(self, dx: Tensor, dpicked: Tensor) -> None:
-        """Add the gradient of what was picked to that of where it came from."""
+        """Add the gradient of what was picked to ``dx``, at the positions it was picked from."""
         assert self.chosen is not None
         dx.flatten(0, 1).index_add_(0, self.chosen.flatten(), dpicked.flatten(0, 1))
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block: attention and a gated multilayer perceptron, each behind a norm and beside the residual stream."""
+    """Attention and a gated multilayer perceptron, each applied to a norm of the residual stream and added to it."""
 
     modules: Mapping[str, GroupModule]
     norms: tuple[RmsNorm, RmsNorm]
     heads: Heads
 
-    def forward(self, x: Tensor, at: Positions, shares: Sequence[Share]) -> tuple[Tensor, dict[str, Any]]:
-        """Return the stream behind the block, at the positions of the queries, and what ``backward`` needs."""
+    def forward(self, x: Tensor, at: Positions, bank_rows: Sequence[BankRows]) -> tuple[Tensor, dict[str, Any]]:
+        """Return the stream after the block, at the positions of the queries, and what ``backward`` needs."""
         kept: dict[str, Any] = {}
         normed, *kept["norm_1"] = self.norms[0].forward(x)
         asking = at.pick(normed)
-        mixed = self._attend(normed, asking, at, shares, kept)
-        x, kept["o_proj"] = self.modules["o_proj"].forward(mixed, shares, onto=at.pick(x))
+        mixed = self._attend(normed, asking, at, bank_rows, kept)
+        x, kept["o_proj"] = self.modules["o_proj"].forward(mixed, bank_rows, onto=at.pick(x))
         again, *kept["norm_2"] = self.norms[1].forward(x)
-        gate, kept["gate_proj"] = self.modules["gate_proj"].forward(again, shares)
-        up, kept["up_proj"] = self.modules["up_proj"].forward(again, shares)
+        gate, kept["gate_proj"] = self.modules["gate_proj"].forward(again, bank_rows)
+        up, kept["up_proj"] = self.modules["up_proj"].forward(again, bank_rows)
         opened = nn.functional.silu(gate)
         gated = opened * up
-        x, kept["down_proj"] = self.modules["down_proj"].forward(gated, shares, onto=x)
+        x, kept["down_proj"] = self.modules["down_proj"].forward(gated, bank_rows, onto=x)
         kept |= {"normed": normed, "asking": asking, "mixed": mixed, "again": again}
         kept |= {"gate": gate, "up": up, "opened": opened, "gated": gated}
         return x, kept
 
     def _attend(
-        self, normed: Tensor, asking: Tensor, at: Positions, shares: Sequence[Share], kept: dict[str, Any]
+        self, normed: Tensor, asking: Tensor, at: Positions, bank_rows: Sequence[BankRows], kept: dict[str, Any]
     ) -> Tensor:
-        q, kept["q_proj"] = self.modules["q_proj"].forward(asking, shares)
-        k, kept["k_proj"] = self.modules["k_proj"].forward(normed, shares)
-        v, kept["v_proj"] = self.modules["v_proj"].forward(normed, shares)
+        q, kept["q_proj"] = self.modules["q_proj"].forward(asking, bank_rows)
+        k, kept["k_proj"] = self.modules["k_proj"].forward(normed, bank_rows)
+        v, kept["v_proj"] = self.modules["v_proj"].forward(normed, bank_rows)
         queries, keys = self.heads.queries(q), self.heads.keys(k)
         q = _rotate(queries, at.query_cos, at.query_sin, q.new_empty(queries.shape)).flatten(2, 3).flatten(0, 1)
         k = _rotate(keys, at.cos, at.sin, k.new_empty(keys.shape)).flatten(0, 2)
         v = self.heads.keys(v).flatten(0, 2)
-        shares_of_attention = torch.baddbmm(at.mask, q, k.mT).softmax(-1)
-        mixed = torch.bmm(shares_of_attention, v).view(queries.shape).permute(0, 3, 1, 2, 4).flatten(2)
-        kept |= {"q": q, "k": k, "v": v, "attention": shares_of_attention}
+        attention = torch.baddbmm(at.mask, q, k.mT).softmax(-1)
+        mixed = torch.bmm(attention, v).view(queries.shape).permute(0, 3, 1, 2, 4).flatten(2)
+        kept |= {"q": q, "k": k, "v": v, "attention": attention}
         return mixed
 
     def backward(
-        self, dx: Tensor, at: Positions, shares: Sequence[Share], kept: dict[str, Any], *, wanted: bool
+        self, dx: Tensor, at: Positions, bank_rows: Sequence[BankRows], kept: dict[str, Any], *, wanted: bool
     ) -> Tensor | None:
-        """Return the gradient of the stream before the block, if it is wanted; ``dx`` is used up."""
+        """Return the gradient of the stream before the block, if it is wanted; ``dx`` is overwritten."""
 
         def back(name: str, x: str, dy: Tensor, dx: Tensor | None = None, wanted: bool = True) -> Tensor | None:
-            return self.modules[name].backward(kept[x], kept[name], dy, shares, dx, wanted=wanted)
+            return self.modules[name].backward(kept[x], kept[name], dy, bank_rows, dx, wanted=wanted)
 
         dgated = _some(back("down_proj", "gated", dx))
         dagain = back("up_proj", "again", dgated * kept["opened"])
@@ -222,7 +224,7 @@ class Block:
         return dbefore
 
     def _attend_backward(self, dmixed: Tensor, at: Positions, kept: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of what the modules gave as queries, keys and values."""
+        """Return the gradients of the outputs of the query, key and value modules."""
         q, k, v, attention = (kept[name] for name in ("q", "k", "v", "attention"))
         dout = self.heads.queries(dmixed).flatten(2, 3).flatten(0, 1)
         dscores = torch.ops.aten._softmax_backward_data(torch.bmm(dout, v.mT), attention, -1, attention.dtype)
@@ -235,7 +237,7 @@ class Block:
         return dq, dk, dv
 
     def _empty(self, like: Tensor, view: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Return room for features of all heads, and its view by heads."""
+        """Return an empty tensor for the features of all heads, and its view by head."""
         per_group = self.heads.num_per_group if view == self.heads.queries else 1
         features = like.new_empty(*like.shape[:2], self.heads.num_groups * per_group * self.heads.width)
         return features, view(features)

@@ -1,9 +1,10 @@
-"""A Llama-like decoder written out, forward and backward, for a group of clients on a CPU.
+"""Runs a Llama-like decoder forward and backward for a group of clients on a CPU, without autograd.
 
 Small bases spend most of a step outside their matrix products: in the bookkeeping of autograd, in passes over
-activations, and in the last layer at positions where no loss looks. Written out, a layer's gradient is a few products
-added up in place, the last layer works behind its keys and values at the chosen positions only, and nothing is
-differentiated below the lowest module that has factors. A network is taken only if it comes to the same on some tokens.
+activations, and in the last layer at positions that no loss needs. Written out, a layer's gradient is a few products
+added up in place, the last layer computes queries and what follows at the chosen positions only, and no gradient is
+computed below the lowest module that has factors. The decoder is used only if it reproduces the network's output on a
+probe.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexlora.training.group_block import Block, GroupModule, Heads, Positions, RmsNorm
-from flexlora.training.group_layers import Share, base_linear
+from flexlora.training.group_layers import BankRows, base_linear
 
 _PROBE = (2, 5)
 
@@ -28,17 +29,17 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 class GroupDecoder:
-    """The layers of a network between embedding and last norm, which stay the network's own."""
+    """The blocks of a network; its embedding and last norm are called as they are."""
 
     def __init__(self, network: PreTrainedModel, layers: Sequence[Block]) -> None:
-        """Take the layers of ``network`` as ``written_out`` found them."""
-        # Weakly, because ``_tried`` keeps the decoder for as long as there is the network.
+        """Use ``layers``, the blocks of ``network``."""
+        # A weak reference, because ``_tried`` keeps the decoder as long as the network lives.
         self._network: Any = proxy(network)
         self._layers = layers
         self.paths = frozenset(module.path for layer in layers for module in layer.modules.values())
 
     def still_has_weights_of(self, network: PreTrainedModel) -> bool:
-        """Return whether these are the very weights that ``network`` has now."""
+        """Return whether ``network`` still has the weights that the decoder uses."""
         return network.dtype == torch.float32 and all(
             getattr(base_linear(network, module.path), "weight", None) is module.weight
             for layer in self._layers
@@ -46,14 +47,14 @@ class GroupDecoder:
         )
 
     def forward(
-        self, input_ids: Int[Tensor, "rows length"], chosen: Int[Tensor, "rows chosen"], shares: Sequence[Share]
+        self, input_ids: Int[Tensor, "rows length"], chosen: Int[Tensor, "rows chosen"], bank_rows: Sequence[BankRows]
     ) -> tuple[Float[Tensor, "rows chosen hidden"], list[Any]]:
         """Return the hidden states before the last norm at chosen columns of each row, and what ``backward`` needs.
 
         Args:
             input_ids: Padded on the right.
-            chosen: Any columns, in any order; as many as there are means all of them, in order.
-            shares: Which rows meet which factors.
+            chosen: Columns of each row, in any order; if as many as the length, all of them in order.
+            bank_rows: Which rows use which factors.
         """
         decoder: Any = self._network.base_model
         x = decoder.embed_tokens(input_ids)
@@ -61,12 +62,12 @@ class GroupDecoder:
         kept: list[Any] = []
         for number, layer in enumerate(self._layers, start=1):
             at = at_chosen if number == len(self._layers) else everywhere
-            x, own = layer.forward(x, at, shares)
+            x, own = layer.forward(x, at, bank_rows)
             kept.append((at, own))
         return x, kept
 
     def last_norm(self, hidden: Float[Tensor, "chosen hidden"]) -> Float[Tensor, "chosen hidden"]:
-        """Return what the output layer is applied to."""
+        """Return the input of the output layer."""
         decoder: Any = self._network.base_model
         return decoder.norm(hidden)
 
@@ -90,9 +91,9 @@ class GroupDecoder:
         flat = chosen + length * torch.arange(rows, device=x.device)[:, None]
         return everywhere, Positions(cos, sin, query_cos, query_sin, mask, flat)
 
-    def backward(self, dx: Tensor, kept: list[Any], shares: Sequence[Share]) -> None:
-        """Add the gradients of the factors to their banks, from that of the hidden states; ``dx`` is used up."""
-        paths = {path for share in shares if share.bank.trained != "none" for path in share.bank.shapes}
+    def backward(self, dx: Tensor, kept: list[Any], bank_rows: Sequence[BankRows]) -> None:
+        """Add the gradients of the factors to their banks, from that of the hidden states; ``dx`` is overwritten."""
+        paths = {path for part in bank_rows if part.bank.trained != "none" for path in part.bank.shapes}
         lowest = min(
             number for number, layer in enumerate(self._layers) if any(m.path in paths for m in layer.modules.values())
         )
@@ -100,15 +101,15 @@ class GroupDecoder:
         for number in range(len(self._layers) - 1, lowest - 1, -1):
             assert gradient is not None
             at, own = kept.pop()
-            gradient = self._layers[number].backward(gradient, at, shares, own, wanted=number > lowest)
+            gradient = self._layers[number].backward(gradient, at, bank_rows, own, wanted=number > lowest)
 
 
-# Trying a network out takes as long as some steps of a small one.
+# Building and testing a decoder takes as long as some steps of a small network.
 _tried: WeakKeyDictionary[PreTrainedModel, GroupDecoder] = WeakKeyDictionary()
 
 
 def decoder_of(network: PreTrainedModel) -> GroupDecoder | None:
-    """Return what ``written_out`` does, for a network with nothing put into it, which is tried once for its weights."""
+    """Return the decoder of a bare network, or None; it is built once and again if the weights are replaced."""
     decoder = _tried.get(network)
     if decoder is None or not decoder.still_has_weights_of(network):
         decoder = written_out(network)
@@ -118,7 +119,7 @@ def decoder_of(network: PreTrainedModel) -> GroupDecoder | None:
 
 
 def written_out(network: PreTrainedModel) -> GroupDecoder | None:
-    """Return the decoder of ``network`` written out, or None if it is of another kind."""
+    """Return a decoder that reproduces ``network``, or None if there is none."""
     if network.dtype != torch.float32 or network.device.type != "cpu" or _slides(network):
         return None
     base: Any = network.base_model
@@ -139,7 +140,7 @@ def written_out(network: PreTrainedModel) -> GroupDecoder | None:
 
 
 def _slides(network: PreTrainedModel) -> bool:
-    """Return whether some layer attends to a window only, which a few tokens would not show."""
+    """Return whether some layer attends to a window only; a short probe would not show it."""
     config = network.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or [None]
     return getattr(config, "sliding_window", None) is not None and any(kind != "full_attention" for kind in kinds)

@@ -1,8 +1,7 @@
-"""LoRA layers of many clients around one frozen base: each row of a batch meets the factors of its own client.
+"""Replaces the linear modules of a base so that each row of a pass uses the factors of its own client.
 
-For a row of client i a linear module computes ``x W^T + s_i (x A_i^T) B_i^T``. The product with ``W`` is one for all
-rows, those with ``A_i`` and ``B_i`` are batched over clients. Clients whose ranks are alike share a bank, padded to the
-largest of its ranks: a zero row of ``A`` beside a zero column of ``B`` gets a zero gradient and stays zero.
+For a row of client i, a linear module computes ``x W^T + s_i (x A_i^T) B_i^T``. One product with ``W`` serves all rows;
+those with ``A_i`` and ``B_i`` are batched over clients.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,20 +15,20 @@ from torch import Tensor, nn
 
 from flexlora.training.factor_bank import FactorBank
 
-# Rows and length of the tokens a network is tried on.
+# Rows and length of the probe.
 _PROBE = (2, 3)
 
 
 @dataclass(frozen=True)
-class Share:
-    """The rows of a pass that meet the factors of one bank.
+class BankRows:
+    """The rows of a pass that use the factors of one bank.
 
     Attributes:
-        bank: Whose factors.
-        rows: Which rows, those of a client side by side.
-        slots: The client of each segment; a segment is a run of equally many rows.
-        num_segments: How many segments.
-        masks: Draws what dropout leaves of the input of each module; None drops nothing.
+        bank: Holds the factors.
+        rows: Positions of the rows; those of a client are neighbours.
+        slots: Slot of each segment's client; segments are runs of equally many rows.
+        num_segments: Number of segments.
+        masks: Draws dropout masks; None drops nothing.
     """
 
     bank: FactorBank
@@ -39,16 +38,16 @@ class Share:
     masks: "RowMasks | None" = None
 
     def segments(self, of_rows: Tensor) -> Tensor:
-        """Return a view of this share's part of [rows, length, features] as [segments, tokens, features]."""
+        """Return a view of these rows of [rows, length, features] as [segments, tokens, features]."""
         part = of_rows[self.rows]
         return part.reshape(self.num_segments, -1, part.shape[-1])
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """Return what dropout leaves of this share's part of ``x``, scaled, as [segments, tokens, features]."""
+        """Return a dropout mask for these rows of ``x``, scaled, as [segments, tokens, features]."""
         return None if self.masks is None else self.masks.draw(x[self.rows]).reshape(self.num_segments, -1, x.shape[-1])
 
     def factors(self, path: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``A``, ``B`` and the scaling of each segment; the scaling is not rounded."""
+        """Return ``A`` and ``B`` of each segment in ``dtype``, and its scaling in float32."""
         found = (*self.bank.factors[path], self.bank.scalings(path))
         if isinstance(self.slots, slice):
             A, B, scalings = (tensor[self.slots] for tensor in found)
@@ -66,7 +65,7 @@ class Share:
 
 
 class RowMasks:
-    """Dropout whose draws for a row depend on that row's own stream, not on who else is in the pass."""
+    """Draws dropout masks from one stream per row, so that other rows of the pass do not matter."""
 
     def __init__(self, rate: float, seeds: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
         """Take one seed and one length without padding for each row."""
@@ -82,55 +81,57 @@ class RowMasks:
         return masks.div_(self._keep)
 
 
-class Pass:
-    """The shares of the pass that is being computed; the layers of a network look here."""
+class CurrentPass:
+    """The bank rows of the pass that is being computed; all layers of a network read them here."""
 
     def __init__(self, device: torch.device) -> None:
-        """Begin without a share: every module is the bare base."""
-        self.shares: Sequence[Share] = ()
-        # Makes autograd come by where the input of a layer needs no gradient but its factors do.
+        """Start without bank rows: every module is the bare base."""
+        self.bank_rows: Sequence[BankRows] = ()
+        # Makes autograd call backward where the input of a layer needs no gradient but its factors do.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
 
 class GroupLinear(nn.Module):
-    """Stands in for a linear module while a group trains."""
+    """Takes the place of a linear module while a group trains."""
 
-    def __init__(self, path: str, base: nn.Linear, current: Pass) -> None:
-        """Share the weights of ``base``, which is left as it is."""
+    def __init__(self, path: str, base: nn.Linear, current: CurrentPass) -> None:
+        """BankRows the weights of ``base``, which is left as it is."""
         super().__init__()
         self.path, self._current = path, current
-        # A tuple, or the module would count the weights as its own.
+        # In a tuple, so that the weights are not registered as parameters of this module.
         self._base = (base,)
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight: some models ask for its dtype."""
+        """The frozen weight; some models read its dtype."""
         return self._base[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the base's output plus each row's own low-rank change."""
         (base,) = self._base
-        shares = [share for share in self._current.shares if self.path in share.bank.shapes]
-        if not shares:
+        bank_rows = [part for part in self._current.bank_rows if self.path in part.bank.shapes]
+        if not bank_rows:
             return nn.functional.linear(x, base.weight, base.bias)
-        return cast("Tensor", _GroupedLinear.apply(x, self._current.anchor, base.weight, base.bias, self.path, shares))
+        return cast(
+            "Tensor", _GroupedLinear.apply(x, self._current.anchor, base.weight, base.bias, self.path, bank_rows)
+        )
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, path: str, shares: list[Share]
+        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, path: str, bank_rows: list[BankRows]
     ) -> Tensor:
         y = nn.functional.linear(x, weight, bias)
         kept: list[Tensor | None] = []
-        for share in shares:
-            A, B, scaling = share.factors(path, x.dtype)
-            mask = share.mask(x)
-            low = torch.bmm(_masked(share.segments(x), mask), A.mT).mul_(scaling)
-            share.segments(y).baddbmm_(low, B.mT)
+        for part in bank_rows:
+            A, B, scaling = part.factors(path, x.dtype)
+            mask = part.mask(x)
+            low = torch.bmm(_masked(part.segments(x), mask), A.mT).mul_(scaling)
+            part.segments(y).baddbmm_(low, B.mT)
             kept += [low, mask]
         ctx.save_for_backward(x, weight, *kept)
-        ctx.path, ctx.shares = path, shares
+        ctx.path, ctx.bank_rows = path, bank_rows
         return y
 
     @staticmethod
@@ -138,21 +139,21 @@ class _GroupedLinear(torch.autograd.Function):
         (dy,) = outputs
         x, weight, *kept = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        for share, low, mask in zip(ctx.shares, kept[::2], kept[1::2], strict=True):
-            A, B, scaling = share.factors(ctx.path, x.dtype)
-            into_A, into_B = share.bank.factor_gradients[ctx.path]
-            dys = share.segments(dy)
+        for part, low, mask in zip(ctx.bank_rows, kept[::2], kept[1::2], strict=True):
+            A, B, scaling = part.factors(ctx.path, x.dtype)
+            into_A, into_B = part.bank.factor_gradients[ctx.path]
+            dys = part.segments(dy)
             if into_B is not None:
-                share.add_gradient(into_B, torch.bmm(dys.mT, low))
+                part.add_gradient(into_B, torch.bmm(dys.mT, low))
             if into_A is None and dx is None:
                 continue
             dlow = torch.bmm(dys, B).mul_(scaling)
             if into_A is not None:
-                share.add_gradient(into_A, torch.bmm(dlow.mT, _masked(share.segments(x), mask)))
+                part.add_gradient(into_A, torch.bmm(dlow.mT, _masked(part.segments(x), mask)))
             if dx is not None and mask is None:
-                share.segments(dx).baddbmm_(dlow, A)
+                part.segments(dx).baddbmm_(dlow, A)
             elif dx is not None:
-                share.segments(dx).addcmul_(torch.bmm(dlow, A), mask)
+                part.segments(dx).addcmul_(torch.bmm(dlow, A), mask)
         return dx, None, None, None, None, None
 
 
@@ -161,30 +162,30 @@ def _masked(inputs: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class GroupLayers:
-    """The layers of a group in a network, put in only while a pass is computed."""
+    """Puts the layers of a group into a network while a pass is computed."""
 
     def __init__(self, network: nn.Module) -> None:
-        """Begin without a layer."""
+        """Start without a layer."""
         self._network = network
-        self._current = Pass(next(network.parameters()).device)
+        self._current = CurrentPass(next(network.parameters()).device)
         self._layers: dict[str, GroupLinear] = {}
 
     def add(self, paths: Iterable[str]) -> None:
-        """Prepare layers for modules; these must be plain linear ones, or PEFT layers around such."""
+        """Prepare layers for modules; they must be plain linear modules, or PEFT layers around these."""
         for path in sorted(set(paths) - self._layers.keys()):
             base = base_linear(self._network, path)
             assert type(base) is nn.Linear
             self._layers[path] = GroupLinear(path, base, self._current)
 
     @contextmanager
-    def meeting(self, shares: Sequence[Share]) -> Iterator[None]:
-        """Let the rows of a batch meet the factors of ``shares`` for the length of a ``with`` block."""
+    def using(self, bank_rows: Sequence[BankRows]) -> Iterator[None]:
+        """Apply the factors of ``bank_rows`` to the rows of a pass for the length of a ``with`` block."""
         replaced = {path: _replace(self._network, path, layer) for path, layer in self._layers.items()}
-        self._current.shares = shares
+        self._current.bank_rows = bank_rows
         try:
             yield
         finally:
-            self._current.shares = ()
+            self._current.bank_rows = ()
             for path, module in replaced.items():
                 _replace(self._network, path, module)
 
@@ -200,17 +201,17 @@ def _replace(network: nn.Module, path: str, module: nn.Module) -> nn.Module:
 
 
 def base_linear(network: nn.Module, path: str) -> nn.Module:
-    """Return the module of the base at a path, without the PEFT layer that may be around it."""
+    """Return the module of the base at a path, without a PEFT layer around it."""
     return without_lora(network.get_submodule(path))
 
 
 def without_lora(module: nn.Module) -> nn.Module:
-    """Return what a PEFT layer is around, any other module as it is."""
+    """Return the module inside a PEFT layer; any other module as it is."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def reason_against_groups(network: nn.Module, paths: Iterable[str], *, base_drops_out: bool) -> str | None:
-    """Return why several clients cannot share a pass through this network, or None if they can.
+    """Return why clients cannot share a pass through this network, or None if they can.
 
     Args:
         network: The base.
@@ -219,7 +220,7 @@ def reason_against_groups(network: nn.Module, paths: Iterable[str], *, base_drop
     """
     if base_drops_out:
         return "the base model has dropout of its own"
-    # A path that does not exist is the fault of the client that names it.
+    # A path that does not exist is an error of the client that names it.
     paths = sorted(set(paths) & {path for path, _ in network.named_modules()})
     for path in paths:
         if type(base := base_linear(network, path)) is not nn.Linear:
@@ -228,7 +229,7 @@ def reason_against_groups(network: nn.Module, paths: Iterable[str], *, base_drop
 
 
 def _reason_in_rows(network: nn.Module, paths: Sequence[str]) -> str | None:
-    """Try a few tokens: every module has to see them as [rows, length, features], once per pass."""
+    """Try a few tokens: every module must receive them as [rows, length, features], once per pass."""
     seen: dict[str, list[tuple[int, ...]]] = {path: [] for path in paths}
 
     def look(path: str) -> Any:

@@ -22,7 +22,7 @@ def clip_gradients(
     if max_grad_norm is not None:
         for bank, of_slots in norms.items():
             bank.gradients *= (max_grad_norm / (of_slots + 1e-6)).clamp(max=1.0)[:, None]
-    return [norms[client.places[0][0]][client.places[0][1]] for client in clients]
+    return [norms[client.bank_slots[0][0]][client.bank_slots[0][1]] for client in clients]
 
 
 def update_factors(clients: Sequence[PooledClient], settings: LocalTraining) -> None:
@@ -37,9 +37,9 @@ def num_moments(settings: LocalTraining) -> int:
 
 
 def _step(clients: Sequence[PooledClient], settings: LocalTraining, learning_rate: float) -> None:
-    places = [client.places[0] for client in clients]
-    weights = [bank.trained_weights[slot] for bank, slot in places]
-    gradients = [bank.gradients[slot] for bank, slot in places]
+    bank_slots = [client.bank_slots[0] for client in clients]
+    weights = [bank.trained_weights[slot] for bank, slot in bank_slots]
+    gradients = [bank.gradients[slot] for bank, slot in bank_slots]
     if settings.optimizer == "sgd":
         sgd(
             weights,

@@ -1,7 +1,4 @@
-import copy
 import dataclasses
-import gc
-from weakref import ref
 
 import numpy as np
 import pytest
@@ -11,13 +8,7 @@ from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     MistralConfig,
-    OPTConfig,
-    OPTForCausalLM,
     Qwen2Config,
     Qwen3Config,
 )
@@ -27,51 +18,14 @@ from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.base_model import ModelError, target_modules
-from flexlora.training.factor_bank import FactorBank
 from flexlora.training.group import TrainedClient, train_group
-from flexlora.training.group_backward import GroupBackward
-from flexlora.training.group_decoder import decoder_of, written_out
-from flexlora.training.group_layers import RowMasks, Share, reason_against_groups
-from flexlora.training.group_passes import GroupJob, Row, _cut_into_segments, cut_into_passes
+from flexlora.training.group_decoder import written_out
+from flexlora.training.group_layers import reason_against_groups
+from flexlora.training.group_passes import GroupJob
 from flexlora.training.logits import answer_losses
 from flexlora.training.one_client import DivergedError, LocalTraining, TrainingError, step_batches, train_client
 
 SGD = LocalTraining("sgd", batch_size=2)
-
-
-@pytest.fixture
-def make_broadcast(model, random_adapter, scaling):
-    """Returns a maker of adapters whose ranks go round ``ranks``; 0 leaves a module out."""
-    shapes = target_modules(model.network, "all-linear")
-
-    def make(*ranks, seed=0, rule=scaling, frozen=None, train_factors="both"):
-        def adapter(ranks, seed):
-            resolved = {path: ranks[index % len(ranks)] for index, path in enumerate(shapes)}
-            wild = random_adapter(shapes, {path: rank for path, rank in resolved.items() if rank}, rule, seed)
-            return {path: LoraFactors(0.3 * own.A, 0.3 * own.B, own.scaling) for path, own in wild.items()}
-
-        return Broadcast(adapter(ranks, seed), adapter(frozen, seed + 1) if frozen else None, train_factors)
-
-    return make
-
-
-@pytest.fixture
-def jobs(make_broadcast, make_examples):
-    """Six clients that differ in whatever clients can differ in, at rates that keep a random network from chaos."""
-    broadcasts = [
-        make_broadcast(3),
-        make_broadcast(1, 5, 2, seed=1),
-        make_broadcast(4, 0, 2, 1, 0, seed=2),
-        make_broadcast(2, seed=3, rule=Scaling("rslora", 3.0)),
-        make_broadcast(3, seed=4, rule=Scaling("constant_ratio", 0.5)),
-        make_broadcast(16, seed=5),
-    ]
-    return [
-        GroupJob(
-            broadcast, make_examples(3 + 2 * index, seed=index, longest=10 + 8 * index), 4e-3 * (1 + index % 3), index
-        )
-        for index, broadcast in enumerate(broadcasts)
-    ]
 
 
 def alone(model, job, settings):
@@ -219,17 +173,6 @@ def test_dropout_has_a_stream_of_its_own_for_each_client(make_network, tokenizer
     assert distance(together[0].adapter, other.adapter) > 1e-4
 
 
-def test_masks_keep_as_many_as_they_should_and_scale_what_is_kept():
-    masks = RowMasks(0.2, [1, 2, 1], [300, 300, 100], torch.device("cpu"))
-    first, second = masks.draw(torch.ones(3, 300, 32)), masks.draw(torch.ones(3, 300, 32))
-    assert set(first.unique().tolist()) == {0.0, 1.25}
-    assert first[:2].mean() == pytest.approx(1.0, abs=0.02)
-    assert first[2, 100:].abs().sum() == 0
-    assert torch.equal(first[0, :100], first[2, :100])
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], second[0])
-
-
 def test_a_client_that_diverges_or_cannot_train_fails_alone(model, jobs):
     settings = LocalTraining("sgd", batch_size=1, max_grad_norm=None)
     broken = list(jobs)
@@ -319,44 +262,6 @@ def test_a_bfloat16_base_gives_float32_factors_that_move_the_same_way(
     assert functional.cosine_similarity(*moved, dim=0) > 0.98
 
 
-def test_networks_that_clients_cannot_share_say_why(make_network, tokenizer):
-    llama = make_network()
-    paths = target_modules(llama, "all-linear")
-    assert reason_against_groups(llama, paths, base_drops_out=False) is None
-    assert "dropout of its own" in reason_against_groups(llama, paths, base_drops_out=True)
-    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=2, n_positions=16))
-    pythia = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
-    assert pythia.config.classifier_dropout > 0
-    assert not AdaptedModel(pythia, tokenizer).base_drops_out
-    opt = OPTForCausalLM(OPTConfig(vocab_size=40, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2))
-    assert "does not see the rows" in reason_against_groups(
-        opt, target_modules(opt, "all-linear"), base_drops_out=False
-    )
-    assert "Conv1D" in reason_against_groups(gpt, target_modules(gpt, "all-linear"), base_drops_out=False)
-
-
-def test_a_llama_is_written_out_whatever_peft_has_put_into_it(model, jobs):
-    assert written_out(model.network) is not None
-    model.load(jobs[0].broadcast)
-    assert GroupBackward(model)._decoder is not None
-    # With factors in it, it is no longer the base.
-    assert written_out(model.network) is None
-
-
-@pytest.mark.parametrize("loss_on_all", [False, True])
-def test_written_out_and_by_autograd_the_gradients_are_the_same(model, jobs, monkeypatch, loss_on_all):
-    if loss_on_all:
-        everywhere = [
-            [EncodedExample(example.input_ids, example.input_ids) for example in job.examples] for job in jobs
-        ]
-        jobs = [dataclasses.replace(job, examples=own) for job, own in zip(jobs, everywhere, strict=True)]
-    settings = LocalTraining("sgd", batch_size=4)
-    fast = list(train_group(model, jobs, settings))
-    monkeypatch.setattr("flexlora.training.group_backward.decoder_of", lambda network: None)
-    slow = list(train_group(model, jobs, settings))
-    assert max(distance(left.adapter, right.adapter) for left, right in zip(fast, slow, strict=True)) < 1e-5
-
-
 CONFIGS = {
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {"head_dim": 8}),
@@ -388,73 +293,3 @@ def test_other_architectures_train_in_groups_too(name, tokenizer, random_adapter
         adapter = {path: LoraFactors(0.3 * own.A, 0.3 * own.B, own.scaling) for path, own in wild.items()}
         jobs.append(GroupJob(Broadcast(adapter), make_examples(5, rank), 0.01, rank))
     assert_as_alone(model, jobs, list(train_group(model, jobs, SGD)), SGD)
-
-
-def test_rows_of_similar_length_share_a_pass_whoever_they_belong_to():
-    @dataclasses.dataclass(eq=False)
-    class Client:
-        order: tuple
-        slots: tuple
-
-    clients = [Client((0,), (0,)), Client((0,), (1,)), Client((1,), (0,))]
-    lengths = {0: (10, 300, 12), 1: (290, 11, 310), 2: (11, 305)}
-    rows = [
-        Row(member, clients[member], EncodedExample((1,) * length, (1,) * length), 1.0, (0, 0, 0))
-        for member, own in lengths.items()
-        for length in own
-    ]
-    passes = [sorted((row.member, row.length) for row in part) for part in cut_into_passes(rows, "cpu")]
-    assert [(0, 10), (0, 12), (1, 11)] in [[pair for pair in part if pair[0] < 2] for part in passes]
-    assert sum(map(len, passes)) == 8
-    assert all(max(part, key=lambda pair: pair[1])[1] * len(part) <= 1024 for part in passes)
-
-
-@pytest.mark.parametrize(
-    ("slots", "firsts"),
-    [([2, 2, 3, 3], slice(2, 4)), ([0, 0, 0, 0, 3, 3], [0, 0, 3]), ([1], slice(1, 2)), ([0, 2, 2, 2], [0, 2, 2, 2])],
-)
-def test_segments_are_as_long_as_the_rows_of_clients_allow(slots, firsts):
-    places, num_segments = _cut_into_segments(slots, torch.device("cpu"))
-    if isinstance(firsts, slice):
-        assert places == firsts
-    else:
-        assert places.tolist() == firsts
-    assert num_segments == (firsts.stop - firsts.start if isinstance(firsts, slice) else len(firsts))
-
-
-def test_padding_of_ranks_stays_zero(model, make_broadcast):
-    small, large = make_broadcast(3), make_broadcast(4, seed=1)
-    shapes = {path: (factors.rank, *reversed(factors.shape)) for path, factors in large.trainable.items()}
-    bank = FactorBank(shapes, "both", torch.device("cpu"))
-    assert bank.fits({path: 3 for path in shapes}, "both", 1.5)
-    assert not bank.fits({path: 2 for path in shapes}, "both", 1.5)
-    assert not bank.fits({path: 5 for path in shapes}, "both", 1.5)
-    assert not bank.fits({path: 3 for path in shapes}, "A", 1.5)
-    slots = [bank.enter(large.trainable), bank.enter(small.trainable), bank.enter(small.trainable)]
-    assert slots == [0, 1, 2]
-    assert distance(bank.leave(0, large.trainable), large.trainable) == 0.0
-    assert bank.enter(small.trainable) == 0
-    assert all(float(A[0, 3:].abs().sum() + B[0, :, 3:].abs().sum()) == 0.0 for A, B in bank.factors.values())
-
-
-def test_a_written_out_decoder_lasts_as_long_as_its_network_has_its_weights(model):
-    network = copy.deepcopy(model.network)
-    first = decoder_of(network)
-    assert first is not None and decoder_of(network) is first
-    layer = network.get_submodule(sorted(first.paths)[0])
-    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    second = decoder_of(network)
-    assert second is not None and second is not first
-    gone = ref(network)
-    del network, layer
-    gc.collect()
-    assert gone() is None
-
-
-def test_scalings_are_not_rounded_to_the_type_of_the_base(model, make_broadcast):
-    adapter = make_broadcast(3, rule=Scaling("constant_alpha", 16.0)).trainable
-    bank = FactorBank({path: (3, own.shape[1], own.shape[0]) for path, own in adapter.items()}, "both", model.device)
-    slot = bank.enter(adapter)
-    A, B, scaling = Share(bank, slice(0, 1), slice(slot, slot + 1), 1).factors(next(iter(adapter)), torch.bfloat16)
-    assert A.dtype == B.dtype == torch.bfloat16
-    assert float(scaling) == np.float32(16 / 3)
