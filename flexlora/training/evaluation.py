@@ -46,6 +46,7 @@ def combine(scores: Sequence[Score], *, weighted: bool = True) -> Score:
     total = sum(weights)
 
     def mean(values: Sequence[float]) -> float:
+        """Return the weighted mean; 0 if there are no weights."""
         return sum(weight * value for weight, value in zip(weights, values, strict=True)) / total if total else 0.0
 
     return Score(

@@ -89,10 +89,12 @@ class _Pool:
         self._backward, self._banks = GroupBackward(model), list[FactorBank]()
 
     def has_room(self, job: GroupJob) -> bool:
+        """Return whether the client of ``job`` may enter now."""
         training = [client.job for client in self.clients]
         return has_room(training, job, self._settings, self._model.device, self._most_clients)
 
     def enter(self, index: int, job: GroupJob) -> None:
+        """Store the factors of a client and let it take part in the next turn."""
         check_trainable(job.broadcast, job.examples)
         branches: list[tuple[AdapterState, Trained]] = [(job.broadcast.trainable, job.broadcast.train_factors)]
         if job.broadcast.frozen:

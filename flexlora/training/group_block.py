@@ -201,6 +201,7 @@ class Block:
         """Return the gradient of the stream before the block, if it is wanted; ``dx`` is overwritten."""
 
         def back(name: str, x: str, dy: Tensor, dx: Tensor | None = None, wanted: bool = True) -> Tensor | None:
+            """Go back through one module, from the gradient of its output to that of its input."""
             return self.modules[name].backward(kept[x], kept[name], dy, bank_rows, dx, wanted=wanted)
 
         dgated = _some(back("down_proj", "gated", dx))

@@ -122,6 +122,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, path: str, bank_rows: list[BankRows]
     ) -> Tensor:
+        """Return the output of the base plus the low-rank change of each row."""
         y = nn.functional.linear(x, weight, bias)
         kept: list[Tensor | None] = []
         for part in bank_rows:
@@ -136,6 +137,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Add the gradients of the factors to their banks and return that of ``x``, if it is needed."""
         (dy,) = outputs
         x, weight, *kept = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
@@ -233,6 +235,7 @@ def _reason_in_rows(network: nn.Module, paths: Sequence[str]) -> str | None:
     seen: dict[str, list[tuple[int, ...]]] = {path: [] for path in paths}
 
     def look(path: str) -> Any:
+        """Return a hook that notes the shape of what the module at ``path`` receives."""
         return lambda module, inputs: seen[path].append(tuple(inputs[0].shape[:-1]))
 
     hooks = [base_linear(network, path).register_forward_pre_hook(look(path)) for path in paths]
