@@ -1,14 +1,14 @@
-"""Who trains in a round, from what, and who is lost on the way."""
+"""Decides who trains in a round, from what, and who never reaches the server."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flexlora.engines.base import Parcel, RoundOrder
 from flexlora.federation.clients import ClientSpec, RankPlan, sample_cohort
-from flexlora.federation.messages import ClientFailure
-from flexlora.rounds.buffer import fill_buffer, still_needed
+from flexlora.federation.messages import Broadcast, ClientFailure
+from flexlora.rounds.buffer import FilledBuffer, fill_buffer, still_needed
 from flexlora.rounds.clock import Clock, ClockState, Trip, close_round, open_round, start_trip
 from flexlora.rounds.loop_parts import Loop, Progress, Stopwatch
 from flexlora.uplink.wire import encoded_size
@@ -19,93 +19,129 @@ class Work:
     """What a round has to do.
 
     Attributes:
+        clients: Client id -> everybody the round is about, whether it trains or not.
         orders: Who trains, from what; one per round whose broadcasts clients start from.
-        lost: Who was sampled and does not get to the server.
-        progress: As it is once they are back.
-        trips: Client id -> its way on the virtual clock, if there is one.
-        adds_changes: Updates count by what they changed, discounted by their staleness.
+        progress: As it is when they are back.
+        lost: Who was sampled and never reaches the server.
+        trips: Client id -> its trip on the virtual clock, if there is one.
+        adds_changes: Whether updates count by what they changed, discounted by their staleness.
     """
 
+    clients: Mapping[str, ClientSpec]
     orders: Sequence[RoundOrder]
     progress: Progress
     lost: Sequence[ClientFailure] = ()
     trips: Mapping[str, Trip] = field(default_factory=dict)
     adds_changes: bool = False
 
-    @property
-    def num_clients(self) -> int:
-        return len(self.lost) + sum(len(order.cohort) for order in self.orders)
-
 
 def cohort_work(loop: Loop, server_round: int, state: Any, progress: Progress, watch: Stopwatch) -> Work:
-    """Return who trains in a round, from what, and who is lost on the way."""
-    settings, clients, clock = loop.settings, loop.federation.clients, loop.clock
-    if clock is None:
-        cohort = sample_cohort(clients, settings.cohort_size, settings.seed, server_round)
-        return Work([order_of(loop, server_round, cohort, parcels_of(loop, state, cohort, watch))], progress)
-    if clock.policy.name == "async":
-        return _buffered_work(loop, clock, server_round, state, progress, watch)
-    begins, cohort = open_round(clock, clients, settings.cohort_size, server_round, progress.clock.now)
-    parcels = parcels_of(loop, state, cohort, watch)
+    """Return who trains in a round, from what, and who never reaches the server."""
+    if loop.clock is None:
+        return _sampled_work(loop, server_round, state, progress, watch)
+    if loop.clock.policy.name == "async":
+        return _buffered_work(loop, loop.clock, server_round, state, progress, watch)
+    return _timed_work(loop, loop.clock, server_round, state, progress, watch)
+
+
+def _sampled_work(loop: Loop, server_round: int, state: Any, progress: Progress, watch: Stopwatch) -> Work:
+    """Return the work of a round without devices: the whole sample trains."""
+    settings = loop.settings
+    cohort = sample_cohort(loop.federation.clients, settings.cohort_size, settings.seed, server_round)
+    parcels = _parcels(loop, state, cohort, watch)
+    return Work(_by_id(cohort), [_order(loop, server_round, cohort, parcels)], progress)
+
+
+def _timed_work(loop: Loop, clock: Clock, server_round: int, state: Any, progress: Progress, watch: Stopwatch) -> Work:
+    """Return the work of a round on the virtual clock: only those whose updates will count train."""
+    cohort_size = loop.settings.cohort_size
+    begins, cohort = open_round(clock, loop.federation.clients, cohort_size, server_round, progress.clock.now)
+    parcels = _parcels(loop, state, cohort, watch)
     sizes = {plan: _sizes(parcel) for plan, parcel in parcels.items()}
     trips = [start_trip(clock, client, server_round, begins, *sizes[client.plan]) for client in cohort]
-    closed = close_round(clock.policy, trips, settings.cohort_size, begins)
+    closed = close_round(clock.policy, trips, cohort_size, begins)
     arrived = set(closed.arrived)
+    in_time = [client for client in cohort if client.client_id in arrived]
     return Work(
-        [order_of(loop, server_round, [client for client in cohort if client.client_id in arrived], parcels)],
-        dataclasses.replace(progress, clock=ClockState(closed.ends)),
-        closed.lost,
-        {trip.client_id: trip for trip in trips},
+        clients=_by_id(cohort),
+        orders=[_order(loop, server_round, in_time, parcels)],
+        progress=dataclasses.replace(progress, clock=ClockState(closed.ends)),
+        lost=closed.lost,
+        trips={trip.client_id: trip for trip in trips},
     )
 
 
 def _buffered_work(
     loop: Loop, clock: Clock, server_round: int, state: Any, progress: Progress, watch: Stopwatch
 ) -> Work:
-    """Return the same for a server that does not wait: clients come back with what they were sent rounds ago."""
-    federation = loop.federation
-    by_id = {client.client_id: client for client in federation.clients}
+    """Return the work of a round that waits for no cohort: clients come back with what they were sent rounds ago."""
+    clients, wire_dtype = loop.federation.clients, loop.federation.wire_dtype
     fresh: dict[RankPlan, Parcel] = {}
 
     def sizes_of(plan: RankPlan) -> tuple[int, int]:
-        with watch.stage("broadcast"):
-            if plan not in fresh:
-                broadcast = loop.aggregator.broadcast(state, plan.resolve(federation.shapes))
-                fresh[plan] = Parcel(broadcast, federation.wire_dtype)
-            return _sizes(fresh[plan])
+        if plan not in fresh:
+            fresh[plan] = _parcel(loop, state, plan, watch)
+        return _sizes(fresh[plan])
 
-    concurrency, before = loop.settings.cohort_size, progress.clock
-    filled = fill_buffer(clock, federation.clients, concurrency, server_round, before, sizes_of)
-    parcels = {name: Parcel(broadcast, federation.wire_dtype) for name, broadcast in progress.sent.items()}
+    filled = fill_buffer(clock, clients, loop.settings.cohort_size, server_round, progress.clock, sizes_of)
+    trips = {trip.client_id: trip for trip in (*filled.arrived, *filled.gone)}
+    parcels = {name: Parcel(broadcast, wire_dtype) for name, broadcast in progress.sent.items()}
     parcels |= {_sent_name(server_round, plan): parcel for plan, parcel in fresh.items()}
+    # As it arrives: a change is against that, and a checkpoint gives back the same strides, without which a resumed run
+    # would round differently.
+    sent = {**progress.sent, **{_sent_name(server_round, plan): parcel.arrived for plan, parcel in fresh.items()}}
+    return Work(
+        clients=_by_id(client for client in clients if client.client_id in trips),
+        orders=_buffered_orders(loop, filled, parcels),
+        progress=dataclasses.replace(
+            progress, clock=filled.state, sent=_still_needed(loop, clock, filled, server_round, sent)
+        ),
+        lost=filled.lost,
+        trips=trips,
+        adds_changes=True,
+    )
+
+
+def _buffered_orders(loop: Loop, filled: FilledBuffer, parcels: Mapping[str, Parcel]) -> list[RoundOrder]:
+    """Return one order per round in which clients that came back were sent off, oldest first.
+
+    Args:
+        parcels: What clients were sent, by ``_sent_name``.
+    """
+    clients = _by_id(loop.federation.clients)
     orders = []
     for number in sorted({trip.server_round for trip in filled.arrived}):
         ids = sorted(trip.client_id for trip in filled.arrived if trip.server_round == number)
-        cohort = [by_id[client_id] for client_id in ids]
+        cohort = [clients[client_id] for client_id in ids]
         plans = {client.plan for client in cohort}
-        orders.append(order_of(loop, number, cohort, {plan: parcels[_sent_name(number, plan)] for plan in plans}))
+        orders.append(_order(loop, number, cohort, {plan: parcels[_sent_name(number, plan)] for plan in plans}))
+    return orders
+
+
+def _still_needed(
+    loop: Loop, clock: Clock, filled: FilledBuffer, server_round: int, sent: Mapping[str, Broadcast]
+) -> dict[str, Broadcast]:
+    """Return what of ``sent`` a client still at work may yet come back with."""
+    clients = _by_id(loop.federation.clients)
     needed = {
-        _sent_name(number, by_id[client_id].plan)
+        _sent_name(number, clients[client_id].plan)
         for client_id, number in still_needed(clock, filled.state, server_round)
     }
-    # As it arrives: a change is against that, and a checkpoint gives back the same strides, without which a resumed run
-    # would round differently.
-    arrived = {_sent_name(server_round, plan): parcel.arrived for plan, parcel in fresh.items()}
-    kept = {name: broadcast for name, broadcast in {**progress.sent, **arrived}.items() if name in needed}
-    trips = {trip.client_id: trip for trip in (*filled.arrived, *filled.gone)}
-    return Work(
-        orders, dataclasses.replace(progress, clock=filled.state, sent=kept), filled.lost, trips, adds_changes=True
-    )
+    return {name: broadcast for name, broadcast in sent.items() if name in needed}
 
 
 def _sent_name(server_round: int, plan: RankPlan) -> str:
     return f"{server_round}/{plan.name}"
 
 
-def order_of(
+def _by_id(clients: Iterable[ClientSpec]) -> dict[str, ClientSpec]:
+    return {client.client_id: client for client in clients}
+
+
+def _order(
     loop: Loop, server_round: int, cohort: Sequence[ClientSpec], parcels: Mapping[RankPlan, Parcel]
 ) -> RoundOrder:
-    """Return the order to train a cohort that starts from the broadcasts of ``server_round``."""
+    """Return the order to train a cohort from the broadcasts of ``server_round``."""
     return RoundOrder(
         server_round=server_round,
         seed=loop.settings.seed,
@@ -117,12 +153,15 @@ def order_of(
     )
 
 
-def parcels_of(loop: Loop, state: Any, cohort: Sequence[ClientSpec], watch: Stopwatch) -> dict[RankPlan, Parcel]:
+def _parcels(loop: Loop, state: Any, cohort: Sequence[ClientSpec], watch: Stopwatch) -> dict[RankPlan, Parcel]:
     """Return what each rank plan of a cohort is sent."""
-    shapes, wire_dtype = loop.federation.shapes, loop.federation.wire_dtype
+    return {plan: _parcel(loop, state, plan, watch) for plan in dict.fromkeys(client.plan for client in cohort)}
+
+
+def _parcel(loop: Loop, state: Any, plan: RankPlan, watch: Stopwatch) -> Parcel:
     with watch.stage("broadcast"):
-        plans = dict.fromkeys(client.plan for client in cohort)
-        return {plan: Parcel(loop.aggregator.broadcast(state, plan.resolve(shapes)), wire_dtype) for plan in plans}
+        broadcast = loop.aggregator.broadcast(state, plan.resolve(loop.federation.shapes))
+    return Parcel(broadcast, loop.federation.wire_dtype)
 
 
 def _sizes(parcel: Parcel) -> tuple[int, int]:

@@ -1,28 +1,22 @@
 """The algorithm: sample, broadcast, train, aggregate, evaluate, record. The only round loop there is."""
 
 import dataclasses
-import logging
 from typing import Any
 
 from flexlora.aggregators.base import check_state
-from flexlora.lora.spectrum import share_inside
 from flexlora.rounds.checkpoint import Checkpoint, load_latest, replace_progress, save_checkpoint
 from flexlora.rounds.cohort import cohort_work
 from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER, Loop, Outcome, Progress, RoundEvent, Stopwatch
-from flexlora.rounds.outcomes import mean_loss, train_cohort
+from flexlora.rounds.outcomes import aggregated, checked, round_record, trained
 from flexlora.rounds.records import (
     RECORDS_FILE,
-    EvaluationRecord,
+    ClientRecord,
     RoundRecord,
-    SpectrumRecord,
     append_record,
     keep_rounds,
     read_records,
-    rounded,
     to_line,
 )
-
-log = logging.getLogger(__name__)
 
 
 def run_rounds(loop: Loop) -> Outcome:
@@ -34,11 +28,31 @@ def run_rounds(loop: Loop) -> Outcome:
     settings = loop.settings
     server_round, state, progress = _resumed(loop) or _started(loop)
     while server_round < settings.num_rounds and progress.stopped is None:
-        server_round += 1
-        state, progress, record = _train_round(loop, server_round, state, progress)
+        server_round, before, watch = server_round + 1, progress, Stopwatch()
+        with watch.stage("total"):
+            work = cohort_work(loop, server_round, state, progress, watch)
+            loop.notify(RoundEvent("cohort", server_round, len(work.clients)))
+            clients: list[ClientRecord] = []
+            updates = checked(loop, server_round, work, trained(loop.engine, work.orders, watch), clients)
+            state, problem = aggregated(loop, server_round, work, state, updates, watch)
+            num_ok = sum(client.outcome == "ok" for client in clients) if problem is None else 0
+            progress = work.progress.after_updates(num_ok, settings.max_failed_rounds)
+            # What clients were sent is freed before the next round's broadcasts are made.
+            del work, updates
+            record = round_record(loop, server_round, state, clients, problem, watch)
+        record = record.model_copy(update=_end_of_round(loop, before, progress, watch))
         progress = _finish_round(loop, state, progress, record)
     has_progress = progress.num_updates > 0 and progress.failed_rounds_in_a_row < settings.max_failed_rounds
     return Outcome(state, server_round, progress.stopped, has_progress)
+
+
+def _end_of_round(loop: Loop, before: Progress, after: Progress, watch: Stopwatch) -> dict[str, Any]:
+    """Return what a round's record says once its training is over."""
+    ended: dict[str, Any] = {"stopped": after.stopped, "seconds": watch.seconds}
+    if loop.clock is not None:
+        now = after.clock.now
+        ended |= {"virtual_seconds": now - before.clock.now, "virtual_clock_seconds": now}
+    return ended
 
 
 def _resumed(loop: Loop) -> tuple[int, Any, Progress] | None:
@@ -61,7 +75,7 @@ def _resumed(loop: Loop) -> tuple[int, Any, Progress] | None:
         append_record(records, record)
     gave_up = progress.failed_rounds_in_a_row >= loop.settings.max_failed_rounds
     if gave_up and server_round < loop.settings.num_rounds:
-        # The cause may have been mended meanwhile: a resumed run tries again.
+        # The cause may be gone by now: a resumed run tries again.
         progress = dataclasses.replace(progress, failed_rounds_in_a_row=0, stopped=None)
     return server_round, state, progress
 
@@ -137,46 +151,6 @@ def _remembered(loop: Loop, progress: Progress, record: RoundRecord) -> dict[str
     }
 
 
-def _train_round(loop: Loop, server_round: int, state: Any, progress: Progress) -> tuple[Any, Progress, RoundRecord]:
-    """Return state, progress and record after a round that has not been scored."""
-    settings, federation, watch = loop.settings, loop.federation, Stopwatch()
-    with watch.stage("total"):
-        work = cohort_work(loop, server_round, state, progress, watch)
-        loop.notify(RoundEvent("cohort", server_round, work.num_clients))
-        state, clients, problem = train_cohort(loop, server_round, state, work, watch)
-        began, progress = progress.clock.now, work.progress
-        num_updates = sum(client.outcome == "ok" for client in clients) if problem is None else 0
-        progress = _count_updates(progress, num_updates, settings.max_failed_rounds)
-        with watch.stage("spectra"):
-            spectra = loop.aggregator.spectra(state)
-            plans = sorted({client.plan for client in federation.clients}, key=lambda plan: plan.name)
-            kept = {plan.name: share_inside(spectra, plan.resolve(federation.shapes)) for plan in plans}
-    record = RoundRecord(
-        server_round=server_round,
-        learning_rate=loop.learning_rate(server_round),
-        clients=clients,
-        up_bytes=sum(client.up_bytes for client in clients),
-        down_bytes=sum(client.down_bytes for client in clients),
-        num_ok=sum(client.outcome == "ok" for client in clients),
-        num_failed=sum(client.outcome == "failed" for client in clients),
-        train_loss=mean_loss(clients),
-        spectra={
-            module: SpectrumRecord(
-                singular_values=[rounded(value) for value in spectrum.S.tolist()], tail=rounded(spectrum.tail)
-            )
-            for module, spectrum in spectra.items()
-        },
-        energy_kept={name: rounded(share) for name, share in kept.items()},
-        energy_above_smallest=rounded(1.0 - min(kept.values())),
-        note=problem,
-        stopped=progress.stopped,
-        seconds=watch.seconds,
-        virtual_seconds=None if loop.clock is None else progress.clock.now - began,
-        virtual_clock_seconds=None if loop.clock is None else progress.clock.now,
-    )
-    return state, progress, record
-
-
 def _score_round(loop: Loop, state: Any, progress: Progress, record: RoundRecord) -> tuple[Progress, RoundRecord]:
     """Return progress and record of a trained round with the scores of its global adapter."""
     settings, federation, server_round = loop.settings, loop.federation, record.server_round
@@ -184,9 +158,9 @@ def _score_round(loop: Loop, state: Any, progress: Progress, record: RoundRecord
     loop.notify(RoundEvent("evaluating", server_round, len(record.clients)))
     with watch.stage("total"), watch.stage("evaluate"):
         scores = loop.evaluator.scores(loop.aggregator.broadcast(state, federation.server_ranks))
-        # A run that is through anyway has not been stopped.
+        # A run that ends here anyway has not been stopped.
         patience = None if server_round == settings.num_rounds else settings.patience
-        progress = _watch_validation(progress, scores, patience)
+        progress = progress.after_evaluation(scores.validation_loss, patience)
         if _is_last(loop, server_round, progress):
             groups = loop.evaluator.rank_groups(
                 lambda plan: loop.aggregator.broadcast(state, plan.resolve(federation.shapes))
@@ -194,29 +168,3 @@ def _score_round(loop: Loop, state: Any, progress: Progress, record: RoundRecord
             scores = scores.model_copy(update={"rank_groups": groups})
     update = {"evaluation": scores, "stopped": progress.stopped, "seconds": watch.seconds}
     return progress, record.model_copy(update=update)
-
-
-def _count_updates(progress: Progress, num_updates: int, max_failed_rounds: int) -> Progress:
-    failed_in_a_row = 0 if num_updates else progress.failed_rounds_in_a_row + 1
-    stopped = progress.stopped
-    if failed_in_a_row >= max_failed_rounds:
-        stopped = f"every client failed in {failed_in_a_row} rounds in a row (rounds.max_failed_rounds)"
-    return dataclasses.replace(
-        progress,
-        failed_rounds_in_a_row=failed_in_a_row,
-        num_updates=progress.num_updates + num_updates,
-        stopped=stopped,
-    )
-
-
-def _watch_validation(progress: Progress, scores: EvaluationRecord, patience: int | None) -> Progress:
-    loss, best = scores.validation_loss, progress.best_validation_loss
-    if loss is None:
-        return progress
-    if best is None or loss < best:
-        return dataclasses.replace(progress, best_validation_loss=loss, evaluations_without_gain=0)
-    without_gain = progress.evaluations_without_gain + 1
-    stopped = progress.stopped
-    if patience is not None and without_gain >= patience and stopped is None:
-        stopped = f"validation loss did not fall below {best:.4f} in {without_gain} evaluations (rounds.patience)"
-    return dataclasses.replace(progress, evaluations_without_gain=without_gain, stopped=stopped)

@@ -73,6 +73,29 @@ class Progress:
     clock: ClockState = field(default_factory=ClockState)
     sent: Mapping[str, Broadcast] = field(default_factory=dict)
 
+    def after_updates(self, num_updates: int, max_failed_rounds: int) -> "Progress":
+        """Return the progress after a round that aggregated so many updates; stopped after too many without any."""
+        failed_in_a_row = 0 if num_updates else self.failed_rounds_in_a_row + 1
+        stopped = self.stopped
+        if failed_in_a_row >= max_failed_rounds:
+            stopped = f"every client failed in {failed_in_a_row} rounds in a row (rounds.max_failed_rounds)"
+        return dataclasses.replace(
+            self, failed_rounds_in_a_row=failed_in_a_row, num_updates=self.num_updates + num_updates, stopped=stopped
+        )
+
+    def after_evaluation(self, validation_loss: float | None, patience: int | None) -> "Progress":
+        """Return the progress after an evaluation; stopped after ``patience`` of them without a lower loss."""
+        best = self.best_validation_loss
+        if validation_loss is None:
+            return self
+        if best is None or validation_loss < best:
+            return dataclasses.replace(self, best_validation_loss=validation_loss, evaluations_without_gain=0)
+        without_gain = self.evaluations_without_gain + 1
+        stopped = self.stopped
+        if patience is not None and without_gain >= patience and stopped is None:
+            stopped = f"validation loss did not fall below {best:.4f} in {without_gain} evaluations (rounds.patience)"
+        return dataclasses.replace(self, evaluations_without_gain=without_gain, stopped=stopped)
+
     def to_json(self) -> dict[str, Any]:
         """Return everything but the tensors as plain values."""
         return dataclasses.asdict(dataclasses.replace(self, sent={}))

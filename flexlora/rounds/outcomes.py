@@ -1,4 +1,4 @@
-"""Trains a cohort and folds its updates: each outcome is checked, recorded and handed to the aggregator."""
+"""Turns what the clients of a round come back with into the next state: trained, checked, recorded, aggregated."""
 
 import logging
 import math
@@ -9,132 +9,123 @@ from typing import Any
 import torch
 
 from flexlora.aggregators.base import AggregationError, ChangeAggregator
-from flexlora.engines.base import RoundOrder
+from flexlora.engines.base import Engine, RoundOrder
 from flexlora.errors import FlexLoraError
 from flexlora.federation.clients import ClientSpec, compact_ranks
 from flexlora.federation.messages import Change, ClientFailure, Update
 from flexlora.federation.streams import stream_seed
-from flexlora.rounds.clock import Trip
+from flexlora.lora.spectrum import share_inside
+from flexlora.rounds.clock import Policy, Trip
 from flexlora.rounds.cohort import Work
 from flexlora.rounds.loop_parts import Federation, Loop, RoundEvent, Stopwatch
-from flexlora.rounds.records import ClientRecord, rounded
+from flexlora.rounds.records import ClientRecord, RoundRecord, SpectrumRecord, rounded
 from flexlora.uplink.base import receive
 from flexlora.uplink.wire import UpdateError, check_update
 
 log = logging.getLogger(__name__)
 
 
-def train_cohort(
-    loop: Loop, server_round: int, state: Any, work: Work, watch: Stopwatch
-) -> tuple[Any, list[ClientRecord], str | None]:
-    """Return the state after the updates, folded as they arrive, each client's outcome, and what went wrong.
+def trained(engine: Engine, orders: Iterable[RoundOrder], watch: Stopwatch) -> Iterator[Update | ClientFailure]:
+    """Yield the outcomes of all orders; the time spent waiting for them counts as ``train``."""
+    for order in orders:
+        outcomes = engine.train(order)
+        while True:
+            with watch.stage("train"):
+                outcome = next(outcomes, None)
+            if outcome is None:
+                break
+            yield outcome
+
+
+def checked(
+    loop: Loop,
+    server_round: int,
+    work: Work,
+    outcomes: Iterable[Update | ClientFailure],
+    records: list[ClientRecord],
+) -> Iterator[Update]:
+    """Yield the updates that the server can use; append a record of every client, lost ones first, to ``records``.
 
     What a client sent is checked before any uplink step receives it: a step may fold the cohort into one update, in
     which nobody could tell a broken one. What the steps make of it is for the aggregator to check.
     """
-    shapes = loop.federation.shapes
-    order_of = {client.client_id: order for order in work.orders for client in order.cohort}
-    due = order_of.keys() | {outcome.client_id for outcome in work.lost}
-    by_id = {client.client_id: client for client in loop.federation.clients if client.client_id in due}
-    ranks = {plan: plan.resolve(shapes) for plan in {client.plan for client in by_id.values()}}
-    clients: list[ClientRecord] = []
-    recorded: set[str] = set()
+    federation, due = loop.federation, dict(work.clients)
+    ranks = {plan: plan.resolve(federation.shapes) for plan in {client.plan for client in due.values()}}
 
-    def outcomes() -> Iterator[Update | ClientFailure]:
-        for order in work.orders:
-            trained = loop.engine.train(order)
-            while True:
-                with watch.stage("train"):
-                    outcome = next(trained, None)
-                if outcome is None:
-                    break
-                yield outcome
-        for client_id in sorted(order_of.keys() - recorded):
-            yield ClientFailure(client_id, "train", "the engine gave no outcome for this client")
+    def record(client: ClientSpec, outcome: Update | ClientFailure) -> None:
+        known = _known(client, ranks[client.plan], federation.shapes, work.trips.get(client.client_id), server_round)
+        records.append(_client_record(known, outcome))
+        loop.notify(RoundEvent("client", server_round, len(work.clients), client=records[-1]))
 
-    def note(client: ClientSpec, outcome: Update | ClientFailure) -> None:
-        trip = work.trips.get(client.client_id)
-        record = _client_record(client, ranks[client.plan], shapes, outcome)
-        if trip is not None:
-            record = record.model_copy(update=_on_the_clock(client, trip, server_round))
-        clients.append(record)
-        recorded.add(client.client_id)
-        loop.notify(RoundEvent("client", server_round, work.num_clients, client=record))
+    for outcome in chain(work.lost, outcomes):
+        client = due.pop(str(outcome.client_id), None)
+        if client is None:
+            log.warning("round %d: dropped an outcome of %r, who is not due", server_round, outcome.client_id)
+            continue
+        if isinstance(outcome, Update):
+            outcome = _validated(outcome, ranks[client.plan], federation)
+        record(client, outcome)
+        if isinstance(outcome, Update):
+            yield outcome
+    for client_id, client in sorted(due.items()):
+        record(client, ClientFailure(client_id, "train", "the engine gave no outcome for this client"))
 
-    def survivors() -> Iterator[Update]:
-        for outcome in outcomes():
-            client = by_id.get(str(outcome.client_id))
-            if client is None or client.client_id in recorded:
-                log.warning("round %d: dropped an outcome of %r, who is not due", server_round, outcome.client_id)
-                continue
-            if isinstance(outcome, Update):
-                outcome = _validated(outcome, ranks[client.plan], loop.federation)
-            note(client, outcome)
-            if isinstance(outcome, Update):
-                yield outcome
 
-    for outcome in work.lost:
-        note(by_id[outcome.client_id], outcome)
-    updates = survivors()
+def aggregated(
+    loop: Loop, server_round: int, work: Work, state: Any, updates: Iterator[Update], watch: Stopwatch
+) -> tuple[Any, str | None]:
+    """Return the state after the updates, aggregated as they arrive, and what went wrong, if anything.
+
+    ``updates`` is used up in any case: clients that no step asks for belong into the records too.
+    """
     first = next(updates, None)
     if first is None:
-        return state, clients, "no client survived; the state was kept"
-    before, problem = watch.seconds["train"], None
+        return state, "no client survived; the state was kept"
+    train_seconds, problem = watch.seconds["train"], None
     rng = torch.Generator().manual_seed(stream_seed(loop.settings.seed, "uplink", server_round))
     try:
         with watch.stage("aggregate"):
             received = receive(loop.uplink, chain([first], updates), rng)
             if work.adds_changes:
-                state = _add_changes(loop, server_round, state, received, by_id, order_of)
+                state = _add_changes(loop, server_round, work, state, received)
             else:
                 state = loop.aggregator.aggregate(state, received)
     except FlexLoraError as error:
         problem = f"the updates could not be aggregated and the state was kept: {error}"
     # The aggregator waits for clients while it folds; that time is theirs.
-    watch.seconds["aggregate"] -= watch.seconds["train"] - before
+    watch.seconds["aggregate"] -= watch.seconds["train"] - train_seconds
     for _ in updates:
-        pass  # Clients that nobody asked for any more belong into the record too.
-    return state, clients, problem
+        pass
+    return state, problem
 
 
-def _add_changes(
-    loop: Loop,
-    server_round: int,
-    state: Any,
-    updates: Iterable[Update],
-    by_id: Mapping[str, ClientSpec],
-    order_of: Mapping[str, RoundOrder],
-) -> Any:
-    """Return the state with what the updates changed against what their clients were sent, however long ago.
+def _add_changes(loop: Loop, server_round: int, work: Work, state: Any, updates: Iterable[Update]) -> Any:
+    """Return the state with what the updates changed against what their clients were sent, however long ago."""
+    assert loop.clock is not None and isinstance(loop.aggregator, ChangeAggregator), "the configuration is checked"
+    return loop.aggregator.add_changes(state, _changes(loop.clock.policy, server_round, work, updates))
+
+
+def _changes(policy: Policy, server_round: int, work: Work, updates: Iterable[Update]) -> Iterator[Change]:
+    """Yield the updates as changes.
 
     Raises:
         AggregationError: If an update is not that of one client.
     """
-    assert loop.clock is not None and isinstance(loop.aggregator, ChangeAggregator), "the configuration is checked"
-    policy = loop.clock.policy
-
-    def changes() -> Iterator[Change]:
-        for update in updates:
-            order = order_of.get(str(update.client_id))
-            if order is None:
-                raise AggregationError(
-                    "clock.policy=async must know whose an update is, but an uplink step folded several into one; "
-                    "leave the step out or choose another clock.policy"
-                )
-            start = order.parcels[by_id[str(update.client_id)].plan].arrived.trainable
-            yield Change(update, start, policy.discount(server_round - order.server_round))
-
-    return loop.aggregator.add_changes(state, changes())
-
-
-def _on_the_clock(client: ClientSpec, trip: Trip, server_round: int) -> dict[str, Any]:
-    """Return what a client's record says about its device and its time."""
-    seconds, staleness = rounded(trip.seconds), server_round - trip.server_round
-    return {"device": client.device, "virtual_seconds": seconds, "staleness": staleness}
+    order_of = {client.client_id: order for order in work.orders for client in order.cohort}
+    for update in updates:
+        client_id = str(update.client_id)
+        if client_id not in order_of:
+            raise AggregationError(
+                "clock.policy=async must know whose an update is, but an uplink step folded several into one; "
+                "leave the step out or choose another clock.policy"
+            )
+        order = order_of[client_id]
+        start = order.parcels[work.clients[client_id].plan].arrived.trainable
+        yield Change(update, start, policy.discount(server_round - order.server_round))
 
 
 def _validated(update: Update, ranks: Mapping[str, int], federation: Federation) -> Update | ClientFailure:
-    """Return the update, or the failure it amounts to when the server cannot use it."""
+    """Return the update, or a failure if the server cannot use it."""
     try:
         check_update(update.payload, ranks, federation.shapes, federation.scaling, federation.wire_dtype)
         if not (math.isfinite(update.weight) and update.weight > 0):
@@ -144,33 +135,76 @@ def _validated(update: Update, ranks: Mapping[str, int], federation: Federation)
     return update
 
 
-def _client_record(
+def _known(
     client: ClientSpec,
     ranks: Mapping[str, int],
     shapes: Mapping[str, tuple[int, int]],
-    outcome: Update | ClientFailure,
-) -> ClientRecord:
-    known = {
+    trip: Trip | None,
+    server_round: int,
+) -> dict[str, Any]:
+    """Return what a client's record says however the client fares."""
+    known: dict[str, Any] = {
         "client_id": client.client_id,
         "plan": client.plan.name,
         "ranks": compact_ranks(ranks, shapes),
         "num_examples": client.num_examples,
-        "down_bytes": outcome.down_bytes,
-        "up_bytes": outcome.up_bytes,
     }
+    if trip is not None:
+        staleness = server_round - trip.server_round
+        known |= {"device": client.device, "virtual_seconds": rounded(trip.seconds), "staleness": staleness}
+    return known
+
+
+def _client_record(known: Mapping[str, Any], outcome: Update | ClientFailure) -> ClientRecord:
+    travelled: dict[str, Any] = {"down_bytes": outcome.down_bytes, "up_bytes": outcome.up_bytes}
     if isinstance(outcome, ClientFailure):
-        return ClientRecord(**known, outcome="failed", stage=outcome.stage, reason=outcome.reason)
+        return ClientRecord(**known, **travelled, outcome="failed", stage=outcome.stage, reason=outcome.reason)
     steps = outcome.metrics.get("steps")
     return ClientRecord(
         **known,
+        **travelled,
         outcome="ok",
         loss=rounded(outcome.metrics["loss"]) if "loss" in outcome.metrics else None,
         steps=None if steps is None else int(steps),
     )
 
 
-def mean_loss(clients: Sequence[ClientRecord]) -> float | None:
+def round_record(
+    loop: Loop,
+    server_round: int,
+    state: Any,
+    clients: Sequence[ClientRecord],
+    problem: str | None,
+    watch: Stopwatch,
+) -> RoundRecord:
+    """Return what a round that has not been scored did; when and why the loop stopped is for the loop to add."""
+    with watch.stage("spectra"):
+        spectra = loop.aggregator.spectra(state)
+        plans = sorted({client.plan for client in loop.federation.clients}, key=lambda plan: plan.name)
+        kept = {plan.name: share_inside(spectra, plan.resolve(loop.federation.shapes)) for plan in plans}
+    return RoundRecord(
+        server_round=server_round,
+        learning_rate=loop.learning_rate(server_round),
+        clients=list(clients),
+        up_bytes=sum(client.up_bytes for client in clients),
+        down_bytes=sum(client.down_bytes for client in clients),
+        num_ok=sum(client.outcome == "ok" for client in clients),
+        num_failed=sum(client.outcome == "failed" for client in clients),
+        train_loss=_mean_loss(clients),
+        spectra={
+            module: SpectrumRecord(
+                singular_values=[rounded(value) for value in spectrum.S.tolist()], tail=rounded(spectrum.tail)
+            )
+            for module, spectrum in spectra.items()
+        },
+        energy_kept={name: rounded(share) for name, share in kept.items()},
+        energy_above_smallest=rounded(1.0 - min(kept.values())),
+        note=problem,
+    )
+
+
+def _mean_loss(clients: Sequence[ClientRecord]) -> float | None:
     """Return the mean training loss of the clients that have one, weighted by their examples."""
-    scored = [client for client in clients if client.loss is not None]
-    total = sum(client.num_examples for client in scored)
-    return rounded(sum(client.num_examples * client.loss for client in scored) / total) if total else None  # type: ignore[operator]
+    scored = [(client.num_examples, client.loss) for client in clients if client.loss is not None]
+    total = sum(num_examples for num_examples, _ in scored)
+    return rounded(sum(num_examples * loss for num_examples, loss in scored) / total) if total else None
