@@ -10,9 +10,10 @@ from typing import Any
 
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.method_config import FEDERATED_AVERAGING, read_method
-from flexlora.experiment.round_loop import local_training, round_loop
+from flexlora.experiment.round_loop import round_loop
 from flexlora.experiment.scoring import Scorer, combined_record, own_tests, sampled_clients, score, unseen_tasks
 from flexlora.experiment.stages import Notify, Stage, rounds_stage
+from flexlora.experiment.workload import local_training
 from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks, smallest_ranks
 from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed

@@ -16,7 +16,7 @@ from flexlora.federation.client_types import TypeRanks, assign_plans, deal_plans
 from flexlora.federation.clients import ClientError, ClientSpec, RankPlan, count_plans
 from flexlora.federation.streams import stream
 from flexlora.rounds.clock import Clock, Policy
-from flexlora.rounds.costs import STEP_RATE, ClientCost
+from flexlora.rounds.costs import ClientCost, matrix_rate
 from flexlora.rounds.devices import DeviceProfile, assign_devices, device_profiles
 
 
@@ -157,7 +157,7 @@ def clock_of(config: Config, participants: Participants, traits: Traits, cohort_
         return plan.resolve(workload.shapes)
 
     def cost_of(client: ClientSpec) -> ClientCost:
-        rate = participants.devices[client.device].flops_per_second * STEP_RATE
+        rate = matrix_rate(participants.devices[client.device])
         return workload.cost(ranks_of(client.plan), client.num_examples, rate)
 
     return Clock(participants.devices, cost_of, policy_of(config, traits, cohort_size), config.seed)

@@ -14,11 +14,11 @@ from flexlora.experiment.method_config import MethodConfig
 from flexlora.experiment.participants import clock_of
 from flexlora.experiment.scoring import Scorer
 from flexlora.experiment.stages import Notify
+from flexlora.experiment.workload import local_training
 from flexlora.federation.clients import ClientSpec, largest_ranks
 from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import Scaling
 from flexlora.rounds.loop_parts import Federation, Loop, RoundSettings
-from flexlora.training.one_client import LocalTraining
 from flexlora.training.schedule import learning_rate_at
 
 
@@ -102,21 +102,6 @@ def aggregator_of(method: MethodConfig, scaling: Scaling) -> Aggregator[Any]:
         MethodError: If its code cannot be loaded.
     """
     return method_class(method.name, method.path)(scaling=scaling, **method.options())
-
-
-def local_training(config: Config) -> LocalTraining:
-    """Return the settings of one client's training."""
-    training = config.training
-    return LocalTraining(
-        optimizer=training.optimizer,
-        batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        num_epochs=training.num_epochs,
-        max_steps=training.max_steps,
-        max_grad_norm=training.max_grad_norm,
-        weight_decay=training.weight_decay,
-        momentum=training.momentum,
-    )
 
 
 def cohort_size(config: Config, num_clients: int) -> int:

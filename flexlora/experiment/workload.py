@@ -1,19 +1,29 @@
-"""What one client's round takes, whatever its ranks, examples and device: from shapes and the lengths of its texts."""
+"""Estimates what a round takes a client of a run, from shapes and the lengths of its texts."""
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.prompts import IGNORED, encode_many
 from flexlora.experiment.base import load_empty
-from flexlora.experiment.config import Config, TrainingConfig
+from flexlora.experiment.config import Config
 from flexlora.experiment.corpora import length_sample
-from flexlora.rounds.costs import STEP_RATE, BaseShape, ClientCost, DeviceCost, LocalWork, client_cost, device_cost
+from flexlora.rounds.costs import (
+    BaseShape,
+    ClientCost,
+    DeviceCost,
+    LocalWork,
+    client_cost,
+    device_cost,
+    matrix_rate,
+    tail_bytes,
+)
 from flexlora.rounds.devices import DeviceProfile
 from flexlora.training.base_model import target_modules
+from flexlora.training.one_client import LocalTraining
 
 # A batch is as long as its longest example.
 PADDING = 1.25
@@ -36,7 +46,7 @@ class Workload:
     shapes: Mapping[str, tuple[int, int]]
     batch_tokens: float
     answer_tokens: float
-    training: TrainingConfig
+    training: LocalTraining
     wire_bytes: int
 
     def cost(self, ranks: Mapping[str, int], num_examples: float, flops_per_second: float) -> ClientCost:
@@ -45,7 +55,7 @@ class Workload:
         Args:
             ranks: Module path -> rank.
             num_examples: Of the client; a mean may be a fraction.
-            flops_per_second: Of matrix products, as ``measure_flops_per_second`` gives it.
+            flops_per_second: Of matrix products, as ``measure_flops_per_second`` and ``matrix_rate`` give it.
         """
         batch_size = self.training.batch_size
         # A batch is never larger than what the client has.
@@ -60,17 +70,30 @@ class Workload:
 
     def num_seen(self, num_examples: float) -> float:
         """Return how many examples a client's round trains on, those of later epochs again."""
-        training = self.training
+        training, whole_examples = self.training, math.ceil(num_examples)
+        steps_per_epoch = replace(training, num_epochs=1.0, max_steps=None).num_steps(whole_examples)
+        epochs, rest = divmod(training.num_steps(whole_examples), steps_per_epoch)
         per_step = training.batch_size * training.gradient_accumulation_steps
-        steps_per_epoch = max(1, math.ceil(num_examples / per_step))
-        num_steps = max(1, math.ceil(training.num_epochs * steps_per_epoch))
-        epochs, rest = divmod(min(num_steps, training.max_steps or num_steps), steps_per_epoch)
         return epochs * num_examples + min(num_examples, rest * per_step)
 
     def tail_bytes(self, ranks: Mapping[str, int], server_ranks: Mapping[str, int]) -> int:
         """Return the most that a folded tail adds to the broadcast of a client with these ranks."""
-        rest = (max(0, rank - ranks.get(module, 0)) * sum(self.shapes[module]) for module, rank in server_ranks.items())
-        return sum(rest) * self.wire_bytes
+        return tail_bytes(ranks, server_ranks, self.shapes, self.wire_bytes)
+
+
+def local_training(config: Config) -> LocalTraining:
+    """Return the settings of one client's training."""
+    training = config.training
+    return LocalTraining(
+        optimizer=training.optimizer,
+        batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        num_epochs=training.num_epochs,
+        max_steps=training.max_steps,
+        max_grad_norm=training.max_grad_norm,
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
+    )
 
 
 def measure_workload(
@@ -101,7 +124,7 @@ def measure_workload(
         shapes=target_modules(base, config.lora.target_modules),
         batch_tokens=training.batch_size * sum(lengths) / len(lengths) * (PADDING if training.batch_size > 1 else 1.0),
         answer_tokens=answers * training.batch_size,
-        training=training,
+        training=local_training(config),
         wire_bytes={"float32": 4, "bfloat16": 2, "float16": 2}[config.rounds.wire_dtype],
     )
 
@@ -126,6 +149,6 @@ def cost_on_device(
         num_examples: Of the client.
         folded_ranks: Module path -> rank up to which the tail is sent along; empty when it is not.
     """
-    cost = workload.cost(ranks, num_examples, profile.flops_per_second * STEP_RATE)
+    cost = workload.cost(ranks, num_examples, matrix_rate(profile))
     down_bytes = cost.transfer_bytes + workload.tail_bytes(ranks, folded_ranks)
     return device_cost(profile, cost, down_bytes, cost.transfer_bytes)

@@ -1,8 +1,8 @@
-"""Buffered asynchronous rounds: clients come and go on the virtual clock, the server steps after K updates.
+"""Runs buffered asynchronous rounds on the virtual clock: clients come and go, and the server steps after K updates.
 
-At any time up to C clients are at work; whoever comes back is replaced, at once or as soon as anybody is available, by
-a client that is sent the newest model, and after K updates the server adds their changes up and has a new one (FedBuff,
-arXiv:2106.06639). An update is as stale as the number of server steps since its client was sent off.
+Up to C clients are at work at any time. When one comes back, another takes its place, at once or as soon as one is
+available, and starts from the newest model. After K updates the server adds their changes and has a new model (FedBuff,
+arXiv:2106.06639). The staleness of an update is the number of server steps since its client started.
 """
 
 import math
@@ -14,19 +14,19 @@ from flexlora.federation.messages import ClientFailure
 from flexlora.federation.streams import stream
 from flexlora.rounds.clock import Clock, ClockState, Sizes, Trip, available_from, failure, start_trip
 
-# A round in which this many clients fail per update wanted ends with the updates it has, so that it does end.
+# After this many failures per update wanted a round ends with the updates it has, or it might never end.
 MOST_FAILURES_PER_UPDATE = 10
 
 
 @dataclass(frozen=True)
 class FilledBuffer:
-    """What came back until the server could step.
+    """The trips that ended before the server stepped.
 
     Attributes:
-        state: The clock after it.
+        state: The clock afterwards.
         arrived: The trips whose updates count, in order of arrival.
-        lost: Who came back without one that counts, in order too.
-        gone: Their trips.
+        lost: The failures of the other clients, in order of their ends.
+        gone: The trips of those clients.
     """
 
     state: ClockState
@@ -38,18 +38,17 @@ class FilledBuffer:
 def fill_buffer(
     clock: Clock, clients: Sequence[ClientSpec], concurrency: int, server_round: int, state: ClockState, sizes: Sizes
 ) -> FilledBuffer:
-    """Return what comes back until ``buffer_size`` updates have arrived.
+    """Return the trips that end until ``buffer_size`` updates have arrived.
 
-    A client is sent off at most once per server step, so that no two updates of a step come from one client and the
-    same model.
+    A client starts at most once per server step, so no two updates of a step come from one client and the same model.
 
     Args:
         clock: With the policy ``async``.
         clients: Everybody who can be sampled.
         concurrency: Most clients at work at once.
-        server_round: The round being filled; clients sent off meanwhile take its broadcast along.
-        state: The clock before it.
-        sizes: Of the broadcasts of this round.
+        server_round: The round being filled; clients that start during it train from its broadcast.
+        state: The clock before the round.
+        sizes: Sizes of this round's broadcasts and their updates.
     """
     policy, now, num_sent, trips = clock.policy, state.now, state.num_sent, list(state.trips)
     arrived: list[Trip] = []
@@ -74,7 +73,7 @@ def fill_buffer(
                 now = max(now, following)
                 continue
         if trip is None:
-            break  # Everybody has had a turn in this round.
+            break  # Every client has had its turn in this round.
         trips.remove(trip)
         done.add(trip.client_id)
         now = max(now, trip.ends)
@@ -92,7 +91,7 @@ def fill_buffer(
 
 
 def still_needed(clock: Clock, state: ClockState, server_round: int) -> set[tuple[str, int]]:
-    """Return client id and round of the trips on which an update may yet count after ``server_round``."""
+    """Return client id and round of the trips whose updates may still count after ``server_round``."""
     most = clock.policy.max_staleness
     return {
         (trip.client_id, trip.server_round)
@@ -102,7 +101,7 @@ def still_needed(clock: Clock, state: ClockState, server_round: int) -> set[tupl
 
 
 def _draw(clock: Clock, clients: Sequence[ClientSpec], busy: set[str], num_sent: int, now: float) -> ClientSpec | None:
-    """Return a client that is free and available, drawn uniformly; None when there is none."""
+    """Return an available client that is not busy, drawn uniformly; None if there is none."""
     order = stream(clock.seed, "async", num_sent).permutation(len(clients))
     for index in order:
         client = clients[index]

@@ -1,7 +1,7 @@
-"""The virtual clock: when clients are there, how long each takes, whose update counts, and when a round ends.
+"""Keeps virtual time: who is available, how long each client takes, whose update counts and when a round ends.
 
-Nothing here waits or trains. Every decision is a function of the seed, the round, the client and the time before, so
-that a resumed run decides as an undisturbed one does. The server's own work takes no virtual time.
+Nothing here waits or trains. Every decision is a function of the seed, the round, the client and the time before, so a
+resumed run decides as an uninterrupted one does. The server's own work takes no virtual time.
 """
 
 import math
@@ -31,17 +31,17 @@ class Policy:
     """How the server deals with clients that differ in speed; the fields are those of ``clock`` in the configuration.
 
     Attributes:
-        name: ``wait`` for everybody; ``deadline`` drops who is late; ``over_select`` samples more and takes the first;
+        name: ``wait`` for everybody; ``deadline`` drops late clients; ``over_select`` samples more and takes the first;
             ``async`` never waits for a cohort.
-        deadline_seconds: After which clients are dropped, for ``deadline``; also bounds ``over_select``.
+        deadline_seconds: When clients still at work are dropped, for ``deadline``; also bounds ``over_select``.
         over_selection: Clients sampled per client wanted, at least 1.
         jitter: Standard deviation of the logarithm of the factor on a client's time in a round.
         day_seconds: Length of a virtual day, over which availability repeats.
         buffer_size: Updates per server step of ``async``.
         staleness: How the weight of a change falls with its staleness ``t``: ``(1 + t) ** -rate`` (``polynomial``),
-            ``exp(-rate * t)`` or not at all.
-        staleness_rate: That rate.
-        max_staleness: Updates that are staler are dropped; None drops none.
+            ``exp(-rate * t)`` (``exponential``) or not at all (``constant``).
+        staleness_rate: The rate in these formulas.
+        max_staleness: Staler updates are dropped; None drops none.
     """
 
     name: PolicyName = "wait"
@@ -63,12 +63,12 @@ class Policy:
 
 @dataclass(frozen=True)
 class Clock:
-    """What decides about virtual time; it holds no state.
+    """The rules of virtual time, without state.
 
     Attributes:
         profiles: Device name -> profile, for every device that a client has.
         cost_of: What a round of local training costs a client on its device.
-        policy: What the server does about it.
+        policy: How the server deals with slow clients.
         seed: Of the run.
     """
 
@@ -80,7 +80,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Why and when a client fails by itself: ``after_seconds`` from the start of its trip."""
+    """Why a client fails on its own, and when: ``after_seconds`` from the start of its trip."""
 
     after_seconds: float
     reason: str
@@ -88,18 +88,18 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class Trip:
-    """One client's way through a round: download, training, upload.
+    """One client's trip through a round: download, training, upload.
 
     Attributes:
-        client_id: Whose.
-        server_round: The round whose broadcast it takes along.
-        starts: When, in virtual seconds.
+        client_id: The client.
+        server_round: The round whose broadcast it trains from.
+        starts: When it starts, in virtual seconds.
         download_seconds: Latency included, as in the upload.
         compute_seconds: Local training.
         upload_seconds: Until the server has the update.
         down_bytes: Of the broadcast.
         up_bytes: Of the update.
-        breakdown: Its own failure, or None.
+        breakdown: Its failure, if it fails on its own.
     """
 
     client_id: str
@@ -114,7 +114,7 @@ class Trip:
 
     @property
     def needed_seconds(self) -> float:
-        """From start to arrival, were there no failure."""
+        """From start to arrival if nothing fails."""
         return self.download_seconds + self.compute_seconds + self.upload_seconds
 
     @property
@@ -124,16 +124,16 @@ class Trip:
 
     @property
     def ends(self) -> float:
-        """When the server hears of it: its update has arrived, or it is gone."""
+        """When its update arrives or it fails."""
         return self.starts + self.seconds
 
 
 @dataclass(frozen=True)
 class ClosedRound:
-    """What became of a cohort.
+    """How a round on the clock ended.
 
     Attributes:
-        ends: Virtual time at which the server goes on.
+        ends: When the server moves on, in virtual seconds.
         arrived: Ids of the clients whose updates count, sorted.
         lost: The others, sorted by id.
     """
@@ -149,8 +149,8 @@ class ClockState:
 
     Attributes:
         now: Virtual seconds since the start of the run.
-        num_sent: Clients sent off so far by ``async``.
-        trips: Clients on their way by ``async``, in the order in which they were sent off.
+        num_sent: Trips started so far by ``async``.
+        trips: Trips under way by ``async``, in the order in which they started.
     """
 
     now: float = 0.0
@@ -161,9 +161,9 @@ class ClockState:
 def open_round(
     clock: Clock, clients: Sequence[ClientSpec], cohort_size: int, server_round: int, now: float
 ) -> tuple[float, tuple[ClientSpec, ...]]:
-    """Return when a round begins and whom it samples: as ``sample_cohort`` among those available then.
+    """Return when a round begins, and its cohort: what ``sample_cohort`` draws from the clients available then.
 
-    It begins at ``now``, or as soon after as anybody is available; a cohort is smaller when too few are.
+    It begins at ``now`` or, if nobody is available, as soon as somebody is. If too few are, the cohort is smaller.
     """
     moments = [available_from(clock, client, now) for client in clients]
     begins = min(moments, default=now)
@@ -172,9 +172,9 @@ def open_round(
 
 
 def clients_per_round(policy: Policy, cohort_size: int) -> int:
-    """Return how many clients a round samples, or waits for when it is ``async``, if enough are available."""
+    """Return how many clients a round samples, or waits for under ``async``, if enough are available."""
     if policy.name == "over_select":
-        # 1.1 times 50 is a little more than 55.
+        # In floating point, 1.1 times 50 is a little more than 55.
         return math.ceil(cohort_size * policy.over_selection - ROUNDING)
     return policy.buffer_size if policy.name == "async" else cohort_size
 
@@ -193,17 +193,17 @@ def available_from(clock: Clock, client: ClientSpec, now: float) -> float:
     else:
         begin = profile.hours[0] / HOURS_PER_DAY * day
     since = (now - begin) % day
-    # The moment returned may round to one just before the stretch: that counts as in it, or nobody might ever be there.
-    is_there = since < profile.availability * day or day - since < ROUNDING * day
-    return now if is_there else now + (day - since)
+    # The moment returned may round to just before the stretch. That counts as inside, or nobody might ever be there.
+    is_available = since < profile.availability * day or day - since < ROUNDING * day
+    return now if is_available else now + (day - since)
 
 
 def start_trip(
     clock: Clock, client: ClientSpec, server_round: int, starts: float, down_bytes: int, up_bytes: int
 ) -> Trip:
-    """Return how a client fares that is sent off at ``starts``: its times, and whether it fails by itself.
+    """Return one client's trip, starting at ``starts``, and whether it fails on its own.
 
-    It fails for want of memory when training begins, and by its chance to drop out at any moment of its trip.
+    A client without enough memory fails when training begins; one that drops out may do so at any moment of its trip.
     """
     profile = clock.profiles[client.device]
     cost = device_cost(profile, clock.cost_of(client), down_bytes, up_bytes)
@@ -216,8 +216,8 @@ def start_trip(
     )
     breakdown = None
     if cost.memory_bytes > profile.memory_bytes:
-        needed, there = bytes_text(cost.memory_bytes), bytes_text(profile.memory_bytes)
-        breakdown = Breakdown(download, f"out of memory: training needs {needed} and a {profile.name} has {there}")
+        needed, available = bytes_text(cost.memory_bytes), bytes_text(profile.memory_bytes)
+        breakdown = Breakdown(download, f"out of memory: training needs {needed} and a {profile.name} has {available}")
     if profile.dropout:
         rng = stream(clock.seed, "dropout", *key)
         drops_out, after = rng.random() < profile.dropout, rng.random() * (download + compute + upload)
@@ -227,12 +227,12 @@ def start_trip(
 
 
 def close_round(policy: Policy, trips: Sequence[Trip], wanted: int, begins: float) -> ClosedRound:
-    """Return what becomes of a cohort that was sent off together.
+    """Return how a round ends whose clients all started together.
 
     Args:
         policy: Any but ``async``.
-        trips: One per client, all of which start at ``begins``.
-        wanted: Updates that ``over_select`` takes.
+        trips: One per client, all starting at ``begins``.
+        wanted: How many updates ``over_select`` takes.
         begins: When the round begins.
     """
     limit, why = math.inf, ""
@@ -260,13 +260,13 @@ def failure(trip: Trip, after_seconds: float | None = None, reason: str = "", st
     """Return the failure of a client whose trip is cut short, with the bytes that had travelled by then.
 
     Args:
-        trip: Whose.
-        after_seconds: When the server gives it up; None when it fails by itself.
-        reason: Why; its own when it fails by itself.
-        stage: Instead of the one it has got to.
+        trip: The trip.
+        after_seconds: When the server gives up on it; None if the client fails on its own.
+        reason: Why the server gives up.
+        stage: Overrides the stage that the trip had reached.
     """
     if after_seconds is None:
-        assert trip.breakdown is not None, "a trip without a breakdown is cut short by somebody"
+        assert trip.breakdown is not None, "a trip without a breakdown ends when the server says so"
         after_seconds, reason = trip.breakdown.after_seconds, trip.breakdown.reason
     if after_seconds < trip.download_seconds:
         reached, down, up = "broadcast", after_seconds / trip.download_seconds, 0.0

@@ -79,6 +79,7 @@ def _buffered_work(
     fresh: dict[RankPlan, Parcel] = {}
 
     def sizes_of(plan: RankPlan) -> tuple[int, int]:
+        """Make a plan's broadcast when its first client starts."""
         if plan not in fresh:
             fresh[plan] = _parcel(loop, state, plan, watch)
         return _sizes(fresh[plan])

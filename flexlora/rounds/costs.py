@@ -1,4 +1,4 @@
-"""The model of a round's cost: memory, traffic and time of each kind of client, before any weight is loaded."""
+"""Models what a round costs a client: memory, traffic and time, from shapes, before any weight is loaded."""
 
 import time
 from collections.abc import Mapping
@@ -9,16 +9,11 @@ import torch
 from flexlora.rounds.devices import DeviceProfile
 
 FLOAT32_BYTES = 4
-
-
 # Safetensors: 8 bytes of length, then a JSON header with one entry per tensor; measured, not part of the format.
 HEADER_BYTES_PER_TENSOR = 110
-
-
 CALIBRATION_SECONDS = 0.3
-
-
-# Share of the matrix rate that a whole training step reaches; the rest goes to attention, norms and memory traffic.
+# Share of the rate of matrix products that a whole training step reaches; the rest goes to attention, norms and memory
+# traffic.
 STEP_EFFICIENCY = 0.35
 
 
@@ -121,8 +116,20 @@ def measure_flops_per_second(hidden_size: int, intermediate_size: int, num_token
     return 2.0 * left.shape[0] * hidden_size * intermediate_size * count / (time.perf_counter() - start)
 
 
-STEP_RATE = 1 / STEP_EFFICIENCY
-"""What a profile's rate has to be multiplied by where an estimate expects the rate of matrix products alone."""
+def tail_bytes(
+    ranks: Mapping[str, int],
+    server_ranks: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    wire_bytes: int,
+) -> int:
+    """Return the most that a folded tail adds to the broadcast of a client with these ranks."""
+    rest = (max(0, rank - ranks.get(module, 0)) * sum(shapes[module]) for module, rank in server_ranks.items())
+    return sum(rest) * wire_bytes
+
+
+def matrix_rate(profile: DeviceProfile) -> float:
+    """Return the rate of matrix products alone, as ``client_cost`` takes it; a profile has that of whole steps."""
+    return profile.flops_per_second * (1 / STEP_EFFICIENCY)
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ class DeviceCost:
 
 
 def device_cost(profile: DeviceProfile, cost: ClientCost, down_bytes: int, up_bytes: int) -> DeviceCost:
-    """Return the cost of a round whose ``cost`` was estimated for the profile's computing rate."""
+    """Return what a round costs on a device; ``cost`` must be estimated at the ``matrix_rate`` of its profile."""
     return DeviceCost(
         memory_bytes=cost.memory_bytes,
         down_bytes=down_bytes,

@@ -1,7 +1,7 @@
-"""What devices clients have, and the largest ranks that each can afford.
+"""Reads device profiles and says which client has which device.
 
-The numbers of the built-in profiles are our assumptions, round and of a plausible order, measured on no device: they
-serve to compare methods and policies, not to predict a fleet. A fleet that is known goes into a CSV file.
+The numbers of the built-in profiles are round, plausible assumptions of ours, measured on no device: use them to
+compare methods and policies, not to predict a fleet. Describe a fleet you know in a CSV file.
 """
 
 import csv
@@ -15,16 +15,12 @@ from flexlora.errors import FlexLoraError
 from flexlora.federation.client_types import check_known, deal_names, draw_names
 
 BUILT_IN = "built_in"
-
-
 MEGABYTE, MEGABIT, GIGAFLOP = 1e6, 1e6 / 8, 1e9
-
-
 HOURS_PER_DAY = 24
 
 
 class DeviceError(FlexLoraError, ValueError):
-    """Devices that cannot be read, assigned, or that afford nothing."""
+    """Devices that cannot be read or assigned, or that afford no rank."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +29,16 @@ class DeviceProfile:
 
     Attributes:
         name: What reports call it.
-        memory_bytes: What training may use.
-        flops_per_second: Sustained over whole training steps, not the peak of its data sheet.
+        memory_bytes: Memory that training may use.
+        flops_per_second: Sustained over whole training steps, not the peak on its data sheet.
         down_bytes_per_second: From the server to the device.
         up_bytes_per_second: From the device to the server.
         latency_seconds: Added to every transfer.
         availability: Share (0 to 1) of each day during which it can be sampled.
-        dropout: Chance (0 to 1) to fail in a round it was sampled for.
+        dropout: Chance (0 to 1) of failing in a round it was sampled for.
         weight: How common it is, in any unit.
-        hours: From and to which hour of the day it can be sampled, the same for all devices of the profile; None
-            lets each device have its ``availability`` at a time of its own.
+        hours: First and last hour of the day at which it can be sampled, the same for all devices of the profile; None
+            gives each device its ``availability`` at a time of its own.
     """
 
     name: str
@@ -68,7 +64,7 @@ PROFILES: Mapping[str, DeviceProfile] = MappingProxyType(
         )
     }
 )
-"""Our assumptions; see the top of this file."""
+"""Our assumptions; see the module's docstring."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +81,7 @@ class _Column:
     default: float | None = None
 
     def holds(self, value: float) -> bool:
+        """Return whether a value is in the range."""
         above = value >= self.low if self.with_low else value > self.low
         below = value <= self.high if self.with_high else value < self.high
         return math.isfinite(value) and above and below
@@ -93,7 +90,7 @@ class _Column:
 _POSITIVE = "a number above 0"
 
 
-# In the order of the fields of a profile, whose values are these times the unit.
+# In the order of a profile's fields; a field is the value in the file times the unit.
 COLUMNS: Mapping[str, _Column] = MappingProxyType(
     {
         "memory_megabytes": _Column(_POSITIVE, "2000", MEGABYTE, with_low=False),
@@ -170,7 +167,7 @@ def _column_problems(columns: Sequence[str]) -> Iterator[str]:
 
 
 def _read_row(row: Mapping[str | None, str | None], where: str, problems: list[str]) -> DeviceProfile:
-    """Return the profile of a line; what is wrong with it is added to ``problems``."""
+    """Return the profile on a line; append what is wrong with it to ``problems``."""
     name = (row.get("name") or "").strip()
     if not name:
         problems.append(f"{where}, column name: must not be empty; write what reports are to call the device")
@@ -179,6 +176,7 @@ def _read_row(row: Mapping[str | None, str | None], where: str, problems: list[s
     where = f"{where} ({name})" if name else where
 
     def number(key: str, column: _Column) -> float | None:
+        """Return the number in a cell; None if it is wrong, which is then among the problems."""
         text = (row.get(key) or "").strip()
         if not text and column.default is not None:
             return column.default
@@ -222,7 +220,7 @@ def assign_devices(
 ) -> dict[str, str]:
     """Return client id -> device name: those assigned, and the others by exact counts or drawn by weight.
 
-    A drawn device is a function of the seed and the client's id.
+    A drawn device depends on the seed and the client's id alone.
 
     Args:
         distribution: Device -> weight; empty takes the weights of the profiles.

@@ -1,4 +1,4 @@
-"""The algorithm: sample, broadcast, train, aggregate, evaluate, record. The only round loop there is."""
+"""Runs the algorithm: sample, broadcast, train, aggregate, evaluate, record. There is no other round loop."""
 
 import dataclasses
 from typing import Any
@@ -22,8 +22,8 @@ from flexlora.rounds.records import (
 def run_rounds(loop: Loop) -> Outcome:
     """Run all rounds that are left and return how it ended.
 
-    Everything needed to go on is in ``loop.folder``: a run that was killed continues from its newest checkpoint, writes
-    the same records and ends with the same state as one that was not, times apart.
+    Everything needed to continue is in ``loop.folder``: a run that was killed continues from its newest checkpoint,
+    writes the same records and ends with the same state as one that was not, times apart.
     """
     settings = loop.settings
     server_round, state, progress = _resumed(loop) or _started(loop)
@@ -105,13 +105,13 @@ def _started(loop: Loop) -> tuple[int, Any, Progress]:
 def _finish_round(
     loop: Loop, state: Any, progress: Progress, record: RoundRecord, *, is_saved: bool = False
 ) -> Progress:
-    """Checkpoint and score a trained round, each where it is due, write its record and return the progress after it.
+    """Checkpoint and score a trained round where these are due, write its record and return the progress after it.
 
-    The checkpoint comes first: an evaluation that takes the process down, for want of memory most of all, must not take
-    the training along. Scores are added to it afterwards.
+    The checkpoint comes first: an evaluation that kills the process, usually by running out of memory, must not cost
+    the training. Scores are added to the checkpoint afterwards.
 
     Args:
-        is_saved: The round comes from its checkpoint.
+        is_saved: Whether the round comes from its checkpoint.
     """
     settings, server_round = loop.settings, record.server_round
     if not is_saved and (_is_last(loop, server_round, progress) or server_round % settings.checkpoint_every == 0):
@@ -143,7 +143,7 @@ def _save(loop: Loop, state: Any, progress: Progress, record: RoundRecord) -> No
 
 
 def _remembered(loop: Loop, progress: Progress, record: RoundRecord) -> dict[str, Any]:
-    # The record travels inside the checkpoint, so that being killed between the two writes loses neither.
+    # The record is part of the checkpoint, so a kill between the two writes loses neither.
     return {
         "loop": progress.to_json(),
         "record": to_line(record),

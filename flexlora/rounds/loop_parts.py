@@ -1,4 +1,4 @@
-"""What a round loop is made of, and what it remembers."""
+"""Defines the parts of a round loop and what it remembers."""
 
 import dataclasses
 import time
@@ -23,7 +23,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """How long the loop runs and what it keeps; the fields are those of ``rounds`` in the configuration."""
+    """How long the loop runs and what it keeps; most fields are those of ``rounds`` in the configuration."""
 
     num_rounds: int
     cohort_size: int
@@ -37,15 +37,15 @@ class RoundSettings:
 
 @dataclass(frozen=True)
 class Federation:
-    """Who takes part, with what: all that stays the same over the rounds.
+    """Who takes part, and everything else that stays the same over the rounds.
 
     Attributes:
-        clients: Everybody who can be sampled.
+        clients: All clients that can be sampled.
         shapes: Module path -> (out_features, in_features) of every adapted module.
         server_ranks: Module path -> rank of the global adapter that is evaluated and exported.
         initial_adapter: PEFT's initial factors at the server ranks.
         scaling: The rule every client's scaling follows.
-        wire_dtype: In which factors travel.
+        wire_dtype: Dtype of the factors on their way.
     """
 
     clients: Sequence[ClientSpec]
@@ -61,8 +61,8 @@ class Progress:
     """What the loop remembers besides the aggregator's state.
 
     Attributes:
-        clock: Where virtual time stands, if it is simulated.
-        sent: What clients that are still at work were sent, by ``_sent_name``; checkpointed as tensors.
+        clock: Virtual time, if it is simulated.
+        sent: Round and plan name -> what clients still at work were sent; checkpointed as tensors.
     """
 
     best_validation_loss: float | None = None
@@ -102,7 +102,7 @@ class Progress:
 
     @staticmethod
     def from_json(values: Mapping[str, Any], sent: Mapping[str, Broadcast]) -> "Progress":
-        """Return the progress whose plain values these are; those that earlier versions lack have their defaults."""
+        """Return the progress whose plain values these are; values that earlier versions lack have their defaults."""
         clock = dict(values.get("clock", {}))
         trips = []
         for trip in clock.pop("trips", ()):
@@ -120,7 +120,7 @@ class Outcome:
         state: The aggregator's state after the last round.
         server_round: That round.
         stopped: Why it ended before ``num_rounds``, or None.
-        has_progress: Whether any client's update was ever aggregated and the run did not end in failures.
+        has_progress: Whether any update was ever aggregated and the run did not end in failures.
     """
 
     state: Any
@@ -131,7 +131,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RoundEvent:
-    """What a display may show while a round is running.
+    """Something a display may show while a round is running.
 
     Attributes:
         kind: ``cohort`` (sampled), ``client`` (one outcome arrived), ``evaluating`` or ``done``.
@@ -163,21 +163,21 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class Loop:
-    """Everything a run is made of.
+    """Everything a loop is made of.
 
     Attributes:
         aggregator: The method.
         state_types: The dataclasses its states are made of, for reading checkpoints.
         engine: What trains a cohort.
-        federation: Who takes part, with what.
-        settings: How long and how often.
+        federation: Who takes part.
+        settings: How long it runs and what it keeps.
         learning_rate: Round -> learning rate.
         evaluator: Scores the global adapter.
         folder: Where ``records.jsonl`` and ``checkpoints/`` are.
-        notify: Told about each step, for progress displays.
+        notify: Called at each step, for progress displays.
         uplink: The steps between clients and server; the engine runs the client ends, the loop the server ends.
-        clock: Decides who is there, who is late and how long a round takes, in virtual time; None lets everybody be
-            there and in time.
+        clock: Decides in virtual time who is available, who is late and how long a round takes; without one, every
+            client is available and in time.
     """
 
     aggregator: Aggregator[Any]
@@ -201,6 +201,7 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to that of a stage."""
         start = time.perf_counter()
         try:
             yield

@@ -53,6 +53,7 @@ def checked(
     ranks = {plan: plan.resolve(federation.shapes) for plan in {client.plan for client in due.values()}}
 
     def record(client: ClientSpec, outcome: Update | ClientFailure) -> None:
+        """Append a client's record and tell the display."""
         known = _known(client, ranks[client.plan], federation.shapes, work.trips.get(client.client_id), server_round)
         records.append(_client_record(known, outcome))
         loop.notify(RoundEvent("client", server_round, len(work.clients), client=records[-1]))

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from flexlora.data.prompts import EncodedExample
-from flexlora.experiment.config import TrainingConfig
 from flexlora.experiment.device_ranks import Affordable, Budget, affordable_ranks
 from flexlora.experiment.workload import Workload
 from flexlora.federation.clients import ClientError
-from flexlora.rounds.costs import STEP_EFFICIENCY, STEP_RATE, BaseShape, DeviceCost, device_cost
+from flexlora.rounds.costs import STEP_EFFICIENCY, BaseShape, DeviceCost, device_cost, matrix_rate
 from flexlora.rounds.devices import COLUMNS, PROFILES, DeviceError, DeviceProfile, assign_devices, device_profiles
 from flexlora.training.one_client import LocalTraining, step_batches
 
@@ -147,7 +146,7 @@ def workload(max_steps: int = 3) -> Workload:
         vocab_size=50,
         bytes_per_parameter=4,
     )
-    training = TrainingConfig(batch_size=4, max_steps=max_steps)
+    training = LocalTraining(batch_size=4, max_steps=max_steps)
     return Workload(base, SHAPES, batch_tokens=100, answer_tokens=20, training=training, wire_bytes=4)
 
 
@@ -155,7 +154,7 @@ def afforded(profile: DeviceProfile, budget: Budget, num_examples: float = 30) -
     load = workload()
 
     def cost_of(ranks: Mapping[str, int]) -> DeviceCost:
-        cost = load.cost(ranks, num_examples, profile.flops_per_second * STEP_RATE)
+        cost = load.cost(ranks, num_examples, matrix_rate(profile))
         return device_cost(profile, cost, cost.transfer_bytes, cost.transfer_bytes)
 
     return affordable_ranks(profile, budget, SHAPES, cost_of)
@@ -217,7 +216,7 @@ def test_what_limits_a_device_is_named() -> None:
 
 
 def test_the_rate_of_a_profile_is_that_of_whole_steps() -> None:
-    assert STEP_RATE * STEP_EFFICIENCY == 1
+    assert matrix_rate(DeviceProfile("box", 1e9, 1e6, 1e9, 1e9)) * STEP_EFFICIENCY == 1e6
     # 3 steps of 4 examples of 25 tokens; more examples than steps allow change nothing, fewer do.
     profile = DeviceProfile("box", 1e9, 1e6, 1e9, 1e9)
     assert afforded(profile, Budget((1,))).cost.compute_seconds == pytest.approx(
@@ -233,7 +232,7 @@ def test_the_rate_of_a_profile_is_that_of_whole_steps() -> None:
 @pytest.mark.parametrize(("num_epochs", "max_steps"), [(1.0, None), (3.0, None), (0.5, None), (2.5, 3), (1.0, 2)])
 def test_the_work_of_a_client_is_what_it_will_train_on(num_examples, batch_size, accumulated, num_epochs, max_steps):
     options = {"batch_size": batch_size, "gradient_accumulation_steps": accumulated, "max_steps": max_steps}
-    load = dataclasses.replace(workload(), training=TrainingConfig(num_epochs=num_epochs, **options))
+    load = dataclasses.replace(workload(), training=LocalTraining(num_epochs=num_epochs, **options))
     example = EncodedExample((1, 2), (-100, 2))
     batches = step_batches(
         [example] * num_examples, LocalTraining(num_epochs=num_epochs, **options), np.random.default_rng(0)
