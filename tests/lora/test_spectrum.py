@@ -4,7 +4,7 @@ import scipy.linalg
 import torch
 
 from flexlora.lora.product import Spectrum
-from flexlora.lora.spectrum import effective_rank, energy_kept, principal_angles, truncation_error
+from flexlora.lora.spectrum import effective_rank, energy_kept, principal_angles, share_inside, truncation_error
 
 
 def of_values(values: list[float], tail: float = 0.0) -> Spectrum:
@@ -51,3 +51,10 @@ def test_principal_angles_resolve_small_and_right_angles():
     rows = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.float64)
     other = torch.tensor([[1.0, 0, 1e-9, 0], [0, 0, 0, 1]], dtype=torch.float64)
     np.testing.assert_allclose(principal_angles(rows, other).numpy(), [1e-9, np.pi / 2], rtol=1e-6)
+
+
+def test_the_share_inside_ranks_is_that_of_the_squares_of_all_modules():
+    spectra = {"a": of_values([2.0, 1.0]), "b": of_values([3.0], tail=1.0)}  # 4 + 1 + 9 + 1
+    assert share_inside(spectra, {"a": 1, "b": 1}) == pytest.approx(13 / 15)
+    assert share_inside(spectra, {"a": 5}) == pytest.approx(5 / 15)
+    assert share_inside({"a": of_values([0.0])}, {"a": 1}) == 1
