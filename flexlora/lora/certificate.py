@@ -1,4 +1,4 @@
-"""How good is a truncated decomposition, and is that good enough?"""
+"""Says how good a truncated decomposition is, and whether that is good enough."""
 
 from dataclasses import dataclass, replace
 from math import hypot, sqrt
@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 Accuracy = Literal["exact", "fast"]
-Method = Literal["none", "qr", "gram", "subspace", "dense_gram", "dense_svd"]
+Algorithm = Literal["none", "qr", "gram", "subspace", "dense_gram", "dense_svd"]
 
 TOLERANCE: dict[Accuracy, float] = {"exact": 1e-6, "fast": 1e-3}
 """Largest ``excess``: how much worse than the best approximation of the same rank an answer may be."""
@@ -36,7 +36,7 @@ class Certificate:
         spread: How far from ``tail`` what was discarded may be, where that is an estimate.
     """
 
-    method: Method
+    method: Algorithm
     reason: str
     norm: float
     tail: float

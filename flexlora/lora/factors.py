@@ -1,4 +1,4 @@
-"""What is a LoRA update: two factors and a scaling, for one module or for all of them."""
+"""Defines a LoRA change: two factors and a scaling, for one module or for all of them."""
 
 # torch.linalg and torch.special carry no type information.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

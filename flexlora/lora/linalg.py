@@ -1,4 +1,4 @@
-"""How are tall matrices orthonormalised and small ones decomposed, in float64 and without losing small values?"""
+"""Orthonormalises tall matrices and decomposes small ones, in float64 and without losing small values."""
 
 # torch.linalg carries no type information, and LinAlgError comes from torch's private part.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -22,7 +22,7 @@ SERIAL_SIDE = 768
 
 @contextmanager
 def one_thread(is_small: bool = True) -> Generator[None]:
-    """Let torch compute on one thread meanwhile, if ``is_small``."""
+    """Let torch compute on one thread in a ``with`` block, if ``is_small``."""
     before = torch.get_num_threads()
     if not is_small or before == 1:
         yield
@@ -36,7 +36,7 @@ def one_thread(is_small: bool = True) -> Generator[None]:
 
 @contextmanager
 def full_precision() -> Generator[None]:
-    """Let products of float32 matrices have its precision meanwhile, whatever is set for training."""
+    """Give products of float32 matrices full precision in a ``with`` block, whatever is set for training."""
     before = torch.get_float32_matmul_precision()
     if before == "highest":
         yield

@@ -1,11 +1,11 @@
-"""What is a sum of products, as something that multiplies blocks of vectors without ever being formed?"""
+"""Multiplies blocks of vectors with a sum of products without ever forming it."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import sqrt
+from math import frexp, ldexp, sqrt
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ STACK_BYTES = 256 * 2**20
 """Size of both stacks of the small terms up to which they are copied together once instead of once per product."""
 DIRECT_COLUMNS = 128
 """Columns from which on a term is multiplied as it lies."""
+MODERATE = 1e10
+"""Largest size, and inverse of the smallest, of what float32 is trusted with."""
 
 
 @dataclass(frozen=True)
@@ -227,3 +229,30 @@ class Operator:
                 columns = term.left[:, first : first + most].to(place)
                 place[:, : columns.shape[1]].addcmul_(columns, weights[first : first + most])
         return total.flatten(1, 2)
+
+
+def tamed(operator: Operator) -> tuple[Operator, float]:
+    """Return the operator over a power of two, and that power: neither float32 nor a square overflows or vanishes.
+
+    It is the operator itself, over 1, unless weights or factors have sizes that no training reaches.
+    """
+    unit = 1.0 if _is_moderate(operator.magnitude) else ldexp(1.0, frexp(operator.magnitude)[1] - 1)
+    if unit == 1.0 and all(_is_tame(term) for term in operator.terms):
+        return operator, 1.0
+    terms: list[Term] = []
+    for term in operator.terms:
+        lengths = torch.where(term.right_sizes > 0, term.right_sizes, 1.0)
+        left = term.left.double() * (lengths * (term.coefficient / unit)).to(term.left.device)
+        right = term.right.double() / lengths[:, None].to(term.right.device)
+        terms.append(Term(left, right, 1.0, term.sizes / unit, term.right_sizes / lengths))
+    dense = None if operator.dense is None else operator.dense / unit
+    return replace(operator, terms=terms, dense=dense, magnitude=operator.magnitude / unit), unit
+
+
+def _is_tame(term: Term) -> bool:
+    sizes = term.right_sizes[term.right_sizes > 0].tolist()
+    return all(_is_moderate(size) for size in (abs(term.coefficient), *sizes))
+
+
+def _is_moderate(size: float) -> bool:
+    return size == 0 or 1 / MODERATE <= size <= MODERATE

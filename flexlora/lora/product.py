@@ -1,7 +1,7 @@
-"""What is the weighted sum of many LoRA changes, and its singular value decomposition.
+"""Adds up LoRA changes with weights and finds the singular value decomposition of the sum.
 
 ``P = sum_i w_i s_i B_i A_i`` is folded one update at a time into a ``ProductSum`` and read out as a ``Spectrum``; which
-method finds it is the subject of ``decomposition``. Weights may be negative. A sum refers to the factors as they are
+algorithm finds it is the subject of ``decomposition``. Weights may be negative. A sum refers to the factors as they are
 stored and, once these would take more memory than the change itself, multiplies them out in float64. It can be told to
 keep them (because they lie in a file that is mapped into memory), or to keep no more than a number of directions, for
 live rounds in which even one dense matrix per module is too much.

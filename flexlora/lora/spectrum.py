@@ -1,4 +1,4 @@
-"""What a spectrum tells: energy kept, effective rank, truncation error, angles between subspaces."""
+"""Measures spectra: energy kept, effective rank, truncation error, angles between subspaces."""
 
 # torch.linalg and torch.special carry no type information.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

@@ -1,4 +1,4 @@
-"""What are the leading singular values of an operator that can only be multiplied with, and how good is the answer?
+"""Finds the leading singular values of an operator that can only be multiplied with, and proves how good they are.
 
 A block of orthonormal columns is multiplied with ``P P^T``, filtered by Chebyshev polynomials that hold down what the
 block does not catch. ``P^T`` times the block gives Ritz triples ``(s_j, u_j, v_j)`` with ``P^T U = V diag(s)``, and
@@ -33,28 +33,19 @@ the energy, and ``1 / (d (d - 1))`` of the other half to the bound with ``d`` fa
 # pyright: reportConstantRedefinition=false
 
 from hashlib import blake2b
-from math import acosh, ceil, exp, inf, lgamma, log, sqrt
+from math import acosh, ceil, inf, log, sqrt
 
 import torch
 from torch import Tensor
 
-from flexlora.lora.certificate import (
-    FLOOR,
-    ROUNDING,
-    TOLERANCE,
-    Accuracy,
-    Certificate,
-    lost_to_rounding,
-    together,
-    verdict_on,
-)
+from flexlora.lora.certificate import ROUNDING, Accuracy, Certificate, lost_to_rounding
 from flexlora.lora.linalg import Triple, gram, orthonormal, ritz
 from flexlora.lora.operator import Operator
+from flexlora.lora.remainder import NUM_PROBES, Remainder
 
 FAILURE_PROBABILITY = 1e-9
 """Chance that a certificate of the randomised method does not hold."""
 
-NUM_PROBES = 32
 LEAST_OVERSAMPLING = 16
 MANY_COLUMNS = 64
 """Columns of the terms per direction asked for from which on their means need no product to begin with."""
@@ -91,35 +82,30 @@ def by_subspace(
         worth: Products with the sum that cost as much as another method would.
         notes: Where to say why there is no answer.
     """
-    m, n = operator.out_features, operator.in_features
-    # Multiplied out, the sum has errors of float32, which only the sum itself can mend.
+    side = min(operator.out_features, operator.in_features)
+    # Multiplied out, the sum has errors of float32, which only products with the sum itself can correct.
     exact, operator = operator, formed or operator
-    reason = f"{k} of {min(m, n)} directions, {'multiplied out once' if formed else 'never multiplied out'}"
+    reason = f"{k} of {side} directions, {'multiplied out once' if formed else 'never multiplied out'}"
     left, probes, products = _first_block(exact, operator, k, start)
     scale2, dtype, before, edge2 = exact.scale**2, torch.float32, inf, 0.0
     most_factors = min(MOST_FACTORS, max(LEAST_FACTORS, 2 + 2 * left.shape[1] // NUM_PROBES))
-    num_blocks = 0
-    previous: Tensor | None = None
-    probed: Tensor | None = None
+    num_blocks, previous, probed = 0, None, None
     while True:
-        columns = left if probed is not None else torch.cat([left, probes], 1)
-        images = operator.apply_transposed(columns.to(dtype)).to(torch.float64)
-        Z, probed = images[:, : left.shape[1]], images[:, left.shape[1] :] if probed is None else probed
+        Z, probed = _transposed(operator, dtype, left, probes, probed)
         theta, rotation, (basis, mixture) = ritz(Z, gram(Z))
         rounding2 = (ROUNDING * torch.finfo(dtype).eps) ** 2 * (scale2 + float(theta.sum()))
         if float(theta[0]) <= rounding2:
             notes.append("the sum cancels to nothing but rounding")
             return None
         left, right = left @ rotation, basis @ mixture
-        num_blocks += 1
+        num_blocks, products = num_blocks + 1, products + 2
         chance = FAILURE_PROBABILITY / (num_blocks**2 * (num_blocks + 1))
-        rest = _Remainder(operator, dtype, k, theta, left, right, rounding2, chance)
+        rest = Remainder(operator, dtype, k, theta, left, right, rounding2, chance)
         image = rest.examine(probes, probed)
-        products += 2
         lost = lost_to_rounding(theta, k, rounding2)
         verdict = rest.verdict(lost, accuracy, most_factors)
         if verdict is not None:
-            break
+            return _answered(rest, image, right, k, dtype, verdict, f"{reason}; {products} products with it")
         hoped, allowed = rest.hoped(), rest.allowed(accuracy)
         if products <= FILTERED_FROM:
             # The edge of what is unwanted is known better than before, so the polynomial begins anew.
@@ -135,182 +121,50 @@ def by_subspace(
             notes.append(f"no gap after direction {k} that {products} products with the sum could use")
             return None
         before = hoped
-        following = image * (2 * theta.sqrt() / edge2) - left
-        following = following if previous is None else 2 * following - previous @ rotation
-        following, upper = orthonormal(following)
-        previous = torch.linalg.solve_triangular(upper, left, upper=True, left=False)
-        left = following
+        left, previous = _filtered(image * (2 * theta.sqrt() / edge2) - left, left, previous, rotation)
+
+
+def _transposed(
+    operator: Operator, dtype: torch.dtype, left: Tensor, probes: Tensor, probed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return ``P^T`` times the block, and times the probes where that is not known yet."""
+    columns = left if probed is not None else torch.cat([left, probes], 1)
+    images = operator.apply_transposed(columns.to(dtype)).to(torch.float64)
+    return images[:, : left.shape[1]], images[:, left.shape[1] :] if probed is None else probed
+
+
+def _filtered(step: Tensor, left: Tensor, previous: Tensor | None, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the next block of the Chebyshev recurrence, orthonormal, and this one in the same coordinates.
+
+    Args:
+        step: ``left`` times the variable of the polynomials, ``2 P P^T / edge^2 - 1``.
+        left: This block.
+        previous: The block before, None at the beginning.
+        rotation: From the coordinates of ``previous`` to those of ``left``.
+    """
+    following = step if previous is None else 2 * step - previous @ rotation
+    following, upper = orthonormal(following)
+    return following, torch.linalg.solve_triangular(upper, left, upper=True, left=False)
+
+
+def _answered(
+    rest: Remainder,
+    image: Tensor,
+    right: Tensor,
+    k: int,
+    dtype: torch.dtype,
+    verdict: tuple[float, float],
+    reason: str,
+) -> tuple[Triple, Certificate]:
+    """Return the singular triples of ``P`` within the right vectors, ``image`` being ``P`` times these."""
     excess, rounding = verdict
     theta, rotation, (basis, mixture) = ritz(image, gram(image))
     S = theta.sqrt()
     kept = min(k, int((S > S[0] * torch.finfo(dtype).eps).sum()))
     triple = (basis @ mixture[:, :kept], S[:kept], (right @ rotation[:, :kept]).T)
-    reason = f"{reason}; {products} products with it"
     rounding += float(S[kept:k].norm())
     chance = FAILURE_PROBABILITY
     return triple, Certificate("subspace", reason, sqrt(rest.total), rest.tail, excess, rounding, chance, rest.spread)
-
-
-class _Remainder:
-    """``P_d`` and ``E``: what the leading Ritz vectors of a block leave of ``P``, and what that says of the answer.
-
-    Attributes:
-        kept: Number of vectors taken away, at least ``k``.
-        eta: Upper bound of the squared spectral norm of ``P_d``.
-        energy: Estimate of its squared Frobenius norm.
-    """
-
-    def __init__(
-        self,
-        operator: Operator,
-        dtype: torch.dtype,
-        k: int,
-        theta: Tensor,
-        left: Tensor,
-        right: Tensor,
-        rounding2: float,
-        chance: float,
-    ) -> None:
-        """Take ``theta`` squared Ritz values, descending, with all left and right vectors; ``P^T left = right s``.
-
-        ``chance`` is that of any bound not to hold.
-        """
-        self._chance = chance
-        self._operator, self._dtype, self._k, self._rounding2 = operator, dtype, k, rounding2
-        self._theta = theta
-        self._all_right = right
-        self.kept = _cut(theta, k)
-        self._left, self._right = left[:, : self.kept], right[:, : self.kept]
-        self._num_factors, self._log_scale, self._reached = 0, 0.0, 0.0
-        self._block = left[:, :0]
-        self.eta, self.energy = inf, 0.0
-        # Squared norms of the columns of E.
-        self._strays = theta[:0]
-
-    def examine(self, probes: Tensor, probed: Tensor) -> Tensor:
-        """Return ``P`` times all right vectors, having bounded norm and energy of the rest on the way.
-
-        Args:
-            probes: ``G``.
-            probed: ``P^T G``.
-        """
-        self._multiplied(self._outside_right(probed))
-        self.energy = float(self._block.square().sum()) * exp(self._log_scale) / probes.shape[1]
-        columns = torch.cat([self._all_right, self._block], 1).to(self._dtype)
-        images = self._operator.apply(columns).to(torch.float64)
-        image, narrow = images[:, : self._all_right.shape[1]], images[:, self._all_right.shape[1] :]
-        E = torch.addcmul(image[:, : self.kept], self._left, self._theta[: self.kept].sqrt(), value=-1.0)
-        self._strays = E.square_().sum(0)
-        self._multiplied(self._outside_left(narrow))
-        return image
-
-    @property
-    def total(self) -> float:
-        """Estimate of the energy of ``P``."""
-        return float(self._theta[: self.kept].sum() + self._strays.sum()) + self.energy
-
-    @property
-    def tail(self) -> float:
-        """Estimate of the norm of what the answer leaves out."""
-        beyond = slice(self._k, self.kept)
-        return sqrt(float(self._theta[beyond].sum() + self._strays[beyond].sum()) + self.energy)
-
-    @property
-    def spread(self) -> float:
-        """How far from ``tail`` the norm of what the answer leaves out may be, or that of what the best one does."""
-        low, high = self._energy_bounds()
-        return max(sqrt(self.tail**2 - self.energy + high) - self.tail, self.tail - sqrt(self._best2(low)))
-
-    def verdict(self, lost: float, accuracy: Accuracy, most_factors: int) -> tuple[float, float] | None:
-        """Return excess and rounding as ``verdict_on`` does, after as many products with ``G`` as are worth it."""
-        while True:
-            low, high = self._energy_bounds()
-            missed = together(min(self._missed(self.eta), high), lost)
-            found = verdict_on(missed, self._best2(low) + missed, self.total, accuracy)
-            is_met = found is not None and found[1] == 0.0
-            is_hopeless = max(lost, 2 * self.hoped()) > (self._share(accuracy) if found else self.allowed(accuracy))
-            if is_met or is_hopeless or self._num_factors >= most_factors:
-                return found
-            self._multiply()
-
-    def hoped(self) -> float:
-        """Return what would be missed if ``eta`` were as small as what is known of it allows."""
-        following = float(self._theta[self.kept]) if self.kept < self._theta.shape[0] else 0.0
-        return self._missed(min(self.eta, max(1.1 * following, self._reached)))
-
-    def allowed(self, accuracy: Accuracy) -> float:
-        """Return about how much may be missed for a verdict."""
-        return max(self._share(accuracy), FLOOR[accuracy] ** 2 * self.total)
-
-    def _share(self, accuracy: Accuracy) -> float:
-        """Return how much of the best error's square may be missed."""
-        return ((1 + TOLERANCE[accuracy]) ** 2 - 1) * self._best2(self._energy_bounds()[0])
-
-    def _best2(self, energy: float) -> float:
-        """Return a lower bound of what the answer leaves out when ``P_d`` has this energy, rounding allowed for."""
-        left_out = float(self._theta[self._k : self.kept].sum()) + energy
-        return max(0.0, sqrt(left_out) - sqrt(self._rounding2)) ** 2
-
-    def _missed(self, eta: float) -> float:
-        """Return the bound of what the answer misses."""
-        values = self._theta[: self._k]
-        values = values[values > eta]
-        numbers = torch.arange(values.shape[0] + 1, dtype=torch.float64, device=values.device)
-        angles = (self._strays / self._theta[: self.kept].clamp_min(1e-300)).sum()
-        shares = (values / (values - eta)).square() * torch.minimum(angles, self._strays.sum() / values)
-        return float((eta * torch.nn.functional.pad(shares, (1, 0)) + (self._k - numbers) * eta).min())
-
-    def _energy_bounds(self) -> tuple[float, float]:
-        """Return what the energy of ``P_d`` lies between: no direction of it carries more than ``eta``."""
-        x = -log(self._chance / 4)
-        spread = sqrt(self.eta * x / NUM_PROBES)
-        low = max(0.0, sqrt(max(0.0, self.energy - spread**2)) - spread) ** 2
-        worst = self.energy * NUM_PROBES / (NUM_PROBES + 2 * sqrt(NUM_PROBES * x) + 2 * x)
-        return max(low, worst), (spread + sqrt(spread**2 + self.energy)) ** 2
-
-    def _outside_left(self, block: Tensor) -> Tensor:
-        return block - self._left @ (self._left.T @ block)
-
-    def _outside_right(self, block: Tensor) -> Tensor:
-        """Return ``P_d^T Y`` of ``block = P^T Y``: the part that ``U`` takes of it lies within ``V``."""
-        return block - self._right @ (self._right.T @ block)
-
-    def _multiply(self) -> None:
-        """Multiply ``G`` with one more factor."""
-        block = self._block.to(self._dtype)
-        if self._num_factors % 2:
-            self._multiplied(self._outside_left(self._operator.apply(block).to(torch.float64)))
-        else:
-            self._multiplied(self._outside_right(self._operator.apply_transposed(block).to(torch.float64)))
-
-    def _multiplied(self, block: Tensor) -> None:
-        """Take the next product and bound the norm with it."""
-        self._num_factors += 1
-        size = float(torch.linalg.eigvalsh(gram(block))[-1])
-        if self._num_factors > 1:
-            self._reached = max(self._reached, size)
-        self._log_scale += log(max(size, 1e-300))
-        self._block = block / sqrt(max(size, 1e-300))
-        if self._num_factors > 1:
-            share = 0.5 / (self._num_factors * (self._num_factors - 1))
-            chi2 = _least_chi2(block.shape[1], self._chance * share)
-            bound = exp((self._log_scale - log(chi2)) / self._num_factors)
-            self.eta = min(self.eta, (sqrt(bound) + sqrt(self._rounding2)) ** 2)
-
-
-def _cut(theta: Tensor, k: int) -> int:
-    """Return after which Ritz value, the ``k``-th or a later one, to cut.
-
-    What follows should be far below the ``k``-th, and what comes before well known: far above the end of the block.
-    """
-    here = float(theta[k - 1])
-    best, least = k, inf
-    unknown = (theta[-1] / theta.clamp_min(1e-300)).square().cumsum(0).tolist()
-    for kept, following in enumerate(theta[k:].tolist(), start=k):
-        if here > 1.1 * following:
-            cost = (here / (here - 1.1 * following)) ** 2 * unknown[kept - 1]
-            best, least = (kept, cost) if cost < least else (best, least)
-    return best
 
 
 def _further_products(gap: float, ratio: float) -> float:
@@ -325,22 +179,14 @@ def _further_products(gap: float, ratio: float) -> float:
     return 2.0 * ceil(log(max(ratio, 1.0)) / (2 * growth)) if growth > 0 else inf
 
 
-def _least_chi2(b: int, chance: float) -> float:
-    """Return a value that a chi-squared variable with ``b`` degrees of freedom falls below with at most ``chance``.
-
-    From ``P(chi2_b < x) <= (x / 2)^(b / 2) / Gamma(b / 2 + 1)``.
-    """
-    return 2 * exp(2 / b * (log(chance) + lgamma(b / 2 + 1)))
-
-
 def _first_block(exact: Operator, operator: Operator, k: int, start: Tensor | None) -> tuple[Tensor, Tensor, int]:
     """Return orthonormal columns on the left to begin with, probes ``G``, and the number of products that took.
 
     Without ``start`` what is known are means of the terms. Of very many terms the columns on the left are good enough
     as they are, of fewer the rows on the right are, after one product. The numbers of the probes do not depend on what
     the block is made from, but are the same for the same sum. From a fixed seed they would depend on it: last round's
-    directions were found with the very block that is to judge them now. And nobody who knows only a part of the sum can
-    tell what they will be.
+    directions were found with the very block that is to judge them now. And a
+    client, which knows only a part of the sum, cannot tell what they will be.
     """
     has_terms = start is None and bool(exact.terms) and exact.dense is None
     is_left = has_terms and exact.columns >= MANY_COLUMNS * k
@@ -358,7 +204,7 @@ def _first_block(exact: Operator, operator: Operator, k: int, start: Tensor | No
 
 
 def _seed(operator: Operator, known: Tensor) -> int:
-    """Return a number that every part of the sum has a say in, and the directions to begin with."""
+    """Return a number that depends on every part of the sum and on the directions to begin with."""
     digest = blake2b(known.cpu().contiguous().numpy().tobytes(), digest_size=8)
     digest.update(operator.sizes.cpu().numpy().tobytes())
     if operator.dense is not None:
