@@ -56,7 +56,8 @@ from transformers import (
 from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.data.prompts import EncodedExample, encode_many
 from flexlora.engines.base import Parcel, RoundOrder
-from flexlora.engines.processes import Workers, WorkersEngine, plan_processes
+from flexlora.engines.process_layout import choose_processes
+from flexlora.engines.processes import Workers, WorkersEngine
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.experiment.config_file import load_config
 from flexlora.experiment.participants import gather_participants
@@ -167,7 +168,7 @@ def engine(setting: Setting) -> Callable[[], None]:
         parcels=parcels,
     )
     workers = Workers(
-        setting.model, *plan_processes("cpu", setting.model.num_parameters, None, None), seconds_before_children=0.0
+        setting.model, *choose_processes("cpu", setting.model.num_parameters, None, None), seconds_before_children=0.0
     )
     here = SimulationEngine(setting.model, examples.__getitem__, setting.training)
     together = WorkersEngine(here, workers)

@@ -1,7 +1,7 @@
-"""How a cohort is cut into chunks, each trained as a group of its own by whichever process is free.
+"""Cuts a cohort into chunks; each is trained on its own, by whichever process is free.
 
-A client's result depends, by rounding, on who shares its passes. So the cut is a function of the cohort, its data and
-the settings, never of the number of processes or of how fast they are.
+A client's result depends, by rounding, on which clients share its passes. So the cut is a function of the cohort, its
+data and the settings, never of the number of processes or of their speed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from flexlora.data.prompts import EncodedExample
 from flexlora.federation.clients import ClientSpec
+from flexlora.training.group_room import MOST_CLIENTS
 from flexlora.training.one_client import LocalTraining
 
-# Tokens of one optimiser step of a chunk's clients, at least and at most. Fewer would leave passes half empty; more
-# would fill none better, and processes would wait longer for the last chunk.
+# The fewest and the most tokens in one optimiser step of a chunk's clients. Fewer would leave passes half empty; more
+# would fill no pass better, and processes would wait longer for the last chunk.
 _STEP_TOKENS = {"cpu": (768, 4096), "cuda": (8192, 65536)}
-# A chunk is at most such a part of the work that is left, so that the last ones are small.
+# A chunk takes at most one part in so many of the work that is left, so that the last chunks are small.
 _PARTS_OF_THE_REST = 4
-_MOST_CLIENTS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +24,8 @@ class Chunk:
     """Neighbours in a cohort.
 
     Attributes:
-        clients: Who they are.
-        examples: Client id -> its training examples; a client whose examples could not be had is missing.
+        clients: The clients, in cohort order.
+        examples: Client id -> its training examples; a client whose examples could not be loaded is missing.
     """
 
     clients: Sequence[ClientSpec]
@@ -38,13 +38,13 @@ def cut_into_chunks(
     settings: LocalTraining,
     device_type: str,
 ) -> Iterator[Chunk]:
-    """Yield the cohort in chunks, in order; each client's examples are asked for once, when its chunk is.
+    """Yield the cohort in chunks, in order; load each client's examples once, when its chunk is asked for.
 
-    Chunks are large as long as much is left, and small towards the end.
+    Chunks are large while much work is left, and small towards the end.
 
     Args:
         cohort: Who trains.
-        examples_of: May raise for a client.
+        examples_of: Client id -> its training examples; may raise for a client.
         settings: Decide how many tokens a step has.
         device_type: ``cpu`` or ``cuda``.
     """
@@ -59,14 +59,14 @@ def cut_into_chunks(
         clients.append(client)
         try:
             own = examples[client.client_id] = examples_of(client.client_id)
-        except Exception:  # Who trains the chunk asks again and reports what went wrong.
+        except Exception:  # The trainer of the chunk asks again and reports what went wrong.
             own = ()
         num_tokens += sum(len(example.input_ids) for example in own)
         num_examples += len(own)
         rows += min(size, client.num_examples)
         per_row = num_tokens / max(1, num_examples)
         enough = min(max(rows_left * per_row / _PARTS_OF_THE_REST, smallest), largest)
-        if rows * per_row >= enough or len(clients) == _MOST_CLIENTS:
+        if rows * per_row >= enough or len(clients) == MOST_CLIENTS:
             yield Chunk(clients, examples)
             rows_left -= rows
             clients, examples, rows = [], {}, 0

@@ -24,7 +24,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
@@ -46,52 +45,13 @@ _SECONDS_BEFORE_CHILDREN = 2.0
 _OPEN_CHUNKS = 2
 
 
-# Products of a larger base occupy several threads well, and then one process needs the least memory.
-_MOST_PARAMETERS = 100_000_000
-
-
 _LAST_WORDS = 2000
 
 
 _MOST_SECONDS_TO_END = 5.0
 
 
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-
-
 _log = logging.getLogger(__name__)
-
-
-def plan_processes(
-    device: str, num_parameters: int, num_processes: int | None, num_threads: int | None
-) -> tuple[list[str], int]:
-    """Return the device of each child and the CPU threads of every process.
-
-    Args:
-        device: Of this process; ``cuda`` stands for all GPUs, ``cuda:N`` for one.
-        num_parameters: Of the base.
-        num_processes: This one included; None decides: one per GPU, or per core where the base is small.
-        num_threads: None decides: one where the base is small, else what PyTorch would take, divided among processes.
-    """
-    is_small = device == "cpu" and num_parameters <= _MOST_PARAMETERS
-    if device.startswith("cuda"):
-        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if device == "cuda" else [device]
-        number = num_processes or len(devices)
-    else:
-        devices = [device]
-        number = num_processes or (max(1, _num_cores() // (num_threads or 1)) if is_small else 1)
-    threads = num_threads or (1 if is_small else max(1, torch.get_num_threads() // number))
-    return [devices[index % len(devices)] for index in range(1, number)], threads
-
-
-def _num_cores() -> int:
-    """Return the cores this process may use; in a container often fewer than the machine has."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _CPU_QUOTA.read_text(encoding="ascii").split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # No such file, or no limit.
-        return cores
 
 
 class Workers:

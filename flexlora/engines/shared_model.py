@@ -1,7 +1,7 @@
-"""How a loaded model gets into other processes of this machine: its tensors in memory they all map, the rest pickled.
+"""Shares a loaded model with other processes: its tensors in memory that all of them map, the rest as a pickle.
 
-The memory is a file without a name, so that nothing is left behind however a process ends. Pickles pass only from a
-process to children it has started itself.
+The memory is a file without a name, so nothing is left behind however a process ends. Pickles pass only from a process
+to children that it has started itself.
 """
 
 import io
@@ -22,7 +22,7 @@ from flexlora.training.adapted_model import AdaptedModel
 
 
 class SharingError(FlexLoraError, ValueError):
-    """A model that other processes cannot be given."""
+    """A model that cannot be shared with other processes."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class SharedModel:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor is in the memory."""
+class _StoredTensor:
+    """A tensor in the shared memory, which begins at byte ``offset``."""
 
     offset: int
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class _Place:
     requires_grad: bool
 
     def map(self, file_descriptor: int) -> Tensor:
-        """Return the tensor; writing to it would change this process's copy of a page and no other's."""
+        """Return the tensor, mapped; writing to it changes this process's own copy of a page and no other's."""
         num_bytes = prod(self.shape) * self.dtype.itemsize
         if not num_bytes:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -64,19 +64,19 @@ class _Place:
 
 
 def share(model: AdaptedModel) -> SharedModel:
-    """Return ``model`` for ``attach``, as the bare base; one on the CPU uses the same memory itself from now on.
+    """Return ``model`` for ``attach``, without adapters; a model on the CPU itself uses the shared memory from now on.
 
     Raises:
-        SharingError: If some part of it cannot be pickled, or a tensor is of a special kind.
+        SharingError: If a part of it cannot be pickled, or a tensor is not a plain one.
     """
-    # Factors that were loaded are somebody else's tensors.
+    # Loaded factors belong to the caller and are not moved.
     model.load(Broadcast(trainable={}))
     on_cpu = model.device.type == "cpu"
     memory = _memory_file() if on_cpu else tempfile.TemporaryFile()
     description = io.BytesIO()
     try:
         _Pickler(description, memory, move=on_cpu).dump(model)
-    except Exception as error:  # Whatever a model's own way of being pickled raises.
+    except Exception as error:  # A model's own pickling code may raise anything.
         memory.close()
         if isinstance(error, SharingError):
             raise
@@ -87,7 +87,7 @@ def share(model: AdaptedModel) -> SharedModel:
 
 
 def attach(file_descriptor: int, description: bytes, device: str) -> AdaptedModel:
-    """Return the model that another process shared, on ``device``; on a CPU its tensors are that process's memory."""
+    """Return the model that another process shared, on ``device``; on a CPU, its tensors are in the shared memory."""
     return _Unpickler(io.BytesIO(description), file_descriptor, device).load()
 
 
@@ -98,39 +98,39 @@ def _memory_file() -> IO[bytes]:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a model without its tensors, which it writes to the memory; with ``move``, they then live there."""
+    """Pickles a model without its tensors, which it writes to the memory; with ``move``, the model then uses those."""
 
     def __init__(self, file: IO[bytes], memory: IO[bytes], *, move: bool) -> None:
         super().__init__(file, protocol=5)
         self._memory, self._move = memory, move
-        # The tensors stay referred to: a number is a tensor's only as long as that lives.
-        self._placed: dict[int, tuple[Tensor, int, _Place]] = {}
+        # Holds a reference to each tensor, because an id may be used again once its object is gone.
+        self._stored: dict[int, tuple[Tensor, int, _StoredTensor]] = {}
 
-    def persistent_id(self, obj: Any) -> tuple[int, _Place] | None:
-        """Return the number and place of a tensor; the same for a tensor met again, as tied weights are."""
+    def persistent_id(self, obj: Any) -> tuple[int, _StoredTensor] | None:
+        """Return the number and description of a tensor; the same ones each time it is met, as tied weights are."""
         if not isinstance(obj, Tensor):
             return None
-        if id(obj) not in self._placed:
-            self._placed[id(obj)] = (obj, len(self._placed), self._write(obj))
-        return self._placed[id(obj)][1:]
+        if id(obj) not in self._stored:
+            self._stored[id(obj)] = (obj, len(self._stored), self._write(obj))
+        return self._stored[id(obj)][1:]
 
-    def _write(self, tensor: Tensor) -> _Place:
+    def _write(self, tensor: Tensor) -> _StoredTensor:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
             raise SharingError(
                 f"tensors must be plain ones to be used by several processes; got {type(tensor).__name__}"
             )
-        # Each tensor begins on a page, so that it can be mapped on its own and moved as soon as it is written.
+        # Each tensor begins on a new page, so that it can be mapped on its own and moved as soon as it is written.
         offset = -(-self._memory.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         self._memory.seek(offset)
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         self._memory.write(content.data)
         self._memory.flush()
-        place = _Place(
+        stored = _StoredTensor(
             offset, tuple(tensor.shape), tensor.dtype, isinstance(tensor, nn.Parameter), tensor.requires_grad
         )
         if self._move:
-            tensor.data = place.map(self._memory.fileno())
-        return place
+            tensor.data = stored.map(self._memory.fileno())
+        return stored
 
 
 class _Unpickler(pickle.Unpickler):
@@ -139,13 +139,13 @@ class _Unpickler(pickle.Unpickler):
         self._file_descriptor, self._device = file_descriptor, device
         self._tensors: dict[int, Tensor] = {}
 
-    def persistent_load(self, pid: tuple[int, _Place]) -> Tensor:
-        number, place = pid
+    def persistent_load(self, pid: tuple[int, _StoredTensor]) -> Tensor:
+        number, stored = pid
         if number not in self._tensors:
-            tensor = place.map(self._file_descriptor).to(self._device)
+            tensor = stored.map(self._file_descriptor).to(self._device)
             self._tensors[number] = (
-                nn.Parameter(tensor, place.requires_grad)
-                if place.is_parameter
-                else tensor.requires_grad_(place.requires_grad)
+                nn.Parameter(tensor, stored.requires_grad)
+                if stored.is_parameter
+                else tensor.requires_grad_(stored.requires_grad)
             )
         return self._tensors[number]

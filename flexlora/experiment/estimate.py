@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flexlora.engines.processes import plan_processes
+from flexlora.engines.process_layout import choose_processes
 from flexlora.experiment.base import check_length, load_empty, resolve_device
 from flexlora.experiment.config import Config
 from flexlora.experiment.corpora import length_sample
@@ -150,7 +150,7 @@ def _folded_ranks(
 def _measure_machine(config: Config, workload: Workload) -> tuple[int, float]:
     """Return how many processes a run will use here, and how many operations a second one of them does."""
     model, shape, device = config.model, workload.base, resolve_device(config.model.device)
-    children, threads = plan_processes(device, shape.num_parameters, model.num_processes, model.num_threads)
+    children, threads = choose_processes(device, shape.num_parameters, model.num_processes, model.num_threads)
     torch.set_num_threads(threads)
     tokens = int(workload.batch_tokens)
     rate = measure_flops_per_second(shape.hidden_size, shape.intermediate_size, tokens, device)

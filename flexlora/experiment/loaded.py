@@ -10,7 +10,8 @@ import torch
 from flexlora.data.encoded_clients import EncodedClients, encoding_name
 from flexlora.data.prompts import EncodedExample, encode_many
 from flexlora.engines.base import Engine
-from flexlora.engines.processes import Workers, WorkersEngine, plan_processes
+from flexlora.engines.process_layout import choose_processes
+from flexlora.engines.processes import Workers, WorkersEngine
 from flexlora.engines.ray_cluster import ActorSettings, RayActors, RayEngine
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.experiment.base import BaseModelError, base_name, check_length, load_base, resolve_device
@@ -78,7 +79,7 @@ class LoadedRun:
     def _workers(self) -> Workers:
         settings = self.config.model
         device, size = resolve_device(settings.device), self.model.num_parameters
-        return Workers(self.model, *plan_processes(device, size, settings.num_processes, settings.num_threads))
+        return Workers(self.model, *choose_processes(device, size, settings.num_processes, settings.num_threads))
 
     def training_examples(self, client_id: str) -> Sequence[EncodedExample]:
         """Return the tokenised training examples of a client."""

@@ -16,7 +16,7 @@ from flexlora.data.prompts import EncodedExample
 from flexlora.engines import chunks
 from flexlora.engines import processes as workers_module
 from flexlora.engines.base import Engine
-from flexlora.engines.processes import Workers, WorkersEngine, plan_processes
+from flexlora.engines.processes import Workers, WorkersEngine
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import Broadcast, ClientFailure, Update
@@ -373,27 +373,3 @@ def test_a_parent_without_a_main_guard_leaves_no_child_behind_however_it_ends(tm
             return
         time.sleep(0.1)
     raise AssertionError("the child lives on")
-
-
-def test_processes_are_planned_from_cores_threads_and_the_size_of_the_base(monkeypatch):
-    monkeypatch.setattr(workers_module, "_num_cores", lambda: 8)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    small, large = 10**6, 10**9
-    assert plan_processes("cpu", small, None, None) == (["cpu"] * 7, 1)
-    assert plan_processes("cpu", small, None, 4) == (["cpu"], 4)
-    assert plan_processes("cpu", small, 3, None) == (["cpu"] * 2, 1)
-    assert plan_processes("cpu", small, 1, None) == ([], 1)
-    assert plan_processes("cpu", large, None, None) == ([], 8)
-    assert plan_processes("cpu", large, 2, None) == (["cpu"], 4)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert plan_processes("cuda", large, None, None) == (["cuda:1", "cuda:2"], 2)
-    assert plan_processes("cuda:1", large, None, None) == ([], 8)
-    assert plan_processes("cuda:1", large, 2, 1) == (["cuda:1"], 1)
-
-
-@pytest.mark.parametrize(("text", "cores"), [("max 100000", 8), ("300000 100000", 3), ("50000 100000", 1), ("", 8)])
-def test_a_containers_quota_counts_as_its_cores(text, cores, monkeypatch, tmp_path):
-    (tmp_path / "cpu.max").write_text(text, encoding="ascii")
-    monkeypatch.setattr(workers_module, "_CPU_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    assert workers_module._num_cores() == cores
