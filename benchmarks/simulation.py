@@ -57,7 +57,7 @@ from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.data.prompts import EncodedExample, encode_many
 from flexlora.engines.base import Parcel, RoundOrder
 from flexlora.engines.process_layout import choose_processes
-from flexlora.engines.processes import Workers, WorkersEngine
+from flexlora.engines.processes import ChildProcesses, ProcessEngine
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.experiment.config_file import load_config
 from flexlora.experiment.participants import gather_participants
@@ -167,11 +167,11 @@ def engine(setting: Setting) -> Callable[[], None]:
         cohort=setting.clients,
         parcels=parcels,
     )
-    workers = Workers(
+    children = ChildProcesses(
         setting.model, *choose_processes("cpu", setting.model.num_parameters, None, None), seconds_before_children=0.0
     )
     here = SimulationEngine(setting.model, examples.__getitem__, setting.training)
-    together = WorkersEngine(here, workers)
+    together = ProcessEngine(here, children)
 
     def train() -> None:
         outcomes = list(together.train(order))
@@ -180,8 +180,8 @@ def engine(setting: Setting) -> Callable[[], None]:
     # Children join in when they are ready: wait until all of them have.
     train()
     deadline = time.monotonic() + START_SECONDS
-    while not all(child is not None and child.has_worked for child in workers.pool.children):
-        assert time.monotonic() < deadline, "a worker did not start"
+    while not children.are_ready():
+        assert time.monotonic() < deadline, "a child process did not start"
         time.sleep(0.2)
         train()
     return train

@@ -1,54 +1,53 @@
-"""Trains a cohort on a Ray cluster, for those who outgrow one machine: actors take chunks of clients as they are free.
+"""Trains a cohort on a Ray cluster, for those who need more than one machine: its actors train chunks of clients.
 
-Ray itself rather than Flower's simulation, which sends one client's message to an actor at a time: here an actor gets
-a chunk, so that its clients share passes, and the broadcast of a rank plan travels to each machine once. The cohort is
-cut as for the processes of one machine and trained with the same number of threads, so machines of one kind come to the
+It uses Ray itself rather than Flower's simulation, which sends an actor one client's message at a time: here an actor
+gets a chunk, so its clients share passes, and the broadcast of a rank plan travels to each machine once. The cohort is
+cut as for the processes of one machine and trained with the same number of threads, so machines of one kind give the
 same bits. Needs the extra ``flexlora[ray]``.
 """
 
-import itertools
 import logging
 import os
 import pickle
 import tempfile
+import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
 from flexlora.engines.base import RoundOrder
-from flexlora.engines.chunks import Chunk, cut_into_chunks
-from flexlora.engines.process_child import Start, Task, Trainer, packed, pickled_order, pickled_settings, unpacked
-from flexlora.engines.shared_model import attach, share
+from flexlora.engines.chunk_trainer import ChunkTrainer, Start, Task, start_like_here, unpacked
+from flexlora.engines.dispatch import ChunkLostError, Dispatcher, TrainerPool
+from flexlora.engines.shared_model import share
 from flexlora.engines.simulation import SimulationEngine, reason_of
 from flexlora.errors import FlexLoraError
 from flexlora.federation.clients import RankPlan
 from flexlora.federation.messages import ClientFailure, Update
 from flexlora.training.adapted_model import AdaptedModel
 
-# Chunks that an actor has or waits for: it never idles while the next one travels.
+# Chunks that an actor has, so that it does not idle while the next one travels.
 _CHUNKS_PER_ACTOR = 2
 
 _log = logging.getLogger(__name__)
 
 
 class RayError(FlexLoraError, RuntimeError):
-    """Ray is not installed, cannot be reached, or has not got what actors need."""
+    """Ray is not installed, its cluster cannot be reached, or the cluster is too small."""
 
 
 @dataclass(frozen=True)
 class ActorSettings:
-    """What a cluster is asked for.
+    """The cluster and its actors.
 
     Attributes:
         address: Of a running cluster, ``auto`` for the one this machine belongs to, None to start one here.
-        num_actors: None is as many as the cluster has room for.
-        cpus: Of an actor, which also trains with so many threads.
-        gpus: Of an actor; 0 trains on CPUs.
+        num_actors: None means as many as the cluster has room for.
+        cpus: CPUs of an actor, and threads with which it trains.
+        gpus: GPUs of an actor; 0 trains on CPUs.
     """
 
     address: str | None = None
@@ -58,17 +57,14 @@ class ActorSettings:
 
 
 class Actor:
-    """What runs in the cluster: a copy of the base that trains chunks."""
+    """Runs in the cluster: trains chunks on its copy of the base."""
 
     def __init__(self, memory: np.ndarray, start: Start) -> None:
         """Take the base as ``share`` wrote it."""
-        torch.set_num_threads(start.num_threads)
-        torch.set_float32_matmul_precision(start.matmul_precision)
-        torch.use_deterministic_algorithms(start.deterministic, warn_only=True)
         with tempfile.TemporaryFile() as file:
             file.write(memory.data)
             file.flush()
-            self._trainer = Trainer(attach(file.fileno(), start.description, start.device))
+            self._trainer = ChunkTrainer(file.fileno(), start)
 
     def pid(self) -> int:
         """Return the number of the actor's process."""
@@ -76,20 +72,19 @@ class Actor:
 
     def train(self, task: bytes, plans: Sequence[RankPlan], *packets: bytes) -> list[bytes]:
         """Return the packed outcome of each client of a task."""
-        received = pickle.loads(task)
-        received = Task(**{**vars(received), "packets": dict(zip(plans, packets, strict=True))})
-        engine, order = self._trainer.take(received)
-        return [packed(outcome) for outcome in engine.train(order)]
+        packets_of = dict(zip(plans, packets, strict=True))
+        return list(self._trainer.begin(replace(pickle.loads(task), packets=packets_of)))
 
 
 class RayActors:
-    """The actors of one model: started when first needed, gone with this object."""
+    """The actors of one model: started when first needed, ended with this object."""
 
     def __init__(self, model: AdaptedModel, settings: ActorSettings) -> None:
         """Start nothing yet."""
-        self._model, self._settings = model, settings
-        self._actors: list[Any] = []
-        self._make: Callable[[], Any] | None = None
+        self.settings, self.pool = settings, TrainerPool()
+        self._model = model
+        self._handles: list[Any] = []
+        weakref.finalize(self, self.pool.close)
 
     def started(self) -> list[Any]:
         """Return the handles of all actors.
@@ -97,9 +92,9 @@ class RayActors:
         Raises:
             RayError: If Ray is missing, or the cluster cannot be reached or is too small.
         """
-        if self._actors:
-            return self._actors
-        ray, settings = _ray(), self._settings
+        if self._handles:
+            return self._handles
+        ray, settings = _ray(), self.settings
         if not ray.is_initialized():
             try:
                 ray.init(address=settings.address, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -112,27 +107,22 @@ class RayActors:
         number = settings.num_actors or room
         if number > room:
             raise RayError(f"ray.num_actors must be at most what the cluster has room for, {room} here; got {number}")
-        shared = share(self._model)
+        make = self._maker(ray)
+        self._handles += [make() for _ in range(number)]
+        self.pool.resources.callback(_kill, self._handles)
+        queues = _Queues(ray, self._handles, make)
+        for _ in range(_CHUNKS_PER_ACTOR * number):
+            self.pool.add(_RayTrainer(queues))
+        return self._handles
+
+    def _maker(self, ray: Any) -> Callable[[], Any]:
+        settings, shared = self.settings, share(self._model)
         shared.memory.seek(0)
         memory = ray.put(np.frombuffer(shared.memory.read(), dtype=np.uint8))
         shared.memory.close()
-        start = Start(
-            shared.description,
-            "cuda" if settings.gpus else "cpu",
-            settings.cpus,
-            torch.are_deterministic_algorithms_enabled(),
-            torch.get_float32_matmul_precision(),
-        )
+        start = start_like_here(shared.description, "cuda" if settings.gpus else "cpu", settings.cpus)
         options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus}
-        self._make = lambda: ray.remote(Actor).options(**options).remote(memory, start)
-        self._actors += [self._make() for _ in range(number)]
-        weakref.finalize(self, _end, self._actors)
-        return self._actors
-
-    def replace(self, index: int) -> None:
-        """Start a new actor in the place of one that was lost."""
-        assert self._make is not None
-        self._actors[index] = self._make()
+        return lambda: ray.remote(Actor).options(**options).remote(memory, start)
 
 
 def _ray() -> Any:
@@ -157,7 +147,7 @@ def _room(resources: Mapping[str, float], settings: ActorSettings) -> int:
     return number
 
 
-def _end(actors: Sequence[Any]) -> None:
+def _kill(actors: Sequence[Any]) -> None:
     ray = _ray()
     if ray.is_initialized():
         for actor in actors:
@@ -169,7 +159,7 @@ class RayEngine:
     """An engine whose clients train on a cluster.
 
     Attributes:
-        engine: Says how to train; trains here what cannot travel.
+        engine: How to train; trains here what cannot be sent to an actor.
         actors: The cluster.
     """
 
@@ -179,86 +169,89 @@ class RayEngine:
     def train(self, order: RoundOrder) -> Iterator[Update | ClientFailure]:
         """Yield one outcome per client of the order's cohort, in cohort order, as soon as it is there.
 
-        The clients of the chunks that an actor had when it died become failures; another takes its place.
+        The clients of the chunks that an actor had when it died become failures; a new actor replaces it.
 
         Raises:
             RayError: If there is no cluster to train on.
         """
-        ray, actors = _ray(), self.actors.started()
-        engine = self.engine
-        chunks = cut_into_chunks(order.cohort, engine.examples_of, engine.settings, engine.model.device.type)
-        packets: dict[RankPlan, bytes | Exception] = {}
-        sent: dict[RankPlan, Any] = {}
-        waiting: deque[tuple[Chunk, Any]] = deque()
-        loads = dict.fromkeys(range(len(actors)), 0)
-        actor_of: dict[Any, tuple[int, Any]] = {}
-        numbers = itertools.count()
+        num_processes = len(self.actors.started())
+        return self._dispatcher.train(order, num_processes=num_processes, shares_work=False, before_chunk=lambda: None)
+
+    @cached_property
+    def _dispatcher(self) -> Dispatcher:
+        return Dispatcher(self.engine, self.actors.pool, self.actors.settings.cpus)
+
+
+class _Queues:
+    """The actors and how many chunks each of them has; safe to use from several threads."""
+
+    def __init__(self, ray: Any, handles: list[Any], make: Callable[[], Any]) -> None:
+        self.ray = ray
+        self._handles, self._make = handles, make
+        self._loads = [0] * len(handles)
+        self._lock = threading.Lock()
+        self._call, self._packets = -1, dict[RankPlan, Any]()
+
+    def submit(self, task: Task) -> tuple[int, Any, Any]:
+        """Give a task to the actor that has the fewest; return its number, its handle and the future."""
+        with self._lock:
+            if task.call != self._call:
+                self._call, self._packets = task.call, {}
+            for plan, packet in task.packets.items():
+                if plan not in self._packets:
+                    self._packets[plan] = self.ray.put(packet)
+            index = min(range(len(self._loads)), key=self._loads.__getitem__)
+            self._loads[index] += 1
+            packets = [self._packets[plan] for plan in task.packets]
+            handle = self._handles[index]
+            data = pickle.dumps(replace(task, packets={}))
+            return index, handle, handle.train.remote(data, list(task.packets), *packets)
+
+    def finish(self, index: int, handle: Any, *, is_lost: bool) -> None:
+        """Count a task of an actor as done; replace an actor that is lost and not replaced yet."""
+        with self._lock:
+            self._loads[index] -= 1
+            if is_lost and self._handles[index] is handle:
+                self._handles[index] = self._make()
+
+
+class _RayTrainer:
+    """Trains chunks in whichever actor has the fewest."""
+
+    def __init__(self, queues: _Queues) -> None:
+        self._queues = queues
+        self._future: Any = None
+
+    def prepare(self) -> None:
+        """Do nothing: Ray keeps a task until its actor is ready."""
+
+    def train(self, task: Task) -> Iterator[Update | ClientFailure]:
+        """Yield the outcome of each client of a task.
+
+        Raises:
+            ChunkLostError: If the actor was lost or the task went wrong there.
+        """
+        exceptions, is_lost = self._queues.ray.exceptions, False
+        index, handle, self._future = self._queues.submit(task)
         try:
-            while True:
-                while len(waiting) < _CHUNKS_PER_ACTOR * len(actors) and (chunk := next(chunks, None)) is not None:
-                    plans = list(dict.fromkeys(client.plan for client in chunk.clients))
-                    for plan in plans:
-                        if plan not in packets:
-                            packets[plan] = _packet(order, plan)
-                    if len(chunk.examples) < len(chunk.clients) or any(
-                        isinstance(packets[plan], Exception) for plan in plans
-                    ):
-                        waiting.append((chunk, None))
-                        continue
-                    for plan in plans:
-                        if plan not in sent:
-                            sent[plan] = ray.put(packets[plan])
-                    actor = min(loads, key=lambda index: loads[index])
-                    task = pickle.dumps(self._task(order, chunk, next(numbers)))
-                    future = actors[actor].train.remote(task, plans, *(sent[plan] for plan in plans))
-                    loads[actor] += 1
-                    actor_of[future] = actor, actors[actor]
-                    waiting.append((chunk, future))
-                if not waiting:
-                    return
-                chunk, future = waiting.popleft()
-                if future is None:
-                    # What is missing makes failures of its clients here, with their reasons.
-                    yield from engine.train(replace(order, cohort=chunk.clients))
-                    continue
-                actor, asked = actor_of.pop(future)
-                try:
-                    outcomes = [unpacked(outcome) for outcome in ray.get(future)]
-                except ray.exceptions.RayError as error:
-                    is_lost = isinstance(error, ray.exceptions.RayActorError)
-                    # What else it had to do fails with the same actor, whose place another one has by then.
-                    if is_lost and actors[actor] is asked:
-                        self.actors.replace(actor)
-                    outcomes = _failures(chunk, packets, error if is_lost else getattr(error, "cause", error), is_lost)
-                loads[actor] -= 1
-                yield from outcomes
+            outcomes = self._queues.ray.get(self._future)
+        except exceptions.RayError as error:
+            is_lost = isinstance(error, exceptions.RayActorError)
+            reason = (
+                f"the actor that was to train it was lost: {type(error).__name__}"
+                if is_lost
+                else reason_of(getattr(error, "cause", error))
+            )
+            _log.warning("%d clients of a chunk are lost: %s", len(task.clients), " ".join(str(error).split())[:300])
+            raise ChunkLostError(reason, has_begun=True) from error
         finally:
-            for _, future in waiting:
-                if future is not None:
-                    ray.cancel(future)
+            self._queues.finish(index, handle, is_lost=is_lost)
+        yield from map(unpacked, outcomes)
 
-    def _task(self, order: RoundOrder, chunk: Chunk, number: int) -> Task:
-        return Task(
-            call=number,
-            clients=chunk.clients,
-            examples={client_id: list(examples) for client_id, examples in chunk.examples.items()},
-            packets={},
-            order=pickled_order(order),
-            engine=pickled_settings(self.engine),
-        )
+    def stop(self) -> None:
+        """Cancel the task, unless its actor has begun."""
+        if self._future is not None:
+            self._queues.ray.cancel(self._future)
 
-
-def _packet(order: RoundOrder, plan: RankPlan) -> bytes | Exception:
-    try:
-        return order.parcels[plan].packet
-    except Exception as error:
-        return error
-
-
-def _failures(
-    chunk: Chunk, packets: Mapping[RankPlan, bytes | Exception], error: Exception, is_lost: bool
-) -> list[Update | ClientFailure]:
-    reason = f"the actor that was to train it was lost: {type(error).__name__}" if is_lost else reason_of(error)
-    _log.warning("%d clients of a chunk are lost: %s", len(chunk.clients), " ".join(str(error).split())[:300])
-    sizes = {plan: len(packet) for plan, packet in packets.items() if isinstance(packet, bytes)}
-    return [ClientFailure(client.client_id, "train", reason, sizes.get(client.plan, 0)) for client in chunk.clients]
+    def close(self) -> None:
+        """Do nothing: the actors are killed with their pool."""

@@ -1,4 +1,4 @@
-"""Trains a cohort in this process: many clients of any ranks in each pass through one shared base model."""
+"""Trains a cohort in this process: clients of any ranks share the passes through one base model."""
 
 import dataclasses
 import logging
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _Received:
     """What a client has received and will train on."""
 
     client: ClientSpec
@@ -40,14 +40,14 @@ class _Turn:
 
 @dataclass(frozen=True)
 class SimulationEngine:
-    """An engine whose clients live here; factors still travel as bytes, both ways.
+    """An engine whose clients train in this process; factors still travel as bytes, both ways.
 
     Attributes:
         model: The base, shared by all clients.
         examples_of: Client id -> its training examples.
         settings: How every client trains.
-        train_one: What trains one client at a time; None trains groups, where the base allows it.
-        clients_per_group: Most clients in a group; None decides by tokens and memory.
+        train_one: Trains one client at a time; None trains groups, where the base allows it.
+        clients_per_group: Most clients in a group; None means by tokens and memory.
     """
 
     model: AdaptedModel
@@ -62,24 +62,23 @@ class SimulationEngine:
         Anything that goes wrong with a client becomes its ``ClientFailure``; only interruptions pass. Whether the
         factors are what the client was asked for is for the server to check.
         """
-        # Clients that have received and not sent yet, in cohort order.
-        turns: deque[_Turn | ClientFailure] = deque()
+        # Clients that have received and not yet sent, in cohort order.
+        waiting: deque[_Received | ClientFailure] = deque()
 
         def jobs() -> Iterator[GroupJob]:
             for client in order.cohort:
-                turn = self._receive(order, client)
-                turns.append(turn)
-                if isinstance(turn, _Turn):
-                    yield turn.job
+                waiting.append(arrival := self._receive(order, client))
+                if isinstance(arrival, _Received):
+                    yield arrival.job
 
         for outcome in self._trained(jobs(), order):
-            while isinstance(turn := turns.popleft(), ClientFailure):
-                yield turn
-            yield self._send(order, turn, outcome)
-        # Nobody is left to train: these have all failed.
-        yield from (turn for turn in turns if isinstance(turn, ClientFailure))
+            while isinstance(first := waiting.popleft(), ClientFailure):
+                yield first
+            yield self._send(order, first, outcome)
+        # No client is left to train, so all of these have failed.
+        yield from (failure for failure in waiting if isinstance(failure, ClientFailure))
 
-    def _receive(self, order: RoundOrder, client: ClientSpec) -> _Turn | ClientFailure:
+    def _receive(self, order: RoundOrder, client: ClientSpec) -> _Received | ClientFailure:
         stage, down_bytes = "broadcast", 0
         try:
             parcel = order.parcels[client.plan]
@@ -93,7 +92,7 @@ class SimulationEngine:
             )
         except Exception as error:
             return ClientFailure(client.client_id, stage, reason_of(error), down_bytes)
-        return _Turn(client, job, down_bytes)
+        return _Received(client, job, down_bytes)
 
     def _trained(self, jobs: Iterable[GroupJob], order: RoundOrder) -> Iterator[TrainedClient | Exception]:
         train_one = self.train_one
@@ -102,7 +101,7 @@ class SimulationEngine:
         return (self._train_alone(train_one or train_client, job) for job in jobs)
 
     def _objection(self, order: RoundOrder) -> str | None:
-        """Return why clients train one at a time, and say so the first time."""
+        """Return why clients must train one at a time, None if they need not; log a reason once."""
         broadcasts = [parcel.broadcast for parcel in order.parcels.values()]
         branches = [branch for sent in broadcasts for branch in (sent.trainable, sent.frozen or {})]
         paths = frozenset(path for branch in branches for path in branch)
@@ -127,12 +126,14 @@ class SimulationEngine:
             return error
         return TrainedClient(adapter, metrics, time.perf_counter() - start)
 
-    def _send(self, order: RoundOrder, turn: _Turn, outcome: TrainedClient | Exception) -> Update | ClientFailure:
-        client = turn.client
+    def _send(
+        self, order: RoundOrder, arrival: _Received, outcome: TrainedClient | Exception
+    ) -> Update | ClientFailure:
+        client = arrival.client
         if isinstance(outcome, Exception):
-            return ClientFailure(client.client_id, "train", reason_of(outcome), turn.down_bytes)
+            return ClientFailure(client.client_id, "train", reason_of(outcome), arrival.down_bytes)
         try:
-            # What leaves the client besides its factors: these two numbers and nothing else that was measured.
+            # Besides its factors, only these two numbers leave the client.
             told = {key: outcome.metrics[key] for key in ("loss", "steps") if key in outcome.metrics}
             rng = torch.Generator().manual_seed(stream_seed(order.seed, "uplink", order.server_round, client.client_id))
             update = send(
@@ -141,18 +142,18 @@ class SimulationEngine:
             payload = received(update.payload, order.wire_dtype)
             up_bytes = encoded_size(payload, order.wire_dtype)
         except Exception as error:
-            return ClientFailure(client.client_id, "upload", reason_of(error), turn.down_bytes)
+            return ClientFailure(client.client_id, "upload", reason_of(error), arrival.down_bytes)
         return dataclasses.replace(
             update,
             payload=payload,
             up_bytes=up_bytes,
-            down_bytes=turn.down_bytes,
+            down_bytes=arrival.down_bytes,
             train_seconds=outcome.train_seconds,
         )
 
 
 def reason_of(error: Exception) -> str:
-    """Return one line for a person; our own messages need no class name in front."""
+    """Return an error as one line for a person; our own messages need no class name in front."""
     text = " ".join(str(error).split()) or "no message"
     line = text if isinstance(error, FlexLoraError) else f"{type(error).__name__}: {text}"
     return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} ..."

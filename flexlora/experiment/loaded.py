@@ -11,7 +11,7 @@ from flexlora.data.encoded_clients import EncodedClients, encoding_name
 from flexlora.data.prompts import EncodedExample, encode_many
 from flexlora.engines.base import Engine
 from flexlora.engines.process_layout import choose_processes
-from flexlora.engines.processes import Workers, WorkersEngine
+from flexlora.engines.processes import ChildProcesses, ProcessEngine
 from flexlora.engines.ray_cluster import ActorSettings, RayActors, RayEngine
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.experiment.base import BaseModelError, base_name, check_length, load_base, resolve_device
@@ -64,7 +64,7 @@ class LoadedRun:
         return LoadedRun(config, participants, model, shapes, scaling, base_name(config))
 
     def engine(self, engine: SimulationEngine) -> Engine:
-        return WorkersEngine(engine, self._workers) if self.config.ray is None else RayEngine(engine, self._actors)
+        return ProcessEngine(engine, self._children) if self.config.ray is None else RayEngine(engine, self._actors)
 
     @cached_property
     def _actors(self) -> RayActors:
@@ -76,10 +76,10 @@ class LoadedRun:
         )
 
     @cached_property
-    def _workers(self) -> Workers:
+    def _children(self) -> ChildProcesses:
         settings = self.config.model
         device, size = resolve_device(settings.device), self.model.num_parameters
-        return Workers(self.model, *choose_processes(device, size, settings.num_processes, settings.num_threads))
+        return ChildProcesses(self.model, *choose_processes(device, size, settings.num_processes, settings.num_threads))
 
     def training_examples(self, client_id: str) -> Sequence[EncodedExample]:
         """Return the tokenised training examples of a client."""

@@ -3,20 +3,18 @@ import dataclasses
 import importlib
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from flexlora.data.pretraining import BASE_FOLDER as BASE
 from flexlora.data.prompts import EncodedExample
 from flexlora.engines import chunks
-from flexlora.engines import processes as workers_module
 from flexlora.engines.base import Engine
-from flexlora.engines.processes import Workers, WorkersEngine
+from flexlora.engines.processes import ChildProcesses, ProcessEngine
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import Broadcast, ClientFailure, Update
@@ -26,7 +24,6 @@ from flexlora.training.base_model import load_base_model, target_modules
 from flexlora.training.one_client import LocalTraining
 from flexlora.uplink.wire import encode_broadcast
 
-BASE = Path(workers_module.__file__).parents[1] / "models" / "base"
 SMALL = RankPlan("small", (("self_attn", 2),))
 LARGE = RankPlan("large", (("self_attn", 3), ("mlp", 5)))
 # One step of 4 rows of 130 tokens is a chunk of its own.
@@ -96,9 +93,9 @@ def broadcasts(embedded):
 @pytest.fixture(scope="module")
 def client_side(tmp_path_factory):
     folder = tmp_path_factory.mktemp("modules")
-    (folder / "client_side_of_the_workers_test.py").write_text(CLIENT_SIDE, encoding="utf-8")
+    (folder / "client_side_of_the_processes_test.py").write_text(CLIENT_SIDE, encoding="utf-8")
     sys.path.append(str(folder))
-    yield importlib.import_module("client_side_of_the_workers_test")
+    yield importlib.import_module("client_side_of_the_processes_test")
     sys.path.remove(str(folder))
 
 
@@ -108,16 +105,16 @@ def simulation(embedded):
 
 
 @pytest.fixture(scope="module")
-def workers(embedded, client_side):
-    pool = Workers(embedded, ["cpu"], 1, seconds_before_children=0)
-    yield pool
-    pool.close()
+def children(embedded, client_side):
+    children = ChildProcesses(embedded, ["cpu"], 1, seconds_before_children=0)
+    yield children
+    children.close()
 
 
 @pytest.fixture
-def engine(simulation, workers, broadcasts, order_of):
+def engine(simulation, children, broadcasts, order_of):
     """Returns an engine whose child is ready."""
-    engine = WorkersEngine(simulation, workers)
+    engine = ProcessEngine(simulation, children)
     wait_for_children(engine, broadcasts, order_of)
     return engine
 
@@ -125,14 +122,14 @@ def engine(simulation, workers, broadcasts, order_of):
 def wait_for_children(engine, broadcasts, order_of):
     for _ in range(PATIENCE_SECONDS):
         list(engine.train(order_of(1, COHORT[:4], broadcasts)))
-        if all(child is not None and child.has_worked for child in engine.workers.pool.children):
+        if engine.children.are_ready():
             return
         time.sleep(0.3)
     raise AssertionError("no child got ready")
 
 
 def child_of(engine):
-    (child,) = engine.workers.pool.children
+    (child,) = engine.children.trainers
     return child
 
 
@@ -153,15 +150,8 @@ def assert_same(outcomes, expected, **tolerance):
                 )
 
 
-def is_running(process_id):
-    try:
-        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_it_is_an_engine(simulation, embedded):
-    assert isinstance(WorkersEngine(simulation, Workers(embedded, [], 1)), Engine)
+    assert isinstance(ProcessEngine(simulation, ChildProcesses(embedded, [], 1)), Engine)
 
 
 def test_two_processes_give_the_bits_of_one_and_the_numbers_of_a_plain_simulation(
@@ -169,7 +159,7 @@ def test_two_processes_give_the_bits_of_one_and_the_numbers_of_a_plain_simulatio
 ):
     together = list(engine.train(order_of(2, COHORT, broadcasts, uplink=[client_side.Stamp()])))
     assert {update.metrics["process"] for update in together} == {os.getpid(), child_of(engine).process.pid}
-    alone = list(WorkersEngine(simulation, Workers(embedded, [], 1)).train(order_of(2, COHORT, broadcasts)))
+    alone = list(ProcessEngine(simulation, ChildProcesses(embedded, [], 1)).train(order_of(2, COHORT, broadcasts)))
     assert_same(together, alone)
     assert all(update.metrics["loss"] == other.metrics["loss"] for update, other in zip(together, alone, strict=True))
     assert_same(together, list(simulation.train(order_of(2, COHORT, broadcasts))), atol=1e-5)
@@ -202,22 +192,27 @@ def test_what_cannot_be_sent_to_a_child_fails_as_it_would_here(engine, simulatio
     assert failures["client 5"].reason == "OSError: disk is gone"
 
 
-def test_engines_share_the_children(engine, simulation, workers, broadcasts, order_of):
+def test_engines_share_the_children(engine, simulation, children, broadcasts, order_of):
     before = child_of(engine).process.pid
-    settings = dataclasses.replace(SETTINGS, optimizer="sgd")
-    other = WorkersEngine(dataclasses.replace(simulation, settings=settings), workers)
+    settings = dataclasses.replace(SETTINGS, batch_size=2)
+    other = ProcessEngine(dataclasses.replace(simulation, settings=settings), children)
     one, another = (next(iter(list(each.train(order_of(1, COHORT, broadcasts))))) for each in (engine, other))
     assert not torch.equal(one.payload[MODULE].B, another.payload[MODULE].B)
     assert child_of(engine).process.pid == before
 
 
-def test_an_engine_that_children_cannot_be_told_of_trains_here(
-    engine, simulation, workers, broadcasts, order_of, caplog
-):
+def test_an_engine_that_cannot_be_pickled_trains_here(engine, simulation, children, broadcasts, order_of, caplog):
     own_way = dataclasses.replace(simulation, train_one=lambda *arguments: (broadcasts[SMALL].trainable, {"loss": 1.0}))
-    outcomes = list(WorkersEngine(own_way, workers).train(order_of(1, COHORT[::2], broadcasts)))
+    outcomes = list(ProcessEngine(own_way, children).train(order_of(1, COHORT[::2], broadcasts)))
     assert all(isinstance(outcome, Update) for outcome in outcomes)
-    assert "Clients train in one process, as others cannot be told how" in caplog.text
+    assert "Clients train in one process, because the training cannot be pickled" in caplog.text
+
+
+def test_children_ignore_an_interruption_of_their_own(engine, broadcasts, order_of):
+    process = child_of(engine).process
+    os.kill(process.pid, signal.SIGINT)
+    assert all(isinstance(outcome, Update) for outcome in engine.train(order_of(1, COHORT, broadcasts)))
+    assert process.poll() is None
 
 
 def test_a_killed_child_loses_only_the_clients_it_was_training(
@@ -248,6 +243,7 @@ def test_a_child_that_is_killed_between_chunks_loses_nothing(engine, broadcasts,
     assert all(isinstance(outcome, Update) for outcome in outcomes)
 
 
+# Ends the child for good, so that no later test waits for another.
 def test_an_interruption_passes_and_ends_the_children_that_are_at_work(
     engine, simulation, broadcasts, order_of, client_side, tmp_path
 ):
@@ -258,21 +254,15 @@ def test_an_interruption_passes_and_ends_the_children_that_are_at_work(
     assert process.returncode == -signal.SIGKILL
 
 
-def test_children_ignore_an_interruption_of_their_own(engine, broadcasts, order_of):
-    process = child_of(engine).process
-    os.kill(process.pid, signal.SIGINT)
-    assert all(isinstance(outcome, Update) for outcome in engine.train(order_of(1, COHORT, broadcasts)))
-    assert process.poll() is None
-
-
 def test_without_a_child_that_can_start_training_goes_on_here_and_says_so(
     simulation, embedded, broadcasts, order_of, monkeypatch, caplog
 ):
     monkeypatch.setattr(sys, "executable", str(BASE / "no_python"))
-    lonely = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=0))
-    for _ in range(2):
+    lonely = ProcessEngine(simulation, ChildProcesses(embedded, ["cpu"], 1, seconds_before_children=0))
+    while not lonely.children.pool.has_given_up:
         assert all(isinstance(outcome, Update) for outcome in lonely.train(order_of(1, COHORT[:2], broadcasts)))
-    assert caplog.text.count("Training goes on in fewer processes than planned") == 1
+    assert all(isinstance(outcome, Update) for outcome in lonely.train(order_of(1, COHORT[:2], broadcasts)))
+    assert caplog.text.count("Training continues in fewer processes") == 1
     assert "no_python" in caplog.text
 
 
@@ -281,20 +271,20 @@ def test_the_last_words_of_a_child_that_cannot_start_are_passed_on(
 ):
     (tmp_path / "transformers.py").write_text("raise ImportError('broken installation')", encoding="utf-8")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    lonely = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=0))
+    lonely = ProcessEngine(simulation, ChildProcesses(embedded, ["cpu"], 1, seconds_before_children=0))
     for _ in range(PATIENCE_SECONDS):
         assert all(isinstance(outcome, Update) for outcome in lonely.train(order_of(1, COHORT[:2], broadcasts)))
-        if lonely.workers.pool.gave_up:
+        if lonely.children.pool.has_given_up:
             break
         time.sleep(0.3)
     assert "ended with exit status 1: ImportError: broken installation" in caplog.text
-    assert lonely.workers.pool.children == [None]
+    assert lonely.children.pool.trainers == []
 
 
 def test_a_short_run_starts_no_child(simulation, embedded, broadcasts, order_of):
-    short = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=3600))
+    short = ProcessEngine(simulation, ChildProcesses(embedded, ["cpu"], 1, seconds_before_children=3600))
     assert len(list(short.train(order_of(1, COHORT[:2], broadcasts)))) == 2
-    assert short.workers.pool.children == [None]
+    assert short.children.trainers == []
 
 
 def test_chunks_are_cut_no_further_ahead_than_outcomes_are_taken(simulation, embedded, broadcasts, order_of):
@@ -304,72 +294,16 @@ def test_chunks_are_cut_no_further_ahead_than_outcomes_are_taken(simulation, emb
         asked.append(client_id)
         return examples_of(client_id)
 
-    slow = WorkersEngine(dataclasses.replace(simulation, examples_of=counted), Workers(embedded, [], 1))
+    slow = ProcessEngine(dataclasses.replace(simulation, examples_of=counted), ChildProcesses(embedded, [], 1))
     outcomes = slow.train(order_of(1, COHORT, broadcasts))
     next(outcomes)
     assert asked == ["client 0"]
     outcomes.close()
 
 
-def test_children_end_when_their_workers_are_forgotten(simulation, embedded, broadcasts, order_of):
-    passing = WorkersEngine(simulation, Workers(embedded, ["cpu"], 1, seconds_before_children=0))
+def test_children_end_when_they_are_no_longer_referred_to(simulation, embedded, broadcasts, order_of):
+    passing = ProcessEngine(simulation, ChildProcesses(embedded, ["cpu"], 1, seconds_before_children=0))
     list(passing.train(order_of(1, COHORT[:2], broadcasts)))
     process = child_of(passing).process
     del passing
     assert process.returncode == -signal.SIGKILL
-
-
-PARENT = """
-import sys, time
-sys.path[:0] = [{tests!r}]
-from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import Broadcast
-from flexlora.engines.base import Parcel, RoundOrder
-from flexlora.engines.simulation import SimulationEngine
-from flexlora.engines.processes import Workers, WorkersEngine
-from flexlora.lora.factors import Scaling
-from flexlora.data.prompts import EncodedExample
-from flexlora.training.adapted_model import AdaptedModel
-from flexlora.training.base_model import load_base_model, target_modules
-from flexlora.training.one_client import LocalTraining
-import torch
-torch.set_num_threads(1)
-model = AdaptedModel(*load_base_model({base!r}, dtype="float32", device="cpu", attn_implementation="sdpa"))
-plan = RankPlan("small", (("self_attn", 2),))
-shapes = target_modules(model.network, "all-linear")
-broadcast = Broadcast(model.initial_adapter(plan.resolve(shapes), Scaling("constant_alpha", 16.0), 0))
-row = tuple(range(3, 133))
-simulation = SimulationEngine(model, lambda client_id: [EncodedExample(row, row)] * 4, LocalTraining(batch_size=4))
-engine = WorkersEngine(simulation, Workers(model, ["cpu"], 1, seconds_before_children=0))
-cohort = [ClientSpec(str(index), plan, 4) for index in range(4)]
-order = RoundOrder(1, 0, 0.01, "float32", (), cohort, {{plan: Parcel(broadcast, "float32")}})
-while not (engine.workers.pool.children[0] and engine.workers.pool.children[0].has_worked):
-    list(engine.train(order))
-print(engine.workers.pool.children[0].process.pid, flush=True)
-{end}
-"""
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("end", "code"),
-    [
-        ("time.sleep(3600)", -signal.SIGKILL),
-        ("raise SystemExit(3)", 3),
-    ],
-)
-def test_a_parent_without_a_main_guard_leaves_no_child_behind_however_it_ends(tmp_path, end, code):
-    script = tmp_path / "script.py"
-    script.write_text(PARENT.format(tests=str(tmp_path), base=str(BASE), end=end), encoding="utf-8")
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        assert code == 3 or is_running(child)
-        if code < 0:
-            parent.kill()
-    assert parent.returncode == code
-    for _ in range(10 * PATIENCE_SECONDS):
-        if not is_running(child):
-            return
-        time.sleep(0.1)
-    raise AssertionError("the child lives on")

@@ -2,14 +2,17 @@
 
 import os
 import signal
+import sys
+import types
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.data.prompts import EncodedExample
-from flexlora.engines.processes import Workers, WorkersEngine
+from flexlora.engines.processes import ChildProcesses, ProcessEngine
 from flexlora.engines.ray_cluster import ActorSettings, RayActors, RayEngine, RayError
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.federation.client_types import four_types
@@ -67,7 +70,7 @@ def actors(engine: SimulationEngine) -> Iterator[RayActors]:
 
 def test_outcomes_are_those_of_one_machine_in_cohort_order(engine, clients, broadcasts, order_of, actors):
     cohort = [*clients[:20], ClientSpec("broken", clients[0].plan, 4), *clients[20:]]
-    here = list(WorkersEngine(engine, Workers(engine.model, [], 1)).train(order_of(1, cohort, broadcasts)))
+    here = list(ProcessEngine(engine, ChildProcesses(engine.model, [], 1)).train(order_of(1, cohort, broadcasts)))
     there = list(RayEngine(engine, actors).train(order_of(1, cohort, broadcasts)))
     assert [outcome.client_id for outcome in there] == [client.client_id for client in cohort]
     for one, other in zip(here, there, strict=True):
@@ -86,37 +89,46 @@ def test_outcomes_are_those_of_one_machine_in_cohort_order(engine, clients, broa
             assert torch.equal(factors.B, other.payload[module].B)
 
 
-def test_an_actor_that_dies_loses_its_chunks_only_and_is_replaced(engine, clients, broadcasts, order_of, actors):
+def test_actors_that_die_lose_only_their_chunks_and_are_replaced_even_twice_in_a_round(
+    engine, clients, broadcasts, order_of, actors
+):
     together = RayEngine(engine, actors)
-    process = ray.get(actors.started()[0].pid.remote())
-    outcomes = together.train(order_of(2, clients, broadcasts))
-    os.kill(process, signal.SIGKILL)
-    failed = [outcome for outcome in outcomes if isinstance(outcome, ClientFailure)]
-    assert 0 < len(failed) < len(clients)
-    assert all("actor" in failure.reason and failure.stage == "train" for failure in failed)
-    assert all(isinstance(outcome, Update) for outcome in together.train(order_of(3, clients, broadcasts)))
-
-
-def test_every_actor_that_dies_is_replaced_even_twice_in_a_round(engine, clients, broadcasts, order_of, actors):
-    together = RayEngine(engine, actors)
-    outcomes = iter(together.train(order_of(4, clients * 4, broadcasts)))
+    outcomes = iter(together.train(order_of(2, clients * 4, broadcasts)))
+    arrived = []
     for _ in range(2):
         handle = actors.started()[0]
         os.kill(ray.get(handle.pid.remote()), signal.SIGKILL)
         while actors.started()[0] is handle:
-            next(outcomes)
-    assert any(isinstance(outcome, Update) for outcome in outcomes)
-    assert all(isinstance(outcome, Update) for outcome in together.train(order_of(5, clients, broadcasts)))
+            arrived.append(next(outcomes))
+    arrived += outcomes
+    assert [outcome.client_id for outcome in arrived] == [client.client_id for client in clients * 4]
+    failed = [outcome for outcome in arrived if isinstance(outcome, ClientFailure)]
+    assert 0 < len(failed) < len(arrived)
+    assert all(failure.reason.startswith("the actor that was to train it was lost") for failure in failed)
+    assert {failure.stage for failure in failed} == {"train"}
+    assert all(isinstance(outcome, Update) for outcome in together.train(order_of(3, clients, broadcasts)))
 
 
-def test_what_goes_wrong_within_an_actor_is_the_reason(engine, clients, broadcasts, order_of, actors):
-    class Garbled(RayEngine):
-        def _task(self, order, chunk, number):
-            return 3
+def test_what_goes_wrong_within_an_actor_is_the_reason(
+    engine, clients, broadcasts, order_of, actors, monkeypatch, caplog
+):
+    # Pickled by its name, which no actor can import.
+    module = types.ModuleType("only_here")
+    module.train = lambda *arguments: None
+    module.train.__module__, module.train.__qualname__ = "only_here", "train"
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    broken = replace(engine, train_one=module.train)
+    outcomes = list(RayEngine(broken, actors).train(order_of(4, clients, broadcasts)))
+    assert [outcome.client_id for outcome in outcomes] == [client.client_id for client in clients]
+    assert {failure.reason for failure in outcomes} == {"ModuleNotFoundError: No module named 'only_here'"}
+    assert "clients of a chunk are lost" in caplog.text
 
-    outcomes = list(Garbled(engine, actors).train(order_of(6, clients, broadcasts)))
-    assert len(outcomes) == len(clients)
-    assert all(failure.reason.startswith("TypeError: vars()") for failure in outcomes)
+
+def test_what_cannot_be_pickled_trains_here(engine, clients, broadcasts, order_of, actors, caplog):
+    own_way = replace(engine, train_one=lambda *arguments: (broadcasts[clients[0].plan].trainable, {"loss": 1.0}))
+    outcomes = list(RayEngine(own_way, actors).train(order_of(5, clients[:4], broadcasts)))
+    assert all(isinstance(outcome, Update) for outcome in outcomes)
+    assert "Clients train in one process, because the training cannot be pickled" in caplog.text
 
 
 def test_an_actor_that_does_not_fit_is_refused_by_name(engine, actors):
