@@ -219,6 +219,7 @@ class Dispatcher:
         work = OpenRound(order, self.engine, pool.condition, _OPEN_CHUNKS * num_processes)
 
         def accepts(chunk: Chunk) -> bool:
+            """Return whether this process trains a chunk."""
             return shares_work or not pool.trainers or not work.can_be_sent(chunk)
 
         steps: Iterator[bool] | None = None

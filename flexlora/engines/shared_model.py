@@ -134,12 +134,15 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
+    """Reads what ``_Pickler`` wrote."""
+
     def __init__(self, file: IO[bytes], file_descriptor: int, device: str) -> None:
         super().__init__(file)
         self._file_descriptor, self._device = file_descriptor, device
         self._tensors: dict[int, Tensor] = {}
 
     def persistent_load(self, pid: tuple[int, _StoredTensor]) -> Tensor:
+        """Return the tensor with a number, mapped when it is met first."""
         number, stored = pid
         if number not in self._tensors:
             tensor = stored.map(self._file_descriptor).to(self._device)

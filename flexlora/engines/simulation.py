@@ -66,6 +66,7 @@ class SimulationEngine:
         waiting: deque[_Received | ClientFailure] = deque()
 
         def jobs() -> Iterator[GroupJob]:
+            """Yield the job of each client that has received all it needs."""
             for client in order.cohort:
                 waiting.append(arrival := self._receive(order, client))
                 if isinstance(arrival, _Received):
