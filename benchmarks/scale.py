@@ -106,7 +106,7 @@ def run_and_watch(num_clients: int, num_rounds: int, steps: int, cache: str) -> 
         result = run_experiment(config, Path(folder, "run"), notify=note)
         report_bytes = result.report.stat().st_size
         records_bytes = Path(folder, "run", "records.jsonl").stat().st_size
-        num_ok = sum(record.num_ok for record in result.records)
+        num_ok = sum(record.num_ok for record in result.rounds)
     evaluation = _difference(moments["done 0"], moments["evaluating 0"])
     start = _difference(moments["cohort 1"], evaluation)
     grown, error = slope([(point["round"], point["RssAnon"]) for point in curve[2:]])

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from flexlora.experiment.config_file import dump_config, load_config, parse_config
     from flexlora.experiment.estimate import Plan, plan_experiment
     from flexlora.experiment.export import export_run
-    from flexlora.experiment.run import RunResult, run_experiment
+    from flexlora.experiment.result import RunResult
+    from flexlora.experiment.run import run_experiment
     from flexlora.experiment.score_run import evaluate_run
     from flexlora.federation.clients import ClientSpec, RankPlan
     from flexlora.federation.messages import Broadcast, ClientFailure, Update
@@ -110,7 +111,8 @@ _NAMES = {
     "flexlora.experiment.config_file": ("dump_config", "load_config", "parse_config"),
     "flexlora.experiment.estimate": ("Plan", "plan_experiment"),
     "flexlora.experiment.export": ("export_run",),
-    "flexlora.experiment.run": ("RunResult", "run_experiment"),
+    "flexlora.experiment.result": ("RunResult",),
+    "flexlora.experiment.run": ("run_experiment",),
     "flexlora.experiment.score_run": ("evaluate_run",),
     "flexlora.federation.clients": ("ClientSpec", "RankPlan"),
     "flexlora.federation.messages": ("Broadcast", "ClientFailure", "Update"),

@@ -90,7 +90,7 @@ def _local_only(loaded: LoadedRun, loop: Loop, state: Any, notify: Notify) -> Lo
 def _alone(loaded: LoadedRun, loop: Loop, state: Any, client: ClientSpec) -> LocalClientRecord:
     config, ranks, own = loaded.config, client.plan.resolve(loaded.shapes), own_tests(loaded, [client])
     epochs = config.evaluation.local_only_epochs
-    adapter, _ = train_client(
+    adapter, _ = (loaded.train_one or train_client)(
         loaded.model,
         loop.aggregator.broadcast(loop.aggregator.init(loop.federation.initial_adapter), ranks),
         loaded.training_examples(client.client_id),

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from flexlora.experiment.config import Config
-from flexlora.experiment.config_data import InstructionsData, NaturalInstructionsData
+from flexlora.experiment.config_data import InMemoryData, InstructionsData, NaturalInstructionsData
 from flexlora.experiment.method_config import DEFAULT_METHOD
 
 NUM_CLIENTS_SHOWN = 5
@@ -48,6 +48,11 @@ def disagreements(config: Config) -> Iterator[str]:
             yield "data.unseen_labels needs the name of the label column; set data.label_column"
         if not data.unseen_labels and data.unseen_fraction == 0:
             yield "data holds out nothing to score; set data.unseen_labels or data.unseen_fraction above 0"
+    if isinstance(data, InMemoryData):
+        if data.unseen_owners and data.unseen_labels:
+            yield "data.unseen_owners and data.unseen_labels both hold examples out; leave one of them empty"
+        if not (data.unseen_owners or data.unseen_labels or data.unseen_fraction):
+            yield "data holds out nothing to score; set data.unseen_owners, unseen_labels or unseen_fraction"
     types = config.clients.types
     if isinstance(types, dict):
         if not types:

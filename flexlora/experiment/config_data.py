@@ -114,4 +114,22 @@ class InstructionsData(CommonData):
     unseen_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of rows held out where no label is.")
 
 
-DataConfig = Annotated[GeneratedData | NaturalInstructionsData | InstructionsData, Field(discriminator="name")]
+class InMemoryData(CommonData):
+    """Examples passed to `flexlora.run(data=...)` from Python; one owner is one client."""
+
+    name: Literal["in_memory"]
+    min_examples: int = Field(default=10, ge=3, description="Owners with fewer examples are left out.")
+    unseen_owners: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = Field(
+        default=(), description="Owners held out with all their examples; each is one unseen task."
+    )
+    unseen_labels: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = Field(
+        default=(), description="Labels held out; each is one unseen task."
+    )
+    unseen_fraction: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of the examples held out where no owner and no label is."
+    )
+
+
+DataConfig = Annotated[
+    GeneratedData | NaturalInstructionsData | InstructionsData | InMemoryData, Field(discriminator="name")
+]

@@ -14,7 +14,7 @@ from flexlora.errors import FlexLoraError
 from flexlora.experiment.config import Config, ConfigError
 from flexlora.experiment.config_checks import disagreements, missing_paths
 from flexlora.experiment.config_clients import RankConfig
-from flexlora.experiment.config_data import GeneratedData, InstructionsData, NaturalInstructionsData
+from flexlora.experiment.config_data import GeneratedData, InMemoryData, InstructionsData, NaturalInstructionsData
 from flexlora.experiment.config_section import Section
 from flexlora.experiment.method_config import method_model, method_named
 
@@ -31,6 +31,7 @@ DATA_SECTIONS: Mapping[str, type[Section]] = {
     "generated": GeneratedData,
     "natural_instructions": NaturalInstructionsData,
     "instructions": InstructionsData,
+    "in_memory": InMemoryData,
 }
 
 
@@ -45,6 +46,18 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, check_paths:
     Raises:
         ConfigError: With every problem found, each naming key, value and rule.
     """
+    tree = read_settings(path)
+    problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
+    source = str(path) if not overrides else f"{path} with {len(overrides)} override(s)"
+    return parse_config(tree, source, problems, check_paths=check_paths)
+
+
+def read_settings(path: Path | str) -> dict[str, Any]:
+    """Return the settings in a YAML file as they are written, unchecked.
+
+    Raises:
+        ConfigError: If there is no such file, or it holds no mapping.
+    """
     path = Path(path)
     if not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -56,9 +69,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, check_paths:
         raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"must hold a mapping of sections; got {type(tree).__name__}"], str(path))
-    problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
-    source = str(path) if not overrides else f"{path} with {len(overrides)} override(s)"
-    return parse_config(tree, source, problems, check_paths=check_paths)
+    return tree
 
 
 def parse_config(

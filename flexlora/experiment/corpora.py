@@ -1,6 +1,6 @@
 """Reads the corpus that a configuration names, or opens it as an earlier run has kept it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from flexlora.data.corpus_cache import files_state, kept_corpus, user_cache_folder
@@ -9,11 +9,13 @@ from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.generated.tasks import all_tasks, split_of
 from flexlora.data.instructions import load_instructions
 from flexlora.data.natural_instructions import Task, read_tasks
+from flexlora.data.owned_examples import OwnedRow, load_owned_examples
 from flexlora.data.pretraining import BASE_FOLDER, INSTANCES_FILE, seen_in_pretraining
+from flexlora.data.row_dealing import InstructionSummary
 from flexlora.data.task_dealing import TaskDealing, deal_tasks
 from flexlora.data.task_hold_out import HoldOut
-from flexlora.experiment.config import Config
-from flexlora.experiment.config_data import GeneratedData, InstructionsData, NaturalInstructionsData
+from flexlora.experiment.config import Config, ConfigError
+from flexlora.experiment.config_data import GeneratedData, InMemoryData, InstructionsData, NaturalInstructionsData
 
 # Clients whose first example tells how long texts are.
 LENGTH_SAMPLE = 256
@@ -26,9 +28,21 @@ def length_sample(corpus: FederatedCorpus) -> list[Example]:
     return [example for _, splits in sorted(corpus.clients.items())[:LENGTH_SAMPLE] for example in splits.train[:1]]
 
 
-def corpus_of(config: Config) -> tuple[FederatedCorpus, tuple[str, ...]]:
-    """Return the corpus, kept by an earlier run if there is one, and warnings about it."""
+def corpus_of(config: Config, examples: Iterable[OwnedRow] | None = None) -> tuple[FederatedCorpus, tuple[str, ...]]:
+    """Return the corpus and warnings about it, as an earlier run has kept them where it could.
+
+    Args:
+        config: Names the corpus.
+        examples: Those of ``data.name: in_memory``, None for every other.
+
+    Raises:
+        ConfigError: If there are examples where the configuration names others, or none where it needs them.
+    """
     data, seed, name = config.data, config.seed, config.model.name_or_path
+    if isinstance(data, InMemoryData):
+        return _read_examples(data, seed, examples)
+    if examples is not None:
+        raise ConfigError([f"data.name must be in_memory for a run with data=; got {data.name}"], "the configuration")
     is_embedded = name == "embedded" or Path(name).expanduser().resolve() == BASE_FOLDER
     decided_by = {"seed": seed, "data": data.model_dump(mode="json", exclude=NOT_IN_CORPUS)}
     files = None if isinstance(data, GeneratedData) else Path(data.path).expanduser()
@@ -53,6 +67,24 @@ def _cache_folder(data: GeneratedData | NaturalInstructionsData | InstructionsDa
     return user_cache_folder() if data.cache in ("auto", "user") else Path(data.cache).expanduser()
 
 
+def _read_examples(
+    data: InMemoryData, seed: int, examples: Iterable[OwnedRow] | None
+) -> tuple[FederatedCorpus, tuple[str, ...]]:
+    if examples is None:
+        problem = "data.name=in_memory stands for examples that were passed from Python; pass them again as data="
+        raise ConfigError([problem], "the configuration")
+    corpus, summary = load_owned_examples(
+        examples,
+        seed,
+        num_clients=data.num_clients,
+        min_examples=data.min_examples,
+        unseen_owners=data.unseen_owners,
+        unseen_labels=data.unseen_labels,
+        unseen_fraction=0.0 if data.unseen_owners or data.unseen_labels else data.unseen_fraction,
+    )
+    return corpus, _rows_left_out(summary)
+
+
 def _read_rows(data: InstructionsData, seed: int, file: ExampleFile) -> tuple[FederatedCorpus, tuple[str, ...]]:
     corpus, summary = load_instructions(
         data.path,
@@ -68,13 +100,17 @@ def _read_rows(data: InstructionsData, seed: int, file: ExampleFile) -> tuple[Fe
         unseen_fraction=0.0 if data.unseen_labels else data.unseen_fraction,
         file=file,
     )
+    return corpus, _rows_left_out(summary)
+
+
+def _rows_left_out(summary: InstructionSummary) -> tuple[str, ...]:
     counts = {
         "rows without prompt or answer": summary.num_empty,
         "rows merged into one with the same prompt": summary.num_repeated,
         "clients with too few rows": summary.num_too_small,
         "test examples that a client trains on": summary.num_leaked,
     }
-    return corpus, _left_out(counts)
+    return _left_out(counts)
 
 
 def _left_out(counts: Mapping[str, int]) -> tuple[str, ...]:

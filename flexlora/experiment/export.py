@@ -1,6 +1,7 @@
-"""Global adapters of a run, at any rank."""
+"""Takes the global adapter out of a run, at any rank: for PEFT, merged into the base, or in memory."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def write_run_adapters(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: 
         write_adapter(folder / ADAPTERS_FOLDER / f"rank-{rank}", adapter, loaded.base_name)
 
 
-def export_run(run_folder: Path, folder: Path, *, rank: int | None, merged: bool) -> dict[str, Any]:
+def export_run(
+    run_folder: Path | str, folder: Path | str, *, rank: int | None = None, merged: bool = False
+) -> dict[str, Any]:
     """Write the global adapter of a run as a standard PEFT folder, or merged into the whole model.
 
     Args:
@@ -50,21 +53,51 @@ def export_run(run_folder: Path, folder: Path, *, rank: int | None, merged: bool
     Raises:
         ExperimentError: If the run has no checkpoint, the rank is out of range, or ``folder`` exists.
     """
+    run_folder, folder = Path(run_folder), Path(folder)
     config = read_run_config(run_folder)
     if folder.exists():
-        raise ExperimentError(f"--out must not exist yet; {folder} does")
-    aggregator, state, server_ranks = final_state(config, run_folder)
-    top = max(server_ranks.values())
-    if rank is not None and not 1 <= rank <= top:
-        raise ExperimentError(f"--rank must be in 1..{top}, the server's rank in this run; got {rank}")
-    adapter = adapter_at_rank(aggregator.broadcast(state, server_ranks), rank or top, scaling_rule(config))
+        raise ExperimentError(f"the folder to write must not exist yet; {folder} does")
+    adapter, rank = _adapter_and_rank(config, run_folder, rank)
     if merged:
         base, tokenizer = load_base(config, "cpu")
         merge_into_base(base, tokenizer, adapter, folder)
     else:
         write_adapter(folder, adapter, base_name(config))
-    written: dict[str, Any] = {"rank": rank or top, "modules": len(adapter)}
+    written: dict[str, Any] = {"rank": rank, "modules": len(adapter)}
     return {**written, "merged": True} if merged else written
+
+
+def adapter_of_run(run_folder: Path | str, rank: int | None = None) -> AdapterState:
+    """Return the global adapter of a run, from its newest checkpoint and without loading the base model.
+
+    Args:
+        run_folder: The folder of a run that has got past round 0.
+        rank: In 1 to the server's rank; None takes all of it. Modules whose server rank is smaller keep theirs.
+
+    Raises:
+        ExperimentError: If the run has no checkpoint or the rank is out of range.
+    """
+    run_folder = Path(run_folder)
+    adapter, _ = _adapter_and_rank(read_run_config(run_folder), run_folder, rank)
+    return adapter
+
+
+def _adapter_and_rank(config: Config, run_folder: Path, rank: int | None) -> tuple[AdapterState, int]:
+    aggregator, state, server_ranks = final_state(config, run_folder)
+    rank = checked_rank(rank, server_ranks)
+    return adapter_at_rank(aggregator.broadcast(state, server_ranks), rank, scaling_rule(config)), rank
+
+
+def checked_rank(rank: int | None, server_ranks: Mapping[str, int]) -> int:
+    """Return a rank that the server has, its largest for None.
+
+    Raises:
+        ExperimentError: If the rank is out of range.
+    """
+    top = max(server_ranks.values())
+    if rank is not None and not 1 <= rank <= top:
+        raise ExperimentError(f"the rank must be in 1..{top}, the server's rank in this run; got {rank}")
+    return rank or top
 
 
 def final_state(config: Config, run_folder: Path) -> tuple[Aggregator[Any], Any, dict[str, int]]:
@@ -79,7 +112,7 @@ def final_state(config: Config, run_folder: Path) -> tuple[Aggregator[Any], Any,
 def adapter_at_rank(adapter: Broadcast, rank: int, scaling: Scaling, split: Split = "b") -> AdapterState:
     """Return the best approximation of an adapter whose modules have at most this rank (Eckart and Young).
 
-    Whatever the method, the change is cut and not its factors, whose rows mean nothing in an order of their own.
+    Whatever the method, the change is cut and not its factors, whose rows are in no particular order.
     """
     factors = {}
     for module, spectrum in adapter_spectra(adapter).items():

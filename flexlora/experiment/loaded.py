@@ -23,6 +23,7 @@ from flexlora.federation.streams import stream
 from flexlora.lora.factors import Scaling
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.base_model import target_modules
+from flexlora.training.one_client import TrainClient
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class LoadedRun:
         shapes: Module path -> (out_features, in_features) of every module that some client adapts.
         scaling: The scaling rule.
         base_name: What adapters name as their base.
+        train_one: A training loop of the user's own; None takes that of the package.
     """
 
     config: Config
@@ -44,9 +46,15 @@ class LoadedRun:
     shapes: Mapping[str, tuple[int, int]]
     scaling: Scaling
     base_name: str
+    train_one: TrainClient | None = None
 
     @staticmethod
-    def load(config: Config, participants: Participants, notify: Notify = lambda event: None) -> "LoadedRun":
+    def load(
+        config: Config,
+        participants: Participants,
+        notify: Notify = lambda event: None,
+        train_one: TrainClient | None = None,
+    ) -> "LoadedRun":
         """Load the base model and find the modules that clients adapt."""
         notify(Stage("Loading the base model"))
         if config.model.num_threads is not None:
@@ -61,7 +69,7 @@ class LoadedRun:
         shapes = adapted_shapes(target_modules(base, config.lora.target_modules), participants.plans.values())
         model = AdaptedModel(base, tokenizer, dropout=config.lora.dropout)
         scaling = scaling_rule(config)
-        return LoadedRun(config, participants, model, shapes, scaling, base_name(config))
+        return LoadedRun(config, participants, model, shapes, scaling, base_name(config), train_one)
 
     def engine(self, engine: SimulationEngine) -> Engine:
         return ProcessEngine(engine, self._children) if self.config.ray is None else RayEngine(engine, self._actors)

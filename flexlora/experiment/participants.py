@@ -1,11 +1,12 @@
 """Who takes part in a run, and with what data: configuration -> examples and client specifications."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 from flexlora.aggregators.settings import Traits
 from flexlora.data.examples import Example, FederatedCorpus
+from flexlora.data.owned_examples import OwnedRow
 from flexlora.data.partition import fixed_validation
 from flexlora.experiment.config import Config, ConfigError
 from flexlora.experiment.config_clients import RankConfig
@@ -54,9 +55,14 @@ class Participants:
         return f"{len(self.clients):,} clients ({types}), {len(self.corpus.unseen)} unseen tasks"
 
 
-def gather_participants(config: Config) -> Participants:
-    """Read the data, deal them to clients and give each client its ranks."""
-    corpus, warnings = corpus_of(config)
+def gather_participants(config: Config, examples: Iterable[OwnedRow] | None = None) -> Participants:
+    """Read the data, deal them to clients and give each client its ranks.
+
+    Args:
+        config: The run.
+        examples: Those of ``data.name: in_memory``, None for every other.
+    """
+    corpus, warnings = corpus_of(config, examples)
     rng = stream(config.seed, "validation")
     validation = fixed_validation(corpus.clients, config.data.validation_examples, rng)
     ids = sorted(corpus.clients)

@@ -66,6 +66,7 @@ def round_loop(
                 loaded.model,
                 loaded.training_examples,
                 local_training(loaded.config),
+                loaded.train_one,
                 clients_per_group=loaded.config.model.clients_per_group,
             )
         ),

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexlora.experiment.estimate import Estimate
-from flexlora.experiment.run import RunResult
+from flexlora.experiment.result import RunResult
 from flexlora.report.comparison import comparison_notes, timed_runs
 from flexlora.report.run_folder import read_run
 from flexlora.report.score_tables import SUMMARY_COLUMNS, summary_cells, summary_table
@@ -25,7 +25,7 @@ def print_summary(console: Console, result: RunResult) -> None:
     shown = [index for index, name in enumerate(SUMMARY_COLUMNS) if wide or name in NARROW_COLUMNS]
     for index in shown:
         table.add_column(SUMMARY_COLUMNS[index], justify="left" if index == 0 else "right", no_wrap=index > 0)
-    rows = summary_table(result.records, result.references, result.method)
+    rows = summary_table(result.rounds, result.references, result.method)
     for row in rows:
         cells = summary_cells(row)
         table.add_row(*(Text(cells[index]) for index in shown), style="bold green" if row is rows[-1] else None)

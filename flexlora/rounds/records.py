@@ -200,6 +200,7 @@ class ManifestRecord(_Record):
     device_counts: dict[str, int] = Field(default={}, description="Simulated device -> clients that have it")
     policy: str | None = Field(default=None, description="How the server treats slow clients; null without devices")
     target_rouge_l: float | None = Field(default=None, description="Unseen ROUGE-L whose virtual time is of interest")
+    trainer: str | None = Field(default=None, description="Training loop of the user's own; null for the built-in one")
     warnings: list[str] = []
     started: str | None = Field(default=None, description="ISO 8601 time at which the run first started")
     seconds: dict[str, float] = Field(default={}, description="Wall times outside the rounds")

@@ -1,12 +1,28 @@
-"""A console that writes to memory, and records with names that markup could swallow."""
+"""Consoles and records for displays, and one small run on the embedded base."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
+from flexlora.experiment.notebook import run
+from flexlora.experiment.result import RunResult
 from flexlora.rounds.records import ClientRecord, EvaluationRecord, RoundRecord, ScoreRecord
+
+SMALL: Mapping[str, Mapping[str, object]] = {
+    "model": {"num_threads": 1, "num_processes": 1},
+    "data": {"num_clients": 8, "examples_per_task": 20, "num_unseen_tasks": 2, "test_examples_per_task": 1},
+    "rounds": {"num_rounds": 2, "cohort_size": 3},
+    "training": {"max_steps": 1},
+    "evaluation": {
+        "every": 2,
+        "max_new_tokens": 2,
+        "local_only_clients": 0,
+        "rank_group_clients": 0,
+        "fedit_reference": False,
+    },
+}
 
 NAMES = ("[/red] a/b", "old [/slow]", "pixel [arm64]", "pixel [x86]", "a:100:b")
 
@@ -40,6 +56,18 @@ def record_of() -> Callable[..., RoundRecord]:
 def failed() -> Callable[[str], ClientRecord]:
     """Returns a maker of clients that failed."""
     return _failed
+
+
+@pytest.fixture(scope="session")
+def small() -> Mapping[str, Mapping[str, object]]:
+    """Settings that cut the demo down to some seconds."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """What a finished run of them has left behind; do not change it."""
+    return run("demo", tmp_path_factory.mktemp("small") / "run <i>1</i>", quiet=True, **SMALL)
 
 
 def _record(server_round: int, *clients: ClientRecord) -> RoundRecord:

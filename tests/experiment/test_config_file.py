@@ -62,7 +62,9 @@ def test_a_wrong_variant_lists_the_right_ones() -> None:
     assert "method.name: must be one of fedit, flexlora, zero_pad; got 'fedavg'" in problems(
         {"method": {"name": "fedavg"}}
     )
-    assert "data.name: must be one of generated, natural_instructions, instructions; got None" in problems({"data": {}})
+    assert "data.name: must be one of generated, natural_instructions, instructions, in_memory; got None" in problems(
+        {"data": {}}
+    )
 
 
 def test_wrong_keys_inside_a_variant_get_a_suggestion() -> None:

@@ -1,10 +1,14 @@
 """Corpora of configurations: what decides them, where they are kept, and what is said to be left out."""
 
 import json
+from pathlib import Path
 
+from flexlora.data.corpus_cache import user_cache_folder
 from flexlora.data.owned_examples import load_owned_examples
 from flexlora.experiment.config import Config
+from flexlora.experiment.config_file import parse_config
 from flexlora.experiment.corpora import LENGTH_SAMPLE, corpus_of, length_sample
+from flexlora.experiment.participants import gather_participants
 
 
 def rows(num=60):
@@ -43,3 +47,44 @@ def test_one_example_of_each_client_tells_how_long_texts_are(tmp_path):
     corpus, _ = corpus_of(config(write(tmp_path / "rows.jsonl")))
     assert length_sample(corpus) == [splits.train[0] for splits in corpus.clients.values()]
     assert LENGTH_SAMPLE >= len(corpus.clients)
+
+
+def config_of(**sections: object) -> Config:
+    return parse_config(sections, "test")
+
+
+def test_only_tasks_in_the_languages_asked_for_take_part(tmp_path: Path) -> None:
+    for number in range(12):
+        language = ("English", "Hindi")[number % 2]
+        task = {
+            "Definition": [f"Say {number}."],
+            "Categories": ["Saying"],
+            "Input_language": [language],
+            "Instances": [{"input": f"{number}, {case}", "output": ["yes"]} for case in range(12)],
+        }
+        (tmp_path / f"task{number:02d}.json").write_text(json.dumps(task))
+    data = {"name": "natural_instructions", "path": str(tmp_path), "num_unseen_tasks": 2}
+    everything = gather_participants(config_of(data=data))
+    assert (len(everything.clients), everything.warnings) == (10, ())
+    english = gather_participants(config_of(data={**data, "languages": ["English"]}))
+    names = {client.client_id for client in english.clients} | english.corpus.unseen.keys()
+    assert names == {f"task{number:02d}" for number in range(0, 12, 2)}
+    assert english.warnings == ("Left out: 6 tasks in other languages.",)
+
+
+def test_generated_examples_are_kept_by_default_and_those_of_others_only_when_asked(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"instruction": "say {n}", "response": "b {n}"}}\n' for n in range(40)))
+    own = {"name": "instructions", "path": str(rows), "num_clients": 2, "min_examples": 3}
+    generated = {"name": "generated", "num_clients": 20, "examples_per_task": 10}
+    kept = gather_participants(config_of(data=generated)).corpus
+    assert kept.folder is not None and kept.folder.parent == user_cache_folder()
+    assert gather_participants(config_of(data={**generated, "cache": "none"})).corpus.folder is None
+    assert gather_participants(config_of(data=own)).corpus.folder is None
+    asked = {**own, "cache": str(tmp_path / "cache")}
+    first, second = (gather_participants(config_of(data=asked)).corpus for _ in range(2))
+    assert first == second and first.folder == second.folder and second.folder.parent == tmp_path / "cache"
+    rows.write_text(rows.read_text().replace("b 7", "b changed"))
+    changed = gather_participants(config_of(data=asked)).corpus
+    assert changed.hashes["clients"] != first.hashes["clients"] or changed.hashes["unseen"] != first.hashes["unseen"]
+    assert changed.folder != first.folder

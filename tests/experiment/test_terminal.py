@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from flexlora.experiment.estimate import ClientEstimate, DeviceEstimate, Estimate
-from flexlora.experiment.run import RunResult
+from flexlora.experiment.result import RunResult
 from flexlora.experiment.terminal import print_estimate, print_evaluation, print_summary
 from flexlora.rounds.costs import ClientCost, DeviceCost
 from flexlora.rounds.records import ReferencesRecord, RoundRecord, append_record

@@ -123,10 +123,10 @@ def test_exported_adapters_give_the_same_logits_in_stock_peft(finished: Path, tm
 def test_export_refuses_what_it_cannot_do(finished: Path, tmp_path: Path) -> None:
     done = flexlora("export", str(finished), "--rank", "17", "--out", str(tmp_path / "a"))
     assert done.returncode == 2
-    assert "--rank must be in 1..16" in done.stderr and "got 17" in done.stderr
+    assert "the rank must be in 1..16" in done.stderr and "got 17" in done.stderr
     done = flexlora("export", str(tmp_path), "--out", str(tmp_path / "a"))
     assert done.returncode == 2
-    assert "RUN must be the folder of a run" in done.stderr
+    assert "the folder of a run holds a config.yaml" in done.stderr
 
 
 def test_eval_repeats_the_scores_of_the_run(finished: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_ray_cluster_leaves_the_same_behind(finished: Path, tmp_path: Path) ->
 def test_a_folder_with_a_run_is_neither_overwritten_nor_mixed(finished: Path, tmp_path: Path) -> None:
     done = flexlora("run", "configs/demo.yaml", *SMALL, "--out", str(finished))
     assert done.returncode == 2
-    assert "already holds a run; add --resume" in done.stderr
+    assert "already holds a run; resume it (--resume" in done.stderr
     done = flexlora("run", "configs/demo.yaml", *SMALL, "seed=5", "--out", str(finished), "--resume")
     assert done.returncode == 2
     assert "differs in seed" in done.stderr

@@ -1,0 +1,135 @@
+"""Finds the configuration that a call from Python names, and applies settings given as keywords."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias, get_args
+
+import numpy as np
+from pydantic import BaseModel
+
+from flexlora.experiment.config import CommonData, Config, ConfigError
+from flexlora.experiment.config_file import parse_config, read_settings
+
+DEMO = "demo"
+DEMO_FILE = Path(__file__).with_name("demo.yaml")
+
+# Sections with a variant for each name, and the name they have by default.
+VARIANTS = {"data": "generated", "method": "flexlora"}
+# What stays when a section changes its variant: settings that mean the same whatever the data are.
+SHARED = {"data": CommonData.model_fields.keys() - {"num_clients", "cache"}, "method": frozenset[str]()}
+
+ConfigSource: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | Config
+"""``demo``, the path of a YAML file, a mapping of sections, or a configuration."""
+
+
+def config_from(source: ConfigSource, settings: Mapping[str, object]) -> Config:
+    """Return the configuration that ``source`` names, with settings replaced.
+
+    Args:
+        source: ``"demo"`` is the one that comes with the package.
+        settings: Key -> value. A key is that of the configuration with double underscores or dots between its parts
+            (``rounds__num_rounds``). A mapping under the name of a section replaces the settings it holds, and the
+            whole section if it has another ``name``.
+
+    Raises:
+        ConfigError: With every problem found, each naming key, value and rule.
+    """
+    if isinstance(source, Config):
+        tree, name = source.model_dump(mode="json", exclude_unset=True), "the configuration"
+    elif isinstance(source, Mapping):
+        tree, name = _plain(source), "the configuration"
+    elif source == DEMO:
+        tree, name = read_settings(DEMO_FILE), "the demo"
+    else:
+        tree, name = _read_file(Path(source))
+    problems = [problem for key, value in settings.items() for problem in _apply(tree, key, _plain(value))]
+    if settings:
+        name += f" with {len(settings)} override{'s' if len(settings) > 1 else ''}"
+    return parse_config(tree, name, problems, check_paths=True)
+
+
+def name_of_source(source: ConfigSource) -> str:
+    """Return a short name for runs of this configuration."""
+    return Path(source).stem if isinstance(source, str | os.PathLike) else "run"
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        return read_settings(path), str(path)
+    except ConfigError as error:
+        if path.exists() or path.suffix:
+            raise
+        raise ConfigError(
+            [f'{problem}; "{DEMO}" comes with flexlora' for problem in error.problems], str(path)
+        ) from None
+
+
+def _apply(tree: dict[str, Any], key: str, value: Any) -> Iterator[str]:
+    """Set one key, or yield why that cannot be."""
+    first, *rest = re.split(r"__|\.", key)
+    if first not in Config.model_fields:
+        yield f"{key}: there is no such setting; {_hint(key)}"
+    elif not rest and not isinstance(value, dict):
+        tree[first] = value
+    else:
+        section = tree.get(first)
+        if section is None:
+            section = {}
+        if not isinstance(section, dict):
+            yield f"{key}: {first} is {section!r}, not a section"
+            return
+        given = value if not rest else {rest[0]: value} if len(rest) == 1 else {}
+        default = VARIANTS.get(first)
+        if default is not None and given.get("name", section.get("name", default)) != section.get("name", default):
+            section = {name: own for name, own in section.items() if name in SHARED[first]}
+        tree[first] = section = {**section, **given}
+        if len(rest) > 1:
+            yield from _apply_deep(section, key, rest, value)
+
+
+def _apply_deep(section: dict[str, Any], key: str, path: list[str], value: Any) -> Iterator[str]:
+    node = section
+    for part in path[:-1]:
+        # A copy: the mapping that was given is not ours to change.
+        child = node[part] = dict(node[part]) if isinstance(node.get(part), dict) else node.get(part) or {}
+        if not isinstance(child, dict):
+            yield f"{key}: {part} is {child!r}, not a section"
+            return
+        node = child
+    node[path[-1]] = value
+
+
+def _hint(key: str) -> str:
+    """Return what a key that does not exist may have meant."""
+    known = {f"{section}__{name}" for section in Config.model_fields for name in _settings_of(section)}
+    meant = sorted(name for name in known if key in (name.partition("__")[2], name.replace("__", "_")))
+    near = difflib.get_close_matches(key, [*known, *Config.model_fields], n=1)
+    if meant or near:
+        return f"did you mean {' or '.join(meant or near)}?"
+    return f"known keys here: {', '.join(sorted(Config.model_fields))}; write SECTION__SETTING=VALUE"
+
+
+def _settings_of(section: str) -> set[str]:
+    """Return the names of the settings that some variant of a section has."""
+
+    def models(annotation: Any) -> Iterator[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield annotation
+        for part in get_args(annotation):
+            yield from models(part)
+
+    return {name for model in models(Config.model_fields[section].annotation) for name in model.model_fields}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML would have given it: plain containers, numbers and texts."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(own) for key, own in value.items()}
+    if isinstance(value, list | tuple | set | frozenset | range):
+        return [_plain(own) for own in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

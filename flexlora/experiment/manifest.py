@@ -1,0 +1,74 @@
+"""Describes a run for its manifest: versions, seeds, hashes of the data, clients and ranks."""
+
+import hashlib
+import importlib.metadata
+import platform
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from flexlora.experiment.config import Config
+from flexlora.experiment.config_file import dump_config
+from flexlora.experiment.loaded import LoadedRun
+from flexlora.experiment.participants import Participants
+from flexlora.experiment.round_loop import cohort_size
+from flexlora.federation.clients import count_plans
+from flexlora.rounds.records import ManifestRecord
+from flexlora.training.one_client import TrainClient
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "rouge-score")
+
+
+def manifest_of(loaded: LoadedRun) -> ManifestRecord:
+    """Return the manifest of a run that starts now, in this environment."""
+    config, participants = loaded.config, loaded.participants
+    rounds, num_clients = config.rounds, len(participants.clients)
+    return ManifestRecord(
+        flexlora_version=importlib.metadata.version("flexlora"),
+        packages={name: importlib.metadata.version(name) for name in PACKAGES} | _own_method(config),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        seed=config.seed,
+        config_hash=hashlib.sha256(dump_config(config).encode()).hexdigest(),
+        data_hashes={**participants.corpus.hashes, **_device_hashes(participants)},
+        base_model=config.model.name_or_path,
+        num_parameters=loaded.model.num_parameters,
+        method=config.method.name,
+        num_clients=num_clients,
+        num_unseen_tasks=len(participants.corpus.unseen),
+        num_rounds=rounds.num_rounds,
+        cohort_size=cohort_size(config, num_clients),
+        plan_counts=count_plans(client.plan for client in participants.clients),
+        plan_ranks={name: plan.resolve(loaded.shapes) for name, plan in participants.plans.items()},
+        device_counts=dict(sorted(Counter(client.device for client in participants.clients if client.device).items())),
+        policy=config.clock.policy if participants.devices else None,
+        target_rouge_l=config.evaluation.target_rouge_l,
+        device=str(loaded.model.device),
+        num_threads=torch.get_num_threads(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        trainer=None if loaded.train_one is None else _name_of(loaded.train_one),
+        warnings=list(participants.warnings),
+    )
+
+
+def _name_of(train_one: TrainClient) -> str:
+    """Return the name of a training loop: of the function itself where it is wrapped."""
+    function = getattr(train_one, "function", train_one)
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _own_method(config: Config) -> dict[str, str]:
+    """Return name and SHA-256 of the file with the user's own method; none for a method of a package."""
+    if config.method.path is None:
+        return {}
+    path = Path(config.method.path).expanduser()
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _device_hashes(participants: Participants) -> dict[str, str]:
+    """Return a SHA-256 of the simulated devices, whose file may change; none without devices."""
+    if not participants.devices:
+        return {}
+    return {"devices": hashlib.sha256(repr(sorted(participants.devices.items())).encode()).hexdigest()}
