@@ -119,7 +119,8 @@ def typed_names() -> dict[str, str]:
 
 def test_the_package_itself_imports_nothing_of_ours_until_a_name_is_asked_for() -> None:
     # Type checkers read the public names in one block that never runs; __getattr__ looks them up.
-    assert set(imported(ROOT_FILE)) == {module.removeprefix("flexlora.") for module in typed_names().values()}
+    modules = {module.removeprefix("flexlora.") for module in typed_names().values()}
+    assert set(imported(ROOT_FILE)) == modules | set(flexlora._MODULES)
     assert not {name for name in loaded_by("import flexlora") if name.startswith("flexlora.")}
 
 
@@ -132,6 +133,12 @@ def test_type_checkers_see_the_names_that_can_be_imported() -> None:
 def test_every_public_name_resolves_in_a_fresh_process() -> None:
     found = loaded_by("import flexlora; assert all(getattr(flexlora, name) for name in flexlora.__all__)")
     assert {"torch", "transformers", "peft"} <= found
+
+
+def test_modules_for_own_code_are_there_without_an_import_of_their_own() -> None:
+    found = loaded_by("import flexlora; flexlora.testing.check_method; flexlora.trainers.from_hf")
+    assert {"flexlora.testing", "flexlora.trainers"} <= found
+    assert set(flexlora._MODULES) <= set(dir(flexlora))
 
 
 def test_a_name_that_is_not_public_is_no_attribute() -> None:

@@ -87,6 +87,20 @@ def method_class(name: str, path: str | None = None) -> type:
     return _registered[name]
 
 
+def registered_name(method: type) -> str:
+    """Return the name that a class was registered under.
+
+    Raises:
+        MethodError: If it was not registered.
+    """
+    for name, registered in _registered.items():
+        if registered is method:
+            return name
+    raise MethodError(
+        f"{method.__name__} is not registered as a method; write @aggregation_method('NAME') above its dataclass"
+    )
+
+
 def method_outline(name: str, path: str | None = None) -> type:
     """Return a class with the options and the traits of a method; of the package's own, without importing them.
 

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from flexlora.aggregators.registry import registered_name
 from flexlora.data.owned_examples import OwnedRow
 from flexlora.experiment.config import ConfigError
 from flexlora.experiment.config_sources import ConfigSource, config_from, name_of_source
@@ -26,7 +27,7 @@ RUNS_FOLDER = Path("runs")
 def run(
     config: ConfigSource,
     out: Path | str | None = None,
-    method: str | Mapping[str, object] | None = None,
+    method: str | type | Mapping[str, object] | None = None,
     data: Iterable[OwnedRow] | Mapping[str, object] | None = None,
     trainer: TrainFunction | None = None,
     *,
@@ -40,7 +41,8 @@ def run(
     Args:
         config: ``"demo"``, the path of a YAML file, a mapping of sections, or a ``Config``.
         out: The folder of the run; None makes one with a fresh name, ``runs/demo-1`` for the first demo.
-        method: The name of a method, or its section: ``{"name": "flexlora", "fold_tail": True}``.
+        method: The name of a method, a class of your own registered by ``aggregation_method``, or a section:
+            ``{"name": "flexlora", "fold_tail": True}``.
         data: Examples with an owner, each owner one client: mappings with the keys ``owner``, ``instruction`` and
             ``response`` (or another accepted schema), ``OwnedExample`` objects, ``(owner, Example)`` pairs, or a pandas
             frame. A mapping of settings replaces those of the section ``data``.
@@ -60,7 +62,8 @@ def run(
     examples = None if data is None or isinstance(data, Mapping) else _examples_of(data)
     sections: dict[str, object] = {}
     if method is not None:
-        sections["method"] = method if isinstance(method, Mapping) else {"name": method}
+        name = registered_name(method) if isinstance(method, type) else method
+        sections["method"] = name if isinstance(name, Mapping) else {"name": name}
     if data is not None:
         sections["data"] = data if isinstance(data, Mapping) else {"name": "in_memory"}
     settings = config_from(config, {**sections, **overrides})

@@ -16,11 +16,13 @@ from flexlora.lora.factors import AdapterState
 from flexlora.report.page import REPORT_FILE
 from flexlora.report.scores import last_evaluated
 from flexlora.rounds.records import (
+    MANIFEST_FILE,
     RECORDS_FILE,
     REFERENCES_FILE,
     EvaluationRecord,
     ReferencesRecord,
     RoundRecord,
+    read_manifest,
     read_records,
     read_references,
 )
@@ -167,11 +169,14 @@ def open_run(folder: Path | str) -> RunResult:
         RecordsError: If a file of the run is damaged.
     """
     folder = Path(folder)
+    manifest = read_manifest(folder / MANIFEST_FILE)
+    # The configuration names a method of the user's own, which may not be registered here.
+    method = read_run_config(folder).method.name if manifest is None else manifest.method
     rounds = read_records(folder / RECORDS_FILE)
     return RunResult(
         folder=folder,
         report=folder / REPORT_FILE,
-        method=read_run_config(folder).method.name,
+        method=method,
         server_round=rounds[-1].server_round if rounds else 0,
         stopped=rounds[-1].stopped if rounds else None,
         has_progress=any((folder / ADAPTERS_FOLDER).glob("rank-*")),

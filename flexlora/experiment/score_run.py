@@ -1,12 +1,13 @@
 """Scores the adapter of a finished run again."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flexlora.data.owned_examples import OwnedRow
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import load_config
+from flexlora.experiment.config_sources import config_from
 from flexlora.experiment.export import adapter_at_rank, checked_rank, final_state
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.participants import Participants, gather_participants
@@ -23,7 +24,7 @@ EVALUATION_KEYS = (
 
 def evaluate_run(
     run_folder: Path | str,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | Mapping[str, object] = (),
     *,
     rank: int | None = None,
     data: Iterable[OwnedRow] | None = None,
@@ -32,7 +33,8 @@ def evaluate_run(
 
     Args:
         run_folder: The folder of a run that has got past round 0.
-        overrides: Settings that replace the run's, for example another ``data.path`` or more examples.
+        overrides: Settings that replace the run's, for example another ``data.path`` or more examples:
+            ``["data.test_examples_per_task=50"]`` or ``{"data.test_examples_per_task": 50}``.
         rank: Cut the adapter to this rank first; None takes all of it.
         data: The examples of a run whose data were passed from Python.
 
@@ -40,8 +42,10 @@ def evaluate_run(
         ExperimentError: If the run has no checkpoint or the rank is out of range.
     """
     run_folder = Path(run_folder)
-    config = load_config(run_folder / CONFIG_FILE, overrides, check_paths=True)
-    _check_changes(read_run_config(run_folder), config)
+    path, before = run_folder / CONFIG_FILE, read_run_config(run_folder)
+    is_mapping = isinstance(overrides, Mapping)
+    config = config_from(path, overrides) if is_mapping else load_config(path, overrides, check_paths=True)
+    _check_changes(before, config)
     aggregator, state, server_ranks = final_state(config, run_folder)
     name = f"rank {checked_rank(rank, server_ranks)}"
     participants = gather_participants(config, data)

@@ -35,7 +35,7 @@ REPORT_FILE = "report.html"
 MAX_FAILURES = 200
 
 
-def write_report(run_folder: Path, others: Sequence[Path] = (), target: float | None = None) -> Path:
+def write_report(run_folder: Path | str, others: Sequence[Path | str] = (), target: float | None = None) -> Path:
     """Write `report.html` into a run folder, atomically, and return its path.
 
     Works on finished, interrupted and running runs alike: what has not been measured is said to be missing.
@@ -50,7 +50,8 @@ def write_report(run_folder: Path, others: Sequence[Path] = (), target: float | 
         ReportError: A folder holds nothing that a run writes, or ``target`` is out of its range.
         RecordsError: A file of a run is damaged.
     """
-    page = render(read_run(run_folder), [read_run(other) for other in others], target)
+    run_folder = Path(run_folder)
+    page = render(read_run(run_folder), [read_run(Path(other)) for other in others], target)
     path = run_folder / REPORT_FILE
     # The name of a folder may hold bytes that are not text.
     write_whole(path, page.encode(errors="replace"))

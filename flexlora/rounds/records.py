@@ -234,7 +234,7 @@ def append_record(path: Path, record: RoundRecord) -> None:
         sync(path.parent)
 
 
-def read_records(path: Path) -> list[RoundRecord]:
+def read_records(path: Path | str) -> list[RoundRecord]:
     """Return the rounds in a record file, in order; none when there is no such file.
 
     A last line that a killed process left incomplete is dropped with a warning in the log.
@@ -242,6 +242,7 @@ def read_records(path: Path) -> list[RoundRecord]:
     Raises:
         RecordsError: A complete line is not a round record, or rounds are not in ascending order.
     """
+    path = Path(path)
     if not path.exists():
         return []
     return [record for record, _ in _parse(path)]
