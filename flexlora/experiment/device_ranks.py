@@ -1,4 +1,4 @@
-"""Ranks by device: the largest that fit each device's memory, time and traffic."""
+"""Finds the largest ranks that fit each device's memory, time and traffic."""
 
 import re
 from collections import Counter, defaultdict
@@ -89,6 +89,7 @@ def affordable_ranks(
     ffn_choices = _choices(budget, (shapes[module] for module in shapes if not is_attention[module]))
 
     def cost(attention: int, ffn: int) -> DeviceCost:
+        """Return the cost at one rank for attention and one for the FFN."""
         return cost_of({module: attention if is_attention[module] else ffn for module in shapes})
 
     pairs = sorted(product(attention_choices, ffn_choices), key=lambda pair: (min(pair), pair[1], pair[0]))
@@ -128,7 +129,7 @@ def rank_choices(config: Config) -> tuple[int, ...]:
 
 
 def time_budget(config: Config) -> tuple[float | None, str]:
-    """Return the most seconds of a client's round, and the setting that says so; a deadline bounds it like no other."""
+    """Return the most seconds of a client's round, and the setting that bounds it; a deadline counts too."""
     deadline, own = config.clock.deadline_seconds, config.devices.round_seconds
     if deadline is not None and (own is None or deadline < own):
         return deadline, "clock.deadline_seconds"
@@ -142,9 +143,9 @@ def affordable_plans(
     profiles: Mapping[str, DeviceProfile],
     device_of: Mapping[str, str],
 ) -> dict[str, Affordable]:
-    """Return client id -> what its device affords for as many examples as it has; one object for equal ones.
+    """Return client id -> what its device affords for its number of examples; equal answers are one object.
 
-    A plan is called like its device, with its ranks behind where clients of the device differ in them.
+    A plan is named after its device, followed by its ranks where clients of the device differ in them.
     """
     seconds, seconds_from = time_budget(config)
     budget = Budget(rank_choices(config), seconds, config.devices.round_bytes, seconds_from)
@@ -156,6 +157,7 @@ def affordable_plans(
 
     @cache
     def afforded(device: str, num_examples: int) -> Affordable:
+        """Return what a client with so many examples affords."""
         profile = profiles[device]
         return affordable_ranks(
             profile,
@@ -174,6 +176,7 @@ def affordable_plans(
 
     @cache
     def named(device: str, num_examples: int) -> Affordable:
+        """Return the same with ranks in the plan's name where they differ."""
         own = afforded(device, num_examples)
         if own.plan is None or len(patterns[device]) == 1:
             return own
@@ -203,12 +206,13 @@ def left_out_clients(chosen: Mapping[str, Affordable], corpus: FederatedCorpus) 
 def never_there(
     config: Config, workload: Workload, devices: Mapping[str, DeviceProfile], clients: Sequence[ClientSpec]
 ) -> list[str]:
-    """Return a sentence about clients whose updates can never count, for want of memory or time."""
+    """Return a sentence about clients whose updates can never count because memory or time is too short."""
     deadline = config.clock.deadline_seconds
     budget = Budget((1,), deadline, seconds_from="clock.deadline_seconds")
 
     @cache
     def lacks(device: str, plan: RankPlan, num_examples: int) -> tuple[str, ...]:
+        """Return what a round of such a client exceeds."""
         profile, ranks = devices[device], plan.resolve(workload.shapes)
         return tuple(exceeded(profile, cost_on_device(workload, profile, ranks, num_examples, {}), budget))
 
