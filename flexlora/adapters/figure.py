@@ -1,4 +1,4 @@
-"""What does the picture of an adapter show? Its spectra and its energy, by kind of module and by layer."""
+"""Draws the spectra and the energy of an adapter, by kind of module and by layer."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -182,14 +182,14 @@ def _draw_layers(axes: Axes, kinds: Mapping[str, Sequence[ModuleSpectrum]], foun
 
 
 def _label_rows(axes: Axes, labels: Sequence[str], least: int = 6) -> None:
-    """Label rows from the top down, with room for at least so many."""
+    """Label rows from the top down, with room for at least ``least``."""
     axes.set_yticks(range(len(labels)), labels=labels)
     axes.set_ylim(max(least, len(labels)) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 
 
 def _write_behind(axes: Axes, x: float, y: float, text: str) -> None:
-    """Write what a bar says at its end; it needs no horizontal axis then."""
+    """Write what a bar says at its end; the horizontal axis is then not needed."""
     axes.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", color=_SOFT, size=8)
     axes.xaxis.set_visible(False)
     axes.spines["bottom"].set_visible(False)

@@ -1,4 +1,4 @@
-"""Where does an adapter change its base model, and in how many directions?"""
+"""Measures where an adapter changes its base model, and in how many directions."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from flexlora.lora.spectrum import effective_rank
 from flexlora.text import layer_order
 
 PICTURE_ENDINGS = (".svg", ".png", ".pdf")
-"""Of the files that a picture of an inspection can be."""
+"""Endings of the picture files that can be written."""
 
 
 LARGEST = 1e150
@@ -127,7 +127,7 @@ class Inspection:
 
 
 def kind_of(path: str) -> str:
-    """Return the path within its block, further numbers left open: ``self_attn.q_proj``, ``experts.*.up_proj``."""
+    """Return the path within its block, with ``*`` for further numbers: ``self_attn.q_proj``, ``experts.*.up_proj``."""
     match = _BLOCK.search(path)
     parts = (match["kind"] if match else path).split(".")
     return ".".join("*" if part.isdigit() else part for part in parts)

@@ -2,8 +2,8 @@
 
 For every module the change is ``P = sum_i c_i s_i B_i A_i`` over the adapters that have it, found as one decomposition
 of the sum and never by adding factors. The coefficients ``c_i`` are the method: ``mean`` divides the weights by their
-sum, ``sum`` takes them as they are. Modules are done one after another: the factors of one are mapped from the files,
-added up, decomposed and written before the next is looked at, so memory depends neither on the number of adapters nor
+sum, ``sum`` takes them as they are. Modules are merged one after another: the factors of one are mapped from the files,
+added up, decomposed and written before the next is read, so memory depends neither on the number of adapters nor
 on the number of modules.
 """
 
@@ -126,7 +126,7 @@ def _merge_module(
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Let errors of the file system in a ``with`` block say what they mean for ``folder``."""
+    """Make errors of the file system in a ``with`` block name ``folder``."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What is the whole model with an adapter merged into its weights?"""
+"""Merges an adapter into the weights of its base and writes the whole model."""
 
 from pathlib import Path
 

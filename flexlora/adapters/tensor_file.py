@@ -1,4 +1,4 @@
-"""How a safetensors file is written one tensor at a time, so that its tensors are never in memory together."""
+"""Writes a safetensors file one tensor at a time, so that its tensors are never in memory together."""
 
 import json
 import tempfile
@@ -28,10 +28,10 @@ class _Entry:
 class TensorSpool:
     """Tensors on their way into one file.
 
-    They wait in a file without a name, which is gone with the process however that ends.
+    They wait in a file without a name, which disappears with the process however it ends.
 
     Args:
-        folder: Where there is room for them.
+        folder: Where the file without a name is kept.
     """
 
     def __init__(self, folder: Path) -> None:

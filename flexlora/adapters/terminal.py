@@ -1,4 +1,4 @@
-"""What the terminal shows of a merge and of an adapter: progress, tables and small bars."""
+"""Shows a merge or an adapter in the terminal: progress, tables and small bars."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,15 +24,15 @@ NUM_WORST = 5
 
 
 LEAST_NAME = 20
-"""Letters of a name for which a narrow terminal does without other columns, if names can be told apart by as few."""
+"""Letters of a name that a narrow terminal shows at least, leaving out other columns to make room."""
 
 
 SENTENCE = 12
-"""Columns that sentences are broken into in a narrow terminal."""
+"""Width at which sentences are broken in a narrow terminal."""
 
 
 ENDLESS = 1_000_000
-"""Columns of what is no terminal."""
+"""Width where the output is no terminal."""
 
 
 UNNAMED = "an unnamed base model"
@@ -52,7 +52,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 ESTIMATED_FROM = 1e-4
-"""Doubt about a share of energy from which on it is shown as an estimate."""
+"""Uncertainty of a share of energy from which on it is shown as an estimate."""
 
 
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
@@ -282,7 +282,7 @@ def _width(texts: Iterable[str]) -> int:
 
 
 def _telling_width(names: Sequence[str]) -> int:
-    """Return the columns that names need at the least to be told apart by their ends."""
+    """Return the least width at which names can be told apart by their ends."""
     least = LEAST_NAME
     for one, other in pairwise(sorted(name[::-1] for name in names)):
         shared = sum(1 for _ in takewhile(lambda letters: letters[0] == letters[1], zip(one, other, strict=False)))

@@ -1,4 +1,4 @@
-"""Do these adapters change one model in one way, and what do they have in common?"""
+"""Checks that adapters change one model in one way, and finds what they have in common."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def open_adapters(names: Sequence[str], stack: ExitStack) -> list[AdapterFolder]
 
 
 def check_together(opened: Sequence[AdapterFolder], allow_different_bases: bool) -> list[str]:
-    """Raise unless the adapters change one model in one way; return what the user should know all the same."""
+    """Raise unless the adapters change one model in one way; return notes for the user."""
     notes = _check_bases(opened, allow_different_bases)
     replications = _first_of_each(opened, lambda adapter: str(adapter.settings["layer_replication"]))
     if len(replications) > 1:
@@ -60,7 +60,7 @@ def check_together(opened: Sequence[AdapterFolder], allow_different_bases: bool)
     _check_names(opened)
     folders = Counter(os.path.realpath(adapter.name) for adapter in opened)
     notes += [
-        f"{folder} was given {count} times, and every time counts" for folder, count in folders.items() if count > 1
+        f"{folder} was given {count} times; each of them counts" for folder, count in folders.items() if count > 1
     ]
     copies = sorted({key for adapter in opened for key in adapter.copies})
     if copies:
@@ -186,7 +186,7 @@ def common_targets(opened: Iterable[AdapterFolder], paths: tuple[str, ...]) -> l
     """Return the short names that all modules were chosen by, or None if they do not tell exactly which.
 
     Every adapter holds all modules of the base model that its names match, so the union of the names matches the union
-    of the modules and no other module of a base model that is not at hand. Unlike full paths, short names also find
+    of the modules and no other module of the base model, which is not at hand. Unlike full paths, short names also find
     modules whose path has been changed since, and other tools than PEFT expect them.
     """
     names: set[str] = set()

@@ -1,4 +1,4 @@
-"""LoRA adapters on disk: the PEFT folder that every tool reads, written whole or not at all."""
+"""Writes adapters as PEFT folders that every tool reads, whole or not at all."""
 
 import importlib.metadata
 import json

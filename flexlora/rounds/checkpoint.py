@@ -1,7 +1,7 @@
-"""How a run survives being killed: server state on disk, written atomically, read back to the same bits.
+"""Saves the server's state after a round and reads it back to the same bits, so that a run survives being killed.
 
 One checkpoint is one folder ``round-NNNN`` with ``state.safetensors`` (every tensor) and ``state.json`` (everything
-else, and the digest of the tensors). The folder appears under its name only when both files are on the disk.
+else, and the digest of the tensors). The folder appears under its name only when both files are on disk.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Checkpoint:
         server_round: The round that had just ended; 0 before the first.
         state: The aggregator's state.
         progress: What else the loop must remember, as plain JSON values.
-        sent: What clients that are still at work were sent, by a name of the loop's.
+        sent: What clients that are still training were sent, by a name that the loop chose.
     """
 
     server_round: int
@@ -81,7 +81,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
 
 
 def replace_progress(folder: Path, server_round: int, progress: Mapping[str, Any]) -> None:
-    """Replace what the checkpoint of ``server_round`` remembers besides its state, atomically."""
+    """Replace the progress in the checkpoint of ``server_round``, atomically; its state stays."""
     path = _folder_of(folder, server_round) / TREE_FILE
     description = {**json.loads(path.read_bytes()), "progress": dict(progress)}
     write_whole(path, json.dumps(description))
@@ -90,7 +90,7 @@ def replace_progress(folder: Path, server_round: int, progress: Mapping[str, Any
 def load_latest(folder: Path, types: tuple[type, ...]) -> Checkpoint | None:
     """Return the newest checkpoint that is whole, or None when there is none.
 
-    A damaged checkpoint is passed over, with a warning in the log, in favour of the one before it.
+    A damaged checkpoint is skipped, with a warning in the log, and the one before it is read.
 
     Args:
         folder: The ``checkpoints`` folder of a run.
@@ -106,7 +106,7 @@ def load_latest(folder: Path, types: tuple[type, ...]) -> Checkpoint | None:
             return _read(candidate, {kind.__name__: kind for kind in types})
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             problems.append(f"{candidate}: {error}")
-            log.warning("checkpoint passed over: %s", problems[-1])
+            log.warning("checkpoint skipped: %s", problems[-1])
     if problems:
         raise CheckpointError("no checkpoint can be read; start anew with --overwrite. " + "; ".join(problems))
     return None
@@ -169,12 +169,12 @@ def _decode(tree: Mapping[str, Any], tensors: Mapping[str, Tensor], types: Mappi
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write the tensors straight from where they are and return the SHA-256 of the file."""
+    """Write the tensors without copying them and return the SHA-256 of the file."""
     apart: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage().data_ptr()
-        # Only tensors that share memory, which safetensors refuses, are worth a copy.
+        # safetensors refuses tensors that share memory; all others need no copy.
         apart[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     try:

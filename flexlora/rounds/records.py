@@ -1,4 +1,4 @@
-"""What a run writes down: one JSON line per round, the references beside it and the manifest.
+"""Defines, writes and reads the records of a run: one JSON line per round, the references and the manifest.
 
 `records.jsonl` holds one `RoundRecord` per line, `references.json` one `ReferencesRecord`, `manifest.json` one
 `ManifestRecord`. Every file is strict JSON: NaN and the infinities travel as the strings ``"NaN"``, ``"Infinity"``
@@ -214,8 +214,8 @@ def to_line(record: RoundRecord) -> str:
 def append_record(path: Path, record: RoundRecord) -> None:
     """Add one line to a record file and bring it to the disk.
 
-    Not atomic: a process killed meanwhile leaves part of a line, which `read_records` drops and the next append
-    cuts off.
+    Not atomic: a process that is killed while writing leaves part of a line, which `read_records` ignores and the next
+    append removes.
     """
     is_new = not path.exists()
     path.touch(exist_ok=True)
@@ -296,7 +296,7 @@ def _parse(path: Path) -> Iterator[tuple[RoundRecord, bytes]]:
     if torn:
         log.warning("%s: dropped an incomplete last line of %d bytes; its writer was interrupted", path, len(torn))
     previous = -1
-    # Split at the byte, not with splitlines: JSON strings may hold U+2028 and other breaks that are none here.
+    # Split at the byte, not with splitlines: JSON strings may hold U+2028 and other line breaks that end no line here.
     for number, line in enumerate(whole.removesuffix(b"\n").split(b"\n") if whole else [], start=1):
         try:
             record = RoundRecord.model_validate_json(line)

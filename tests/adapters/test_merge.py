@@ -183,7 +183,7 @@ def test_any_adapters_add_up_to_their_dense_sum(data: st.DataObject, tmp_path_fa
 def test_an_adapter_given_twice_counts_twice_and_is_named(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(plain)
     result = merge([plain, tmp_path / "link"], out=tmp_path / "out")
-    assert f"{plain} was given 2 times, and every time counts" in result.notes
+    assert f"{plain} was given 2 times; each of them counts" in result.notes
 
 
 def test_changes_that_cancel_leave_a_module_without_effect(
