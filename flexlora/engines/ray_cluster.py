@@ -189,7 +189,7 @@ class _Queues:
         self.ray = ray
         self._handles, self._make = handles, make
         self._loads = [0] * len(handles)
-        self._lock = threading.Lock()
+        self._lock, self._is_closed = threading.Lock(), False
         self._call, self._packets = -1, dict[RankPlan, Any]()
 
     def submit(self, task: Task) -> tuple[int, Any, Any]:
@@ -211,8 +211,13 @@ class _Queues:
         """Count a task of an actor as done; replace an actor that is lost and not replaced yet."""
         with self._lock:
             self._loads[index] -= 1
-            if is_lost and self._handles[index] is handle:
+            if is_lost and self._handles[index] is handle and not self._is_closed:
                 self._handles[index] = self._make()
+
+    def close(self) -> None:
+        """Replace no more actors."""
+        with self._lock:
+            self._is_closed = True
 
 
 class _RayTrainer:
@@ -254,4 +259,5 @@ class _RayTrainer:
             self._queues.ray.cancel(self._future)
 
     def close(self) -> None:
-        """Do nothing: the actors are killed with their pool."""
+        """Replace no more actors; they are killed with their pool."""
+        self._queues.close()

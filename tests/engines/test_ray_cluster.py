@@ -137,3 +137,17 @@ def test_an_actor_that_does_not_fit_is_refused_by_name(engine, actors):
         RayActors(engine.model, ActorSettings(cpus=64)).started()
     with pytest.raises(RayError, match=r"ray\.num_actors.*2 here; got 3"):
         RayActors(engine.model, ActorSettings(num_actors=3)).started()
+
+
+# The last one, because it ends the actors.
+def test_closing_the_pool_ends_the_actors_at_work_and_replaces_none(engine, clients, broadcasts, order_of, actors):
+    before = list(actors.started())
+    outcomes = RayEngine(engine, actors).train(order_of(6, clients * 4, broadcasts))
+    next(outcomes)
+    actors.pool.close()
+    assert actors.started() == before
+    assert not any(thread.is_alive() for thread in actors.pool._threads)
+    for handle in before:
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(handle.pid.remote())
+    outcomes.close()
