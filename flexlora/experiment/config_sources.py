@@ -10,7 +10,8 @@ from typing import Any, TypeAlias, get_args
 import numpy as np
 from pydantic import BaseModel
 
-from flexlora.experiment.config import CommonData, Config, ConfigError
+from flexlora.experiment.config import Config, ConfigError
+from flexlora.experiment.config_data import CommonData
 from flexlora.experiment.config_file import parse_config, read_settings
 
 DEMO = "demo"

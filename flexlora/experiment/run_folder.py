@@ -9,7 +9,8 @@ import yaml
 
 from flexlora.errors import FlexLoraError
 from flexlora.experiment.baselines import FEDIT_FOLDER
-from flexlora.experiment.config import Config, InMemoryData
+from flexlora.experiment.config import Config
+from flexlora.experiment.config_data import InMemoryData
 from flexlora.experiment.config_file import dump_config, parse_config
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.manifest import manifest_of
