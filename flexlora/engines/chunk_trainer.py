@@ -45,7 +45,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainTask:
     """A chunk to train.
 
     Attributes:
@@ -128,11 +128,11 @@ class ChunkTrainer:
         torch.set_float32_matmul_precision(start.matmul_precision)
         torch.use_deterministic_algorithms(start.deterministic, warn_only=True)
         self._model = attach(memory, start.description, start.device)
-        self._task: Task | None = None
+        self._task: TrainTask | None = None
         self._engine: SimulationEngine | None = None
         self._parcels: dict[RankPlan, Parcel] = {}
 
-    def begin(self, task: Task) -> Iterator[bytes]:
+    def begin(self, task: TrainTask) -> Iterator[bytes]:
         """Prepare a task and return the packed outcomes of its clients, each trained when it is asked for."""
         if self._task is None or self._task.call != task.call:
             self._parcels.clear()

@@ -18,7 +18,7 @@ import torch
 
 from flexlora.data.prompts import EncodedExample
 from flexlora.engines.base import RoundOrder
-from flexlora.engines.chunk_trainer import Task
+from flexlora.engines.chunk_trainer import TrainTask
 from flexlora.engines.chunks import Chunk
 from flexlora.engines.open_round import OpenChunk, OpenRound
 from flexlora.engines.simulation import SimulationEngine
@@ -55,7 +55,7 @@ class RemoteTrainer(Protocol):
         """Wait until this trainer can take a chunk; raise if it never will."""
         ...
 
-    def train(self, task: Task) -> Iterator[Update | ClientFailure]:
+    def train(self, task: TrainTask) -> Iterator[Update | ClientFailure]:
         """Yield the outcome of each client of a task.
 
         Raises:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from flexlora.engines.base import RoundOrder
-from flexlora.engines.chunk_trainer import Task, pickled_order, pickled_settings
+from flexlora.engines.chunk_trainer import TrainTask, pickled_order, pickled_settings
 from flexlora.engines.chunks import Chunk, cut_into_chunks
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.federation.messages import ClientFailure, Update
@@ -113,11 +113,11 @@ class OpenRound:
         except Exception:
             return False
 
-    def task(self, chunk: Chunk) -> Task:
+    def task(self, chunk: Chunk) -> TrainTask:
         """Return a chunk as a task, with the packets of all its clients."""
         assert self._pickled is not None
         order, engine = self._pickled
-        return Task(
+        return TrainTask(
             call=self._number,
             clients=chunk.clients,
             examples={client_id: list(examples) for client_id, examples in chunk.examples.items()},

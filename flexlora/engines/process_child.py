@@ -1,7 +1,7 @@
 """Runs a child process: trains chunks for the process that started it, and ends when that process does.
 
 Started as ``python -m flexlora.engines.process_child SOCKET MEMORY``, two inherited file descriptors. It receives one
-``Start`` and then one ``Task`` after another, over a socket that only the process that started it has. It answers
+``Start`` and then one ``TrainTask`` after another, over a socket that only the process that started it has. It answers
 ``READY`` to the start; it answers a task with ``READY`` when it begins, then with the outcome of each client.
 """
 

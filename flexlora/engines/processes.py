@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from typing import IO
 
 from flexlora.engines.base import RoundOrder
-from flexlora.engines.chunk_trainer import Start, Task, start_like_here, unpacked
+from flexlora.engines.chunk_trainer import Start, TrainTask, start_like_here, unpacked
 from flexlora.engines.dispatch import ChunkLostError, Dispatcher, TrainerPool
 from flexlora.engines.process_child import READY
 from flexlora.engines.shared_model import SharedModel, SharingError, share
@@ -158,7 +158,7 @@ class ChildTrainer:
         except (EOFError, OSError) as error:
             raise ChildError(self._end(child)) from error
 
-    def train(self, task: Task) -> Iterator[Update | ClientFailure]:
+    def train(self, task: TrainTask) -> Iterator[Update | ClientFailure]:
         """Yield the outcome of each client of a task.
 
         Raises:
@@ -230,14 +230,14 @@ class _Child:
             self.connection = Connection(ours.detach())
             stack.pop_all()
 
-    def send(self, message: Start | Task) -> None:
+    def send(self, message: Start | TrainTask) -> None:
         """Send a message and wait until the child is ready for what follows."""
         # Not with the connection's own pickling, which torch teaches to send tensors as open files.
         self.connection.send_bytes(pickle.dumps(message))
         if self.connection.recv_bytes() != READY:
             raise OSError("the process answered out of turn")
 
-    def lacking(self, task: Task) -> dict[RankPlan, bytes]:
+    def lacking(self, task: TrainTask) -> dict[RankPlan, bytes]:
         """Return the packets of a task that the child has not been sent in this call."""
         if task.call != self._call:
             self._call, self._plans = task.call, set()

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from flexlora.engines.base import RoundOrder
-from flexlora.engines.chunk_trainer import ChunkTrainer, Start, Task, start_like_here, unpacked
+from flexlora.engines.chunk_trainer import ChunkTrainer, Start, TrainTask, start_like_here, unpacked
 from flexlora.engines.dispatch import ChunkLostError, Dispatcher, TrainerPool
 from flexlora.engines.shared_model import share
 from flexlora.engines.simulation import SimulationEngine, reason_of
@@ -192,7 +192,7 @@ class _Queues:
         self._lock, self._is_closed = threading.Lock(), False
         self._call, self._packets = -1, dict[RankPlan, Any]()
 
-    def submit(self, task: Task) -> tuple[int, Any, Any]:
+    def submit(self, task: TrainTask) -> tuple[int, Any, Any]:
         """Give a task to the actor that has the fewest; return its number, its handle and the future."""
         with self._lock:
             if task.call != self._call:
@@ -230,7 +230,7 @@ class _RayTrainer:
     def prepare(self) -> None:
         """Do nothing: Ray keeps a task until its actor is ready."""
 
-    def train(self, task: Task) -> Iterator[Update | ClientFailure]:
+    def train(self, task: TrainTask) -> Iterator[Update | ClientFailure]:
         """Yield the outcome of each client of a task.
 
         Raises:

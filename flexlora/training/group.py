@@ -19,7 +19,7 @@ from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.factor_bank import FactorBank, Trained
 from flexlora.training.group_backward import GroupBackward
 from flexlora.training.group_optimizer import clip_gradients, num_moments, update_factors
-from flexlora.training.group_passes import GroupJob, PooledClient, Row, cut_into_passes
+from flexlora.training.group_passes import GroupJob, PassRow, PooledClient, cut_into_passes
 from flexlora.training.group_room import has_room
 from flexlora.training.one_client import (
     DivergedError,
@@ -161,7 +161,7 @@ class _Pool:
             client.num_tokens += sum(len(example.input_ids) for example in batch)
             client.num_answers += answers[-1]
             rows += [
-                Row(pool_index, client, example, 1 / answers[-1], (client.job.seed, step, position))
+                PassRow(pool_index, client, example, 1 / answers[-1], (client.job.seed, step, position))
                 for position, example in enumerate(batch)
                 if num_answer_tokens([example])
             ]

@@ -11,7 +11,7 @@ from flexlora.data.prompts import IGNORED, padding_token
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.group_decoder import GroupDecoder, decoder_of
 from flexlora.training.group_layers import BankRows, GroupLayers, without_lora
-from flexlora.training.group_passes import Row, rows_by_bank
+from flexlora.training.group_passes import PassRow, rows_by_bank
 from flexlora.training.logits import answer_losses
 
 
@@ -32,7 +32,7 @@ class GroupBackward:
         """Prepare for factors of these modules."""
         self._layers.add(paths)
 
-    def __call__(self, rows: Sequence[Row], num_clients: int) -> Tensor:
+    def __call__(self, rows: Sequence[PassRow], num_clients: int) -> Tensor:
         """Add the gradients of a pass to the banks, and return its part of the loss of each client in the pool."""
         device = self._model.device
         weights = torch.tensor([row.weight for row in rows], device=device)
@@ -52,7 +52,7 @@ class GroupBackward:
         return torch.zeros(num_clients, device=device).index_add_(0, pool_indices, losses.detach())
 
     def _written_out(
-        self, decoder: GroupDecoder, rows: Sequence[Row], weights: Tensor, bank_rows: Sequence[BankRows]
+        self, decoder: GroupDecoder, rows: Sequence[PassRow], weights: Tensor, bank_rows: Sequence[BankRows]
     ) -> Tensor:
         device = weights.device
         chosen = _choose_positions(rows, device)
@@ -87,7 +87,7 @@ class _ChosenPositions:
     owners: Tensor
 
 
-def _choose_positions(rows: Sequence[Row], device: torch.device) -> _ChosenPositions:
+def _choose_positions(rows: Sequence[PassRow], device: torch.device) -> _ChosenPositions:
     length = max(row.length for row in rows)
     columns = [[column for column, label in enumerate(row.example.labels[1:]) if label != IGNORED] for row in rows]
     targets = [row.example.labels[column + 1] for row, own in zip(rows, columns, strict=True) for column in own]
@@ -102,7 +102,7 @@ def _choose_positions(rows: Sequence[Row], device: torch.device) -> _ChosenPosit
     return _ChosenPositions(*(torch.tensor(numbers, device=device) for numbers in (chosen, places, targets, owners)))
 
 
-def _padded(rows: Sequence[Row], padding: int, device: torch.device) -> Tensor:
+def _padded(rows: Sequence[PassRow], padding: int, device: torch.device) -> Tensor:
     length = max(row.length for row in rows)
     padded = [[*row.example.input_ids, *[padding] * (length - row.length)] for row in rows]
     return torch.tensor(padded, device=device)

@@ -78,7 +78,7 @@ class PooledClient:
 
 
 @dataclass(frozen=True)
-class Row:
+class PassRow:
     """One example of the step a client is making.
 
     Attributes:
@@ -101,7 +101,7 @@ class Row:
         return len(self.example.input_ids)
 
 
-def cut_into_passes(rows: Sequence[Row], kind: str) -> list[list[Row]]:
+def cut_into_passes(rows: Sequence[PassRow], kind: str) -> list[list[PassRow]]:
     """Return the rows cut into passes at the least cost of padded tokens, passes, banks and gathered factors.
 
     Two ways are compared: rows sorted by length whatever client they belong to, and the rows of each client together.
@@ -117,11 +117,11 @@ def cut_into_passes(rows: Sequence[Row], kind: str) -> list[list[Row]]:
     return min(candidates, key=lambda parts: sum(_cost(part, kind) for part in parts))
 
 
-def _banks_and_slots(row: Row) -> tuple[tuple[int, ...], ...]:
+def _banks_and_slots(row: PassRow) -> tuple[tuple[int, ...], ...]:
     return row.client.bank_numbers, row.client.slots
 
 
-def _cheapest_cuts(units: Sequence[Sequence[Row]], kind: str) -> list[list[Row]]:
+def _cheapest_cuts(units: Sequence[Sequence[PassRow]], kind: str) -> list[list[PassRow]]:
     """Return runs of units as passes, at the least cost of padded tokens, passes and banks."""
     most = _MOST_PASS_TOKENS.get(kind, 1024)
     sizes = [(len(unit), max(row.length for row in unit), unit[0].client.bank_numbers) for unit in units]
@@ -147,7 +147,7 @@ def _cheapest_cuts(units: Sequence[Sequence[Row]], kind: str) -> list[list[Row]]
     return parts
 
 
-def _cost(rows: Sequence[Row], kind: str) -> float:
+def _cost(rows: Sequence[PassRow], kind: str) -> float:
     """Return what a pass costs, in tokens."""
     cost = float(len(rows) * max(row.length for row in rows) + PASS_TOKENS.get(kind, 0))
     for _, own in itertools.groupby(rows, key=lambda row: row.client.bank_numbers):
@@ -157,7 +157,7 @@ def _cost(rows: Sequence[Row], kind: str) -> float:
     return cost
 
 
-def rows_by_bank(rows: Sequence[Row], dropout: float, device: torch.device) -> list[BankRows]:
+def rows_by_bank(rows: Sequence[PassRow], dropout: float, device: torch.device) -> list[BankRows]:
     """Return which rows use which factors; rows with the same banks, and rows of one client, are neighbours."""
     bank_rows, start = [], 0
     for banks, group in itertools.groupby(rows, key=lambda row: row.client.banks):
@@ -172,7 +172,7 @@ def rows_by_bank(rows: Sequence[Row], dropout: float, device: torch.device) -> l
     return bank_rows
 
 
-def masks_of(rows: Sequence[Row], dropout: float, device: torch.device) -> RowMasks:
+def masks_of(rows: Sequence[PassRow], dropout: float, device: torch.device) -> RowMasks:
     """Return the dropout masks of rows; each row has a stream of its own."""
     seeds = [stream_seed(seed, "dropout", step, position) for seed, step, position in (row.stream for row in rows)]
     return RowMasks(dropout, seeds, [row.length for row in rows], device)

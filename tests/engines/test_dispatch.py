@@ -9,7 +9,7 @@ import torch
 
 from flexlora.data.prompts import EncodedExample
 from flexlora.engines import chunks
-from flexlora.engines.chunk_trainer import Task
+from flexlora.engines.chunk_trainer import TrainTask
 from flexlora.engines.dispatch import ChunkLostError, Dispatcher, RemoteTrainer, TrainerPool
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.federation.clients import ClientSpec, RankPlan
@@ -26,16 +26,16 @@ SECONDS = 20
 class Fake:
     """Answers a chunk with what ``answer`` yields."""
 
-    def __init__(self, answer: Callable[[Task], Iterator[Update | ClientFailure]], error: Exception | None = None):
+    def __init__(self, answer: Callable[[TrainTask], Iterator[Update | ClientFailure]], error: Exception | None = None):
         self.answer, self.error = answer, error
-        self.tasks: list[Task] = []
+        self.tasks: list[TrainTask] = []
         self.stopped, self.closed = threading.Event(), threading.Event()
 
     def prepare(self) -> None:
         if self.error is not None:
             raise self.error
 
-    def train(self, task: Task) -> Iterator[Update | ClientFailure]:
+    def train(self, task: TrainTask) -> Iterator[Update | ClientFailure]:
         self.tasks.append(task)
         yield from self.answer(task)
 
@@ -46,7 +46,7 @@ class Fake:
         self.closed.set()
 
 
-def there(task: Task) -> Iterator[Update]:
+def there(task: TrainTask) -> Iterator[Update]:
     for client in task.clients:
         yield Update(client.client_id, {}, 1.0, {"here": 0.0})
 

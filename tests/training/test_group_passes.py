@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flexlora.data.prompts import EncodedExample
-from flexlora.training.group_passes import Row, _cut_into_segments, cut_into_passes
+from flexlora.training.group_passes import PassRow, _cut_into_segments, cut_into_passes
 
 
 def test_rows_of_similar_length_share_a_pass_whoever_they_belong_to():
@@ -16,7 +16,7 @@ def test_rows_of_similar_length_share_a_pass_whoever_they_belong_to():
     clients = [Client((0,), (0,)), Client((0,), (1,)), Client((1,), (0,))]
     lengths = {0: (10, 300, 12), 1: (290, 11, 310), 2: (11, 305)}
     rows = [
-        Row(member, clients[member], EncodedExample((1,) * length, (1,) * length), 1.0, (0, 0, 0))
+        PassRow(member, clients[member], EncodedExample((1,) * length, (1,) * length), 1.0, (0, 0, 0))
         for member, own in lengths.items()
         for length in own
     ]
