@@ -1,4 +1,4 @@
-"""Define the verbs of the command line.
+"""Defines the verbs of the command line.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 1 an unexpected error; 2 wrong
 configuration, input or usage; 3 the run made no progress; 4 the machine failed (disk, permission, memory); 130

@@ -1,4 +1,4 @@
-"""Checks for code of other people: whether an aggregation method keeps what the rest of the package relies on."""
+"""Checks code of other people: whether an aggregation method keeps what the rest of the package relies on."""
 
 import tempfile
 from pathlib import Path

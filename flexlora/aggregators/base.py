@@ -1,4 +1,4 @@
-"""The protocol of every aggregation method, and what its states may be made of."""
+"""Defines the protocol of every aggregation method, and what its states may be made of."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What every aggregation method must do, as checks that run on any method, inside the package or outside.
+"""Checks what every aggregation method must do, on any method, inside the package or outside.
 
 Expected numbers come from numpy, from what went in, or from the method itself asked in another way (another order of
 clients, other units of weight). No check knows a method by name: traits say what it may demand.

@@ -1,4 +1,4 @@
-"""A method to be checked, with four clients of mixed ranks, and what checks compare."""
+"""Sets a method up to be checked, with four clients of mixed ranks, and compares changes."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping

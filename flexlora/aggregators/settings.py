@@ -1,4 +1,4 @@
-"""What a method tells the rest of the package about itself: described options, and traits.
+"""Describes a method to the rest of the package: its options, and its traits.
 
 Loads no torch, so that a configuration is checked before anything heavy is imported.
 """

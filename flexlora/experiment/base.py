@@ -1,4 +1,4 @@
-"""The base model that a configuration names."""
+"""Loads the base model that a configuration names."""
 
 import os
 from typing import Any

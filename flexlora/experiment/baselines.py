@@ -1,4 +1,4 @@
-"""What a run is compared with: clients that train alone, and FedIT at the smallest rank."""
+"""Measures what a run is compared with: clients that train alone, and FedIT at the smallest rank."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""What a run is: the whole configuration, one YAML file plus ``key=value`` overrides."""
+"""Defines the configuration of a run: sections of settings, each with its description."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal

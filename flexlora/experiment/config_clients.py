@@ -1,4 +1,4 @@
-"""What clients afford, on which devices they run, and the virtual clock: three sections of a configuration."""
+"""Defines what clients afford, on which devices they run, and the virtual clock: three sections of a configuration."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""The ``data`` section of a configuration: which examples there are, and how they are used."""
+"""Defines the ``data`` section of a configuration: which examples there are, and how they are used."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""Reads and writes configurations: a YAML file plus ``key=value`` overrides, and words for what is wrong."""
+"""Reads and writes configurations, a YAML file plus ``key=value`` overrides, and explains what is wrong."""
 
 import copy
 import difflib

@@ -1,4 +1,4 @@
-"""The base of every section of a configuration."""
+"""Defines the base of every section of a configuration."""
 
 from pydantic import BaseModel, ConfigDict
 

@@ -1,4 +1,4 @@
-"""Check whether this machine is ready: versions, devices, files and offline state."""
+"""Checks whether this machine is ready: versions, devices, files and offline state."""
 
 import importlib.metadata
 import importlib.util

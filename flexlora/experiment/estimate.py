@@ -1,4 +1,4 @@
-"""Estimate what a run will do and cost, before any weight is loaded."""
+"""Estimates what a run will do and cost, before any weight is loaded."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

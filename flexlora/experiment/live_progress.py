@@ -1,4 +1,4 @@
-"""Show the live progress of a run in the terminal."""
+"""Shows the live progress of a run in the terminal."""
 
 from types import TracebackType
 

@@ -1,4 +1,4 @@
-"""A loaded base model with the participants: what round loops, references and scores are made from."""
+"""Loads the base model beside the participants: what round loops, baselines and scores are made from."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence

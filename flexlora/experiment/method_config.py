@@ -1,4 +1,4 @@
-"""The ``method`` section of a configuration, made from the options that a method describes."""
+"""Makes the ``method`` section of a configuration from the options that a method describes."""
 
 from functools import cache
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""Who takes part in a run, and with what data: configuration -> examples and client specifications."""
+"""Gathers who takes part in a run, with which data, ranks and devices."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

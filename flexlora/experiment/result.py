@@ -1,4 +1,4 @@
-"""What a run left behind: its scores, records, clients and adapter, for programs and notebooks."""
+"""Holds what a run left behind: its scores, records, clients and adapter, for programs and notebooks."""
 
 import html
 import importlib.util

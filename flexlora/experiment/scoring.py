@@ -1,4 +1,4 @@
-"""Scores of a loaded model: unseen tasks, the validation set, and each rank group."""
+"""Scores a loaded model: unseen tasks, the validation set, and each rank group."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Stages of a run, for progress displays."""
+"""Defines the stages of a run, for progress displays."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Print the tables at the end of a command: results, estimates, scores."""
+"""Prints the tables at the end of a command: results, estimates, scores."""
 
 from collections.abc import Mapping, Sequence
 

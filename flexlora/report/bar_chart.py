@@ -1,4 +1,4 @@
-"""Draw columns of stacked bars."""
+"""Draws columns of stacked bars."""
 
 import math
 from collections.abc import Mapping, Sequence

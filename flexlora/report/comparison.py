@@ -1,4 +1,4 @@
-"""Choose the runs to compare on the virtual clock, name them, and say what makes them incomparable."""
+"""Chooses the runs to compare on the virtual clock, names them, and says what makes them incomparable."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Draw a few values as dots on one small scale, for a cell of a table."""
+"""Draws a few values as dots on one small scale, for a cell of a table."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Draw what all charts share, as SVG: the box, its axes, labels and paths.
+"""Draws what all charts share, as SVG: the box, its axes, labels and paths.
 
 Colours are CSS classes of the page (``c1``.. for models and stages, ``p1``.. for rank plans), so that one drawing
 serves light, dark and paper. Every chart is drawn in a box of `WIDTH` units and scales with the page.

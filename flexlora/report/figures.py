@@ -1,4 +1,4 @@
-"""Choose what each figure of the page shows."""
+"""Chooses what each figure of the page shows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Say in a few words and large numbers what was run and what came of it."""
+"""Says in a few words and large numbers what was run and what came of it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Draw values over rounds, or along another axis, as lines and levels."""
+"""Draws values over rounds, or along another axis, as lines and levels."""
 
 import bisect
 import math

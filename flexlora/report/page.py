@@ -1,4 +1,4 @@
-"""Write `report.html` from a run folder: one file that needs nothing else, for a screen, a phone or paper."""
+"""Writes `report.html` from a run folder: one file that needs nothing else, for a screen, a phone or paper."""
 
 import math
 from collections.abc import Sequence

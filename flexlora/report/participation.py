@@ -1,4 +1,4 @@
-"""Count how often the clients of each plan and device took part, what they moved, and which of them failed."""
+"""Counts how often the clients of each plan and device took part, what they moved, and which of them failed."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence

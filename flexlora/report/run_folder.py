@@ -1,4 +1,4 @@
-"""Read what a run folder holds, as far as the run has got."""
+"""Reads what a run folder holds, as far as the run has got."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

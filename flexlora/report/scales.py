@@ -1,4 +1,4 @@
-"""Choose the range and the marks of an axis, and turn values into places on it."""
+"""Chooses the range and the marks of an axis, and turns values into places on it."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Compute the rows of every table of scores: models, categories of tasks, and clients by rank plan."""
+"""Computes the rows of every table of scores: models, categories of tasks, and clients by rank plan."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Find scores in the records of a run, and compare them where both are there and finite."""
+"""Finds scores in the records of a run, and compares them where both are there and finite."""
 
 import math
 from collections.abc import Iterable, Sequence

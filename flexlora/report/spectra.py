@@ -1,4 +1,4 @@
-"""Prepare the singular values of every module and round for a page, with the errors of cutting them."""
+"""Prepares the singular values of every module and round for a page, with the errors of cutting them."""
 
 import math
 from collections.abc import Mapping, Sequence

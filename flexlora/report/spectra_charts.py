@@ -1,4 +1,4 @@
-"""Draw singular values as a curve, and shares by module and round as a heat map."""
+"""Draws singular values as a curve, and shares by module and round as a heat map."""
 
 import math
 from collections.abc import Sequence

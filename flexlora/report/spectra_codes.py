@@ -1,4 +1,4 @@
-"""Pack the numbers behind the spectra of a page, two characters each; the script of the page unpacks them."""
+"""Packs the numbers behind the spectra of a page, two characters each; the script of the page unpacks them."""
 
 import math
 from collections.abc import Sequence

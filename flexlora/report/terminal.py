@@ -1,4 +1,4 @@
-"""Print how runs went on the virtual clock."""
+"""Prints how runs went on the virtual clock."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Follow a run on the virtual clock: its score at each time, and when it reached a target."""
+"""Follows a run on the virtual clock: its score at each time, and when it reached a target."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

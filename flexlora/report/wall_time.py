@@ -1,4 +1,4 @@
-"""Sum the wall time of a run by stage."""
+"""Sums the wall time of a run by stage."""
 
 import math
 from collections import defaultdict
