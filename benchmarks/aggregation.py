@@ -288,6 +288,9 @@ def measure(row: Row, methods: list[str], repeats: int, num_modules: int) -> dic
             over[name] = oracle.over_optimal(triple)
             del triple
     return {
+        "part": "aggregation",
+        "device": str(row.device),
+        "dtype": str(row.clients[0].A.dtype),
         "shape": row.shape,
         "clients": row.num_clients,
         "spectrum": row.spectrum,

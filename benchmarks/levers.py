@@ -134,6 +134,8 @@ def main() -> None:
     for batch_size in map(int, arguments.batch_sizes.split(",")):
         options = argparse.Namespace(
             base=arguments.base,
+            device="cpu",
+            dtype="float32",
             attention="sdpa",
             clients=arguments.clients,
             steps=arguments.steps,

@@ -2,6 +2,7 @@
 
     python benchmarks/simulation.py --batch-sizes 1,4,8 --repeats 5
     python benchmarks/simulation.py --base 64x2 --methods ours,swapped
+    python benchmarks/simulation.py --base FOLDER --device cuda --dtype bfloat16 --clients 64 --batch-sizes 4 --profile
 
 Every client of the generated corpus makes the same number of optimiser steps on the same examples from the same factors
 in each way. Ways take turns, repeat by repeat, so that a busy machine troubles all of them; a ratio is that of two
@@ -21,11 +22,13 @@ ratio to ``ours`` with its smallest and largest.
 
 With --cpu-time the ways that use several processes cannot be measured. With --profile the ways with one thread are also
 run under torch's profiler: the share of each kind of work, and the rate of the matrix products as a share of what one
-thread reaches on this machine with large matrices.
+thread reaches on this machine with large matrices. On a GPU it says the latter only, for every way, as a share of what
+the device reaches in the type of the base.
 """
 
 import argparse
 import atexit
+import json
 import os
 import pickle
 import signal
@@ -37,7 +40,9 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -89,6 +94,7 @@ class Setting:
     central_batch: int
     base: str
     flower_python: str
+    device: torch.device
 
     @property
     def num_tokens(self) -> int:
@@ -99,10 +105,20 @@ class Setting:
         return sum(self.training.num_steps(len(job.examples)) for job in self.jobs)
 
 
-def make_network(base: str, attention: str) -> PreTrainedModel:
-    """Return the embedded base, or a random Llama of ``hidden x layers``."""
+def folder_of(base: str) -> str | None:
+    """Return the folder of a base that has one; None for a random Llama of ``hidden x layers``."""
     if base == "embedded":
-        return load_base_model(str(BASE_FOLDER), dtype="float32", device="cpu", attn_implementation=attention)[0]
+        return str(BASE_FOLDER)
+    return base if Path(base).is_dir() else None
+
+
+def make_network(
+    base: str, attention: str, device: str = "cpu", dtype: Literal["float32", "bfloat16"] = "float32"
+) -> PreTrainedModel:
+    """Return the embedded base, that of a folder, or a random Llama of ``hidden x layers``."""
+    folder = folder_of(base)
+    if folder is not None:
+        return load_base_model(folder, dtype=dtype, device=device, attn_implementation=attention)[0]
     hidden, layers = map(int, base.split("x"))
     config = LlamaConfig(
         vocab_size=2560,
@@ -115,15 +131,17 @@ def make_network(base: str, attention: str) -> PreTrainedModel:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
+    network = LlamaForCausalLM._from_config(config, attn_implementation=attention, dtype=getattr(torch, dtype))
+    return network.to(device).eval()  # pyright: ignore[reportArgumentType]
 
 
 def make_setting(arguments: argparse.Namespace, batch_size: int) -> Setting:
     """Return as many clients of the demo as asked for, with as many examples as their steps need."""
     config = load_config(CONFIG, [f"clients.distribution={arguments.distribution}"])
     participants = gather_participants(config)
-    tokenizer = AutoTokenizer.from_pretrained(BASE_FOLDER)
-    model = AdaptedModel(make_network(arguments.base, arguments.attention), tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(folder_of(arguments.base) or BASE_FOLDER)
+    of_base = partial(make_network, arguments.base, arguments.attention, arguments.device, arguments.dtype)
+    model = AdaptedModel(of_base(), tokenizer)
     shapes, scaling = target_modules(model.network, "all-linear"), Scaling("rslora", ALPHA)
     jobs = []
     for seed, client in enumerate(participants.clients[: arguments.clients]):
@@ -134,7 +152,7 @@ def make_setting(arguments: argparse.Namespace, batch_size: int) -> Setting:
         jobs.append(GroupJob(Broadcast(adapter), encoded, LEARNING_RATE, seed))
     training = LocalTraining("adamw", batch_size=batch_size)
     return Setting(
-        lambda: make_network(arguments.base, arguments.attention),
+        of_base,
         model,
         participants.clients[: arguments.clients],
         jobs,
@@ -142,6 +160,7 @@ def make_setting(arguments: argparse.Namespace, batch_size: int) -> Setting:
         arguments.central_batch,
         arguments.base,
         arguments.flower_python,
+        model.device,
     )
 
 
@@ -168,7 +187,9 @@ def engine(setting: Setting) -> Callable[[], None]:
         parcels=parcels,
     )
     children = ChildProcesses(
-        setting.model, *choose_processes("cpu", setting.model.num_parameters, None, None), seconds_before_children=0.0
+        setting.model,
+        *choose_processes(str(setting.device), setting.model.num_parameters, None, None),
+        seconds_before_children=0.0,
     )
     here = SimulationEngine(setting.model, examples.__getitem__, setting.training)
     together = ProcessEngine(here, children)
@@ -202,7 +223,7 @@ def stock_steps(model: PeftModel, examples: Sequence[EncodedExample], batch_size
         batch = examples[start : start + batch_size]
         length = max(len(example.input_ids) for example in batch)
         tokens, labels = (
-            torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows])
+            torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows], device=model.device)
             for rows, filler in (
                 ([example.input_ids for example in batch], 0),
                 ([example.labels for example in batch], -100),
@@ -274,7 +295,7 @@ def trainer(setting: Setting) -> Callable[[], None]:
                     save_strategy="no",
                     logging_strategy="no",
                     report_to="none",
-                    use_cpu=True,
+                    use_cpu=setting.device.type == "cpu",
                     disable_tqdm=True,
                     remove_unused_columns=False,
                 )
@@ -352,7 +373,8 @@ METHODS: dict[str, tuple[Callable[[Setting], Callable[[], None]], int]] = {
 }
 
 
-def measure(setting: Setting, names: Sequence[str], repeats: int, clock: Callable[[], float]) -> None:
+def measure(setting: Setting, names: Sequence[str], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Print and return the seconds of each way."""
     trainers = {name: METHODS[name][0](setting) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats + 1):
@@ -371,18 +393,42 @@ def measure(setting: Setting, names: Sequence[str], repeats: int, clock: Callabl
             ratios = [theirs / ours for theirs, ours in zip(own, seconds[names[0]], strict=True)]
             line += f"   {names[0]} is {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
         print(line, flush=True)
+    return seconds
 
 
-def matrix_peak() -> float:
-    """Return floating-point operations per second of one thread in a large product of float32 matrices."""
+def now(device: torch.device) -> float:
+    """Return the time when everything launched on a device so far is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return floating-point operations per second in a large product: of one thread, or of a GPU."""
     torch.set_num_threads(1)
-    A = torch.randn(1536, 1536)
+    size = 1536 if device.type == "cpu" else 8192
+    A = torch.randn(size, size, device=device).to(dtype)
     seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(8):
+        start = now(device)
         A @ A
-        seconds.append(time.perf_counter() - start)
-    return 2 * 1536**3 / min(seconds)
+        seconds.append(now(device) - start)
+    return 2 * size**3 / statistics.median(seconds[3:] if device.type == "cuda" else [min(seconds)])
+
+
+def shares_of_peak(setting: Setting, seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Print and return how near the products of each way come to the GPU's best, in the type of the base."""
+    peak = matrix_peak(setting.device, setting.model.network.dtype)
+    print(f"  the device reaches {peak / 1e12:.0f} TFLOP/s in a large product")
+    shares = {}
+    for name, own in seconds.items():
+        train = METHODS[name][0](setting)
+        with FlopCounterMode(display=False) as counter:
+            train()
+        rate = counter.get_total_flops() / statistics.median(own)
+        shares[name] = rate / peak
+        print(f"  {name}: {rate / 1e12:.1f} TFLOP/s in products, {shares[name]:.1%} of the peak", flush=True)
+    return shares
 
 
 # Kind of work -> parts of the names of torch's operators that do it; the first that fits counts.
@@ -409,7 +455,7 @@ KINDS = {
 
 def profile(setting: Setting, names: Sequence[str]) -> None:
     """Print where the time of a way with one thread goes, and how near its products come to the machine's best."""
-    peak = matrix_peak()
+    peak = matrix_peak(setting.device, torch.float32)
     print(f"  one thread reaches {peak / 1e9:.0f} GFLOP/s in a large product")
     for name in names:
         train = METHODS[name][0](setting)
@@ -444,7 +490,9 @@ def profile(setting: Setting, names: Sequence[str]) -> None:
 def main() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="embedded", help="embedded, or HIDDENxLAYERS such as 64x2")
+    parser.add_argument("--base", default="embedded", help="embedded, a folder, or HIDDENxLAYERS such as 64x2")
+    parser.add_argument("--device", default="cpu", help="for example cuda")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base")
     parser.add_argument("--batch-sizes", default="1,4,8")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps of each client")
@@ -456,8 +504,9 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
     parser.add_argument("--cpu-time", action="store_true", help="count processor seconds: fairer where others are busy")
     parser.add_argument("--profile", action="store_true", help="where the time of the ways with one thread goes")
+    parser.add_argument("--out", type=Path, help="append one JSON line per batch size")
     arguments = parser.parse_args()
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    clock = time.process_time if arguments.cpu_time else partial(now, torch.device(arguments.device))
     for batch_size in map(int, arguments.batch_sizes.split(",")):
         setting = make_setting(arguments, batch_size)
         print(
@@ -465,9 +514,26 @@ def main() -> None:
             f"{arguments.steps} steps of batch {batch_size}, {setting.num_tokens:,} tokens"
         )
         names = arguments.methods.split(",")
-        measure(setting, names, arguments.repeats, clock)
-        if arguments.profile:
+        seconds, shares = measure(setting, names, arguments.repeats, clock), {}
+        if arguments.profile and setting.device.type == "cuda":
+            shares = shares_of_peak(setting, seconds)
+        elif arguments.profile:
             profile(setting, [name for name in names if METHODS[name][1] == 1 and name not in ("ours", "flower")])
+        if arguments.out:
+            row = {
+                "part": "simulation",
+                "base": arguments.base,
+                "device": arguments.device,
+                "dtype": arguments.dtype,
+                "clients": len(setting.jobs),
+                "batch_size": batch_size,
+                "steps": setting.num_steps,
+                "tokens": setting.num_tokens,
+                "seconds": seconds,
+                "share_of_peak": shares,
+            }
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
