@@ -40,7 +40,6 @@ ARMS: dict[str, tuple[Mapping[str, Any], str]] = {
     "large-alone": ({"name": "fedit"}, "only largest"),
 }
 TRIAL_ROUNDS = 2
-MOST_ROUNDS = 30
 EVALUATIONS = 5
 # Of the time that is left after the trial, for the first arms; the rest is for later ones.
 SHARE_OF_FIRST = 0.85
@@ -282,7 +281,7 @@ class Arms:
             return
         self.slowest = max(found)
         left = (self.until - SECONDS_AT_THE_END - time.time()) * SHARE_OF_FIRST
-        self.rounds = max(2, min(MOST_ROUNDS, int(left / self.slowest)))
+        self.rounds = max(2, min(self.options.most_rounds, int(left / self.slowest)))
         part = self.options.scratch / "rounds.json.part"
         part.write_text(json.dumps(self.rounds))
         part.rename(self.options.scratch / "rounds.json")
@@ -299,6 +298,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(["base", *ARMS]))
     parser.add_argument("--minutes", type=float, default=10.0, help="for everything")
     parser.add_argument("--rounds", type=int, help="without a trial")
+    parser.add_argument("--most-rounds", type=int, default=30, help="of what the trial may decide for")
     parser.add_argument("--jobs", type=int, default=4, help="arms that train at the same time")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, help="folder that is emptied first; OUT/scratch by default")

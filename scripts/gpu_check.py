@@ -199,7 +199,7 @@ def comparison_commands(options: argparse.Namespace) -> Iterator[Command]:
         f"model.name_or_path={options.base or 'embedded'}",
         f"model.device={options.device}",
         "model.dtype=bfloat16",
-        f"model.num_threads={max(1, len(os.sched_getaffinity(0)) // options.jobs)}",
+        f"model.num_threads={1 if options.dry_run else max(1, len(os.sched_getaffinity(0)) // options.jobs)}",
         f"data.cache={options.scratch / 'corpora'}",
     ]
     if options.learning_rate:
@@ -217,6 +217,7 @@ def comparison_commands(options: argparse.Namespace) -> Iterator[Command]:
     script += ["--out", options.out, "--scratch", options.scratch / "arms"]
     script += ["--minutes", f"{minutes:.2f}", "--jobs", str(options.jobs)]
     script += ["--arms", options.arms] if options.arms else []
+    script += ["--most-rounds", "2"] if options.dry_run else []
     yield Command("comparison", "arms", script, math.inf)
 
 
