@@ -164,6 +164,7 @@ class Watch:
 
 def train(job: Job, loaded: Any, watch: Watch) -> None:
     """Train for the rounds asked for, or for as many as the trial says."""
+    from flexlora.experiment.method_config import read_method
     from flexlora.experiment.round_loop import round_loop
     from flexlora.rounds.loop import run_rounds
 
@@ -175,7 +176,7 @@ def train(job: Job, loaded: Any, watch: Watch) -> None:
         rounds = loaded.config.rounds.model_copy(update={"num_rounds": num_rounds})
         config = loaded.config.model_copy(update={"rounds": rounds})
         own = dataclasses.replace(loaded, config=config)
-        loop = round_loop(own, method, clients_of(own, which), folder, watch.notify, job.learning_rate)
+        loop = round_loop(own, read_method(method), clients_of(own, which), folder, watch.notify, job.learning_rate)
         every = max(1, num_rounds // EVALUATIONS)
         settings = dataclasses.replace(
             loop.settings, patience=None, evaluate_every=every, checkpoint_every=num_rounds, keep_checkpoints=1
