@@ -227,7 +227,7 @@ class Arms:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.until = options, time.time() + 60 * options.minutes
         self.rounds: int | None = options.rounds
-        self.slowest = 0.0
+        self.slowest, self.failed = 0.0, False
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
     def run(self) -> None:
@@ -246,6 +246,7 @@ class Arms:
             time.sleep(POLL_SECONDS)
             for arm in [arm for arm, process in self.running.items() if process.poll() is not None]:
                 code = self.running.pop(arm).returncode
+                self.failed |= code != 0
                 print(f"{arm}: ended with {code}", flush=True)
             if self.rounds is None:
                 self.decide(first)
@@ -253,6 +254,8 @@ class Arms:
                 for arm, process in self.running.items():
                     print(f"{arm}: stopped, its time is over", flush=True)
                     process.kill()
+                    append_row(self.options.out, arm=arm, kind="stopped", reason="no time left")
+                    self.failed = True
                 return
 
     def has_time_for(self, arm: str) -> bool:
@@ -315,8 +318,9 @@ def main() -> None:
         unknown = {arm.partition("@")[0] for arm in options.arms.split(",")} - {"base", *ARMS}
         if unknown:
             raise SystemExit(f"--arms must be among base, {', '.join(ARMS)}; got {', '.join(sorted(unknown))}")
-        Arms(options).run()
-        return
+        arms = Arms(options)
+        arms.run()
+        raise SystemExit(1 if arms.failed else 0)
     job = Job(
         options.config, options.overrides, options.arm, options.rounds, options.until, options.out, options.scratch
     )
