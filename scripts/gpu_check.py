@@ -54,7 +54,8 @@ RUN_OVERRIDES = (
     "evaluation.local_only_clients=0",
     "evaluation.fedit_reference=false",
 )
-OVERRIDES_OF_BASE = ("lora.scaling=constant_alpha", "lora.lora_alpha=32", "training.learning_rate=0.002")
+# A step of Adam changes a weight by about scaling * sqrt(rank) * rate: with rslora the same at every rank.
+OVERRIDES_OF_BASE = ("lora.scaling=rslora", "lora.lora_alpha=4", "training.learning_rate=0.002")
 # As in configs/demo.yaml.
 OVERRIDES_OF_EMBEDDED = ("lora.scaling=rslora", "lora.lora_alpha=2", "training.learning_rate=0.024")
 COMPARISON_OVERRIDES = (
