@@ -257,8 +257,6 @@ def run(command: Command, options: argparse.Namespace, report: Report) -> bool:
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "true",
-        # Several processes share the device: none keeps more than it uses.
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "XDG_CACHE_HOME": str(options.scratch / "cache"),
     }
     start, tail = time.monotonic(), list[str]()
