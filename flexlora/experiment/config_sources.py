@@ -117,6 +117,7 @@ def _settings_of(section: str) -> set[str]:
     """Return the names of the settings that some variant of a section has."""
 
     def models(annotation: Any) -> Iterator[type[BaseModel]]:
+        """Yield the sections that an annotation leads to."""
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield annotation
         for part in get_args(annotation):

@@ -72,6 +72,7 @@ class LoadedRun:
         return LoadedRun(config, participants, model, shapes, scaling, base_name(config), train_one)
 
     def engine(self, engine: SimulationEngine) -> Engine:
+        """Return an engine that trains as this one does, in the processes or on the cluster of the configuration."""
         return ProcessEngine(engine, self._children) if self.config.ray is None else RayEngine(engine, self._actors)
 
     @cached_property
@@ -103,6 +104,7 @@ class LoadedRun:
         )
 
         def encode(client_id: str) -> Sequence[EncodedExample]:
+            """Return the training examples of a client as tokens; the seed picks among their answers."""
             examples = corpus.clients[client_id].train
             rng = stream(seed, "answers", client_id)
             return encode_many(

@@ -160,9 +160,11 @@ def clock_of(config: Config, participants: Participants, traits: Traits, cohort_
 
     @cache
     def ranks_of(plan: RankPlan) -> dict[str, int]:
+        """Return the rank of each module under a plan."""
         return plan.resolve(workload.shapes)
 
     def cost_of(client: ClientSpec) -> ClientCost:
+        """Return what a round costs a client on its device."""
         rate = matrix_rate(participants.devices[client.device])
         return workload.cost(ranks_of(client.plan), client.num_examples, rate)
 

@@ -106,6 +106,7 @@ class RunResult:
         local = self.references.local_only
 
         def unseen(evaluation: EvaluationRecord | None) -> dict[str, Any] | None:
+            """Return the score on the unseen tasks as plain values."""
             return json.loads(evaluation.unseen.model_dump_json()) if evaluation else None
 
         return {

@@ -1,6 +1,7 @@
 """Builds a round loop from a loaded run: method, engine, clients, schedule and scorer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +40,14 @@ def round_loop(
         notify: Told about each step.
         base_learning_rate: What the schedule starts from; None takes that of the configuration.
     """
-    rounds, training = loaded.config.rounds, loaded.config.training
+    rounds = loaded.config.rounds
     aggregator = aggregator_of(method, loaded.scaling)
     traits = traits_of(aggregator)
     ranks = largest_ranks({client.plan for client in clients}, loaded.shapes)
     if traits.server_rank is not None:
         ranks = dict.fromkeys(ranks, traits.server_rank)
     seed = stream_seed(loaded.config.seed, "initial-adapter")
-    base = training.learning_rate if base_learning_rate is None else base_learning_rate
-
-    def learning_rate(server_round: int) -> float:
-        return learning_rate_at(
-            server_round,
-            base=base,
-            schedule=training.schedule,
-            num_rounds=rounds.num_rounds,
-            warmup_rounds=training.warmup_rounds,
-            halve_at=training.halve_at,
-        )
-
+    size = cohort_size(loaded.config, len(clients))
     return Loop(
         aggregator=aggregator,
         state_types=state_types(aggregator),
@@ -78,21 +68,12 @@ def round_loop(
             scaling=loaded.scaling,
             wire_dtype=rounds.wire_dtype,
         ),
-        settings=RoundSettings(
-            num_rounds=rounds.num_rounds,
-            cohort_size=cohort_size(loaded.config, len(clients)),
-            seed=loaded.config.seed,
-            evaluate_every=loaded.config.evaluation.every,
-            patience=rounds.patience,
-            max_failed_rounds=rounds.max_failed_rounds,
-            keep_checkpoints=rounds.keep_checkpoints,
-            checkpoint_every=rounds.checkpoint_every,
-        ),
-        learning_rate=learning_rate,
+        settings=round_settings(loaded.config, size),
+        learning_rate=_schedule(loaded.config, base_learning_rate),
         evaluator=Scorer(loaded),
         folder=folder,
         notify=notify,
-        clock=clock_of(loaded.config, loaded.participants, traits, cohort_size(loaded.config, len(clients))),
+        clock=clock_of(loaded.config, loaded.participants, traits, size),
     )
 
 
@@ -103,6 +84,34 @@ def aggregator_of(method: MethodConfig, scaling: Scaling) -> Aggregator[Any]:
         MethodError: If its code cannot be loaded.
     """
     return method_class(method.name, method.path)(scaling=scaling, **method.options())
+
+
+def round_settings(config: Config, size: int) -> RoundSettings:
+    """Return how long the loop runs, with cohorts of ``size`` clients, and what it keeps."""
+    rounds = config.rounds
+    return RoundSettings(
+        num_rounds=rounds.num_rounds,
+        cohort_size=size,
+        seed=config.seed,
+        evaluate_every=config.evaluation.every,
+        patience=rounds.patience,
+        max_failed_rounds=rounds.max_failed_rounds,
+        keep_checkpoints=rounds.keep_checkpoints,
+        checkpoint_every=rounds.checkpoint_every,
+    )
+
+
+def _schedule(config: Config, base: float | None) -> Callable[[int], float]:
+    """Return round -> learning rate, starting from ``base`` or the configuration's."""
+    training = config.training
+    return partial(
+        learning_rate_at,
+        base=training.learning_rate if base is None else base,
+        schedule=training.schedule,
+        num_rounds=config.rounds.num_rounds,
+        warmup_rounds=training.warmup_rounds,
+        halve_at=training.halve_at,
+    )
 
 
 def cohort_size(config: Config, num_clients: int) -> int:
