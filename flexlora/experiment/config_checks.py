@@ -132,7 +132,7 @@ def _clock_disagreements(config: Config) -> Iterator[str]:
         yield "clock.policy=deadline needs a deadline; set clock.deadline_seconds"
     if clock.policy in ("wait", "async") and clock.deadline_seconds is not None:
         yield (
-            f"clock.deadline_seconds={clock.deadline_seconds:g} is not looked at by clock.policy={clock.policy}; "
+            f"clock.deadline_seconds={clock.deadline_seconds:g} is ignored by clock.policy={clock.policy}; "
             "set clock.policy=deadline or over_select, or clock.deadline_seconds=null"
         )
     if clock.policy == "async" and not config.method.traits().adds_changes:

@@ -24,7 +24,7 @@ class ClientsConfig(Section):
         default="types",
         description=(
             "`types` below, or `devices`: the largest ranks that fit each device's memory, `devices.round_seconds` and "
-            "`devices.round_bytes`, by the estimates of `flexlora plan`; the settings below are then not looked at."
+            "`devices.round_bytes`, by the estimates of `flexlora plan`; the settings below are then ignored."
         ),
     )
     types: Literal["paper", "small"] | dict[str, RankConfig] = Field(

@@ -104,7 +104,7 @@ def measure_workload(
     Args:
         config: The run.
         examples: A sample, one per client say.
-        base: The base model; its weights are not looked at.
+        base: The base model; its weights are not used.
         tokenizer: Its tokenizer.
     """
     text, data, training = base.config.get_text_config(), config.data, config.training

@@ -178,7 +178,7 @@ def test_broken_overrides_and_files_are_explained(tmp_path: Path) -> None:
         ({"devices": {"profiles": "built_in"}, "clock": {"policy": "deadline"}}, "set clock.deadline_seconds"),
         (
             {"devices": {"profiles": "built_in"}, "clock": {"deadline_seconds": 3}},
-            "clock.deadline_seconds=3 is not looked at by clock.policy=wait",
+            "clock.deadline_seconds=3 is ignored by clock.policy=wait",
         ),
         (
             {"devices": {"profiles": "built_in"}, "clock": {"policy": "async"}, "method": {"name": "zero_pad"}},
