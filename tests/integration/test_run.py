@@ -245,4 +245,4 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume goes on" in messages
+    assert "--resume continues" in messages
