@@ -197,7 +197,9 @@ def engine(setting: Setting) -> Callable[[], None]:
 
     def train() -> None:
         outcomes = list(together.train(order))
-        assert all(isinstance(outcome, Update) for outcome in outcomes)
+        failed = [outcome for outcome in outcomes if not isinstance(outcome, Update)]
+        if failed:
+            raise RuntimeError(f"{len(failed)} of {len(outcomes)} clients failed: {failed[0].reason}")
 
     # Children join in when they are ready: wait until all of them have.
     train()

@@ -319,6 +319,22 @@ def report(
     out.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command(epilog="Example: flexlora methods flexlora")
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Methods to show; default all.")] = None,
+    path: Annotated[str | None, typer.Option("--path", help="A Python file with methods of your own.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the aggregation methods, with their options and what is special about them."""
+    from flexlora.experiment.method_help import describe_methods, print_methods
+
+    described = describe_methods(names or (), path)
+    if as_json:
+        _print_json(described)
+    else:
+        print_methods(out, described)
+
+
 @app.command(epilog="Example: flexlora doctor")
 def doctor(as_json: JsonOption = False) -> None:
     """Check versions, devices and files, and say how to fix what is wrong."""

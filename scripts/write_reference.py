@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from flexlora.aggregators.registry import method_names
+from flexlora.aggregators.registry import package_methods
 from flexlora.cli import app
 from flexlora.experiment.config import Config
 from flexlora.experiment.method_config import method_model
@@ -30,7 +30,9 @@ def configuration_page() -> str:
     ]
     lines += ["", "## Top level", "", *_table("", _leaves(Config))]
     for name, field in Config.model_fields.items():
-        models = [method_model(method) for method in method_names()] if name == "method" else _models(field.annotation)
+        models = (
+            [method_model(method) for method in package_methods()] if name == "method" else _models(field.annotation)
+        )
         for model in models:
             tag = model.model_fields.get("name") if name in ("data", "method") else None
             suffix = f", `name: {get_args(tag.annotation)[0]}`" if tag else ""

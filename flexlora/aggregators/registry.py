@@ -58,6 +58,11 @@ def aggregation_method(name: str) -> Callable[[Method], Method]:
     return register
 
 
+def package_methods() -> tuple[str, ...]:
+    """Return the names of the package's own methods, sorted."""
+    return tuple(_own_files())
+
+
 def method_names() -> tuple[str, ...]:
     """Return the names of all methods that are known without loading a file, sorted."""
     return tuple(sorted({*_own_files(), *_entry_points(), *_registered}))

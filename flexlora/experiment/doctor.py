@@ -47,7 +47,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Return the result of every check."""
     return [
-        Finding("flexlora", importlib.metadata.version("flexlora")),
+        _flexlora(),
         _python(),
         *(_package(name) for name in REQUIRED),
         *(_optional(name, *what) for name, what in OPTIONAL.items()),
@@ -57,6 +57,13 @@ def examine() -> list[Finding]:
         _embedded_model(),
         _disk(),
     ]
+
+
+def _flexlora() -> Finding:
+    try:
+        return Finding("flexlora", importlib.metadata.version("flexlora"))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("flexlora", "a source tree, not installed", False, "pip install .")
 
 
 def _python() -> Finding:

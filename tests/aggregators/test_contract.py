@@ -9,12 +9,12 @@ import torch
 from flexlora.aggregators.base import AggregationError
 from flexlora.aggregators.contract import CHECKS
 from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, SHAPES, Case, all_modules, initial_adapter
-from flexlora.aggregators.registry import AGGREGATORS
+from flexlora.aggregators.registry import AGGREGATORS, package_methods
 from flexlora.errors import FlexLoraError
 from flexlora.federation.messages import Update
 from flexlora.testing import its_checkpoints_come_back
 
-METHODS = [(name, {}) for name in AGGREGATORS] + [
+METHODS = [(name, {}) for name in package_methods()] + [
     ("flexlora", {"error_compensation": True}),
     ("flexlora", {"fold_tail": True}),
     ("flexlora", {"error_compensation": True, "fold_tail": True}),

@@ -15,6 +15,7 @@ from flexlora.aggregators.registry import (
     method_class,
     method_names,
     method_outline,
+    package_methods,
 )
 from flexlora.aggregators.settings import options_of, traits_of
 from flexlora.lora.factors import Scaling
@@ -50,13 +51,13 @@ def test_every_method_of_the_package_registers_the_name_of_its_file() -> None:
     files = {
         path.stem for path in Path(registry.__file__).parent.glob("*.py") if "@aggregation_method" in path.read_text()
     }
-    assert {"flexlora", "fedit", "zero_pad"} <= files - {"registry"} <= set(method_names())
-    for name, method in AGGREGATORS.items():
-        assert method is method_class(name)
+    assert {"flexlora", "fedit", "zero_pad"} <= set(package_methods()) == files - {"registry"}
+    assert set(package_methods()) <= set(method_names()) == set(AGGREGATORS)
+    assert all(AGGREGATORS[name] is method_class(name) for name in package_methods())
 
 
 def test_the_outline_of_a_method_has_the_options_and_traits_of_its_class() -> None:
-    for name in method_names():
+    for name in package_methods():
         outline, method = method_outline(name), method_class(name)
         assert options_of(outline) == options_of(method)
         assert traits_of(outline(scaling=None)) == traits_of(method(scaling=SCALING))
@@ -66,7 +67,7 @@ def test_the_outline_of_a_method_has_the_options_and_traits_of_its_class() -> No
     )
 
 
-@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+@pytest.mark.parametrize("name", package_methods())
 def test_options_are_read_without_torch(name: str) -> None:
     code = (
         "import sys; from flexlora.experiment.config_file import parse_config; "

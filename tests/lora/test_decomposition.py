@@ -355,7 +355,8 @@ def test_a_gpu_needs_no_help_from_the_processor(monkeypatch: pytest.MonkeyPatch,
         on_gpu = LoraFactors(factors.A.cuda(), factors.B.cuda(), factors.scaling)
         total = add_product(total, on_gpu, weight)
     spectrum, certificate = certified_decomposition(total, 20, accuracy="fast")
-    assert spectrum.U.device.type == "cuda" and certificate.method == "subspace"
+    # Which way is cheapest differs between cards; all but the dense SVD stay on them.
+    assert spectrum.U.device.type == "cuda" and certificate.method in ("subspace", "gram", "dense_gram")
     best = np.linalg.norm(np.linalg.svd(expected, compute_uv=False)[20:])
     error = np.linalg.norm(expected - spectrum.delta().cpu().numpy())
     assert error <= (1 + certificate.excess) * best + certificate.rounding + 1e-13 * total.magnitude
