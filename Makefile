@@ -3,6 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 
+# Tests start hundreds of Python processes; where compiled files are not kept, each of them compiles the package again.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: setup demo test test-fast lint format docs clean
 
 # Everything below sets itself up; the stamp is renewed when the project's requirements change.
