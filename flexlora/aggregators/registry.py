@@ -14,6 +14,7 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ METHOD_FOLDER = Path(__file__).parent
 Method = TypeVar("Method", bound=type)
 
 _registered: dict[str, type] = {}
+_NAME = "__flexlora_method__"
+"""Attribute of a class with the name it was registered under."""
 
 
 class MethodError(FlexLoraError, ValueError):
@@ -52,6 +55,7 @@ def aggregation_method(name: str) -> Callable[[Method], Method]:
         file = _own_files().get(name)
         if file is not None and method.__module__ != f"flexlora.aggregators.{name}":
             raise MethodError(f"the package has a method {name} itself ({file.name}); choose another name")
+        setattr(method, _NAME, name)
         _registered[name] = method
         return method
 
@@ -98,12 +102,17 @@ def registered_name(method: type) -> str:
     Raises:
         MethodError: If it was not registered.
     """
-    for name, registered in _registered.items():
-        if registered is method:
-            return name
-    raise MethodError(
-        f"{method.__name__} is not registered as a method; write @aggregation_method('NAME') above its dataclass"
-    )
+    name = vars(method).get(_NAME)
+    if name is None:
+        raise MethodError(
+            f"{method.__name__} is not registered as a method; write @aggregation_method('NAME') above its dataclass"
+        )
+    if _registered.get(name) is not method:
+        raise MethodError(
+            f"{method.__name__} is no longer the method {name}; another class has registered that name since. Run the "
+            "cell or file that defines it again, or rename one of them"
+        )
+    return name
 
 
 def method_outline(name: str, path: str | None = None) -> type:
@@ -121,13 +130,23 @@ def method_outline(name: str, path: str | None = None) -> type:
 def load_file(path: str) -> Mapping[str, type]:
     """Run a Python file, once as long as it does not change, and return the methods it registers by name.
 
+    These are found through their file alone: two files may use the same name, and neither changes what a class of this
+    process is registered as.
+
     Raises:
         MethodError: If there is no such file, it fails, or it registers nothing.
     """
-    file = Path(path).expanduser()
-    if not file.is_file() or file.suffix != ".py":
-        raise MethodError(f"method.path: must be a Python file; there is no file {path} that ends in .py")
-    return _loaded(str(file.resolve()), hashlib.sha256(file.read_bytes()).hexdigest())
+    file = Path(os.path.expanduser(path))
+    if file.suffix != ".py":
+        raise MethodError(f"method.path: must be a Python file, which ends in .py; got {path}")
+    if not file.is_file():
+        where = "" if file.is_absolute() else f" in {Path.cwd()}, the current folder"
+        raise MethodError(f"method.path: there is no file {path}{where}")
+    try:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise MethodError(f"method.path: {path} cannot be read; {error.strerror}") from error
+    return _loaded(str(file.resolve()), digest)
 
 
 class Methods(Mapping[str, type]):
@@ -207,12 +226,17 @@ def _load_entry_point(name: str) -> None:
         ) from error
     if name not in _registered and isinstance(found, type):
         aggregation_method(name)(found)
+    if name not in _registered:
+        raise MethodError(
+            f"the method {name} of {point.value} cannot be loaded; an entry point must name a class, and this is a "
+            f"{type(found).__name__}"
+        )
 
 
 @cache
 def _loaded(file: str, digest: str) -> Mapping[str, type]:
     """Return what a file with this SHA-256 registers."""
-    module_name = f"flexlora_method_{digest[:16]}"
+    module_name = f"flexlora_method_{hashlib.sha256(f'{file} {digest}'.encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -221,12 +245,22 @@ def _loaded(file: str, digest: str) -> Mapping[str, type]:
     before = dict(_registered)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+        found = {name: method for name, method in _registered.items() if before.get(name) is not method}
+    # A script that ends with sys.exit must not end the command that loads it.
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         if isinstance(error, MethodError):
-            raise
+            raise MethodError(f"method.path: {file}: {error}") from error
         raise MethodError(f"method.path: {file} cannot be run; {type(error).__name__}: {error}") from error
-    found = {name: method for name, method in _registered.items() if before.get(name) is not method}
+    finally:
+        # A class of this process that has the same name keeps it.
+        for name in [name for name, method in _registered.items() if method.__module__ == module_name]:
+            del _registered[name]
+            if name in before:
+                _registered[name] = before[name]
+    # Modules that the file imports run once and register once; what it imported from them counts too.
+    found |= {own[_NAME]: one for one in vars(module).values() if isinstance(one, type) and _NAME in (own := vars(one))}
+    found = {name: method for name, method in found.items() if name not in _own_files()}
     if not found:
         raise MethodError(
             f"method.path: {file} registers no method; write @aggregation_method('NAME') above its dataclass"

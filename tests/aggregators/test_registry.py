@@ -16,6 +16,7 @@ from flexlora.aggregators.registry import (
     method_names,
     method_outline,
     package_methods,
+    registered_name,
 )
 from flexlora.aggregators.settings import options_of, traits_of
 from flexlora.lora.factors import Scaling
@@ -38,6 +39,8 @@ class Mine:
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A module that is imported during a test registers nothing in the next one.
+    assert list(AGGREGATORS.values())
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
 
@@ -93,6 +96,7 @@ def test_a_file_registers_its_methods(tmp_path: Path) -> None:
         ("x = ", "cannot be run; SyntaxError"),
         ("import no_such_module_at_all", "cannot be run; ModuleNotFoundError: No module named 'no_such_module_at_all'"),
         ("x = 1", "registers no method; write @aggregation_method"),
+        ("import sys; sys.exit(3)", "cannot be run; SystemExit: 3"),
         (METHOD.replace("{name}", "flexlora"), "the package has a method flexlora itself"),
         (METHOD.replace("{name}", "My Method"), "must be a lower-case identifier such as ffa_lora; got 'My Method'"),
     ],
@@ -111,6 +115,10 @@ def test_names_that_do_not_exist_are_answered_with_those_that_do(tmp_path: Path)
         method_class("other", written(tmp_path))
     with pytest.raises(MethodError, match=r"there is no file /nowhere/x\.py"):
         load_file("/nowhere/x.py")
+    with pytest.raises(MethodError, match=r"there is no file x\.py in /.*, the current folder"):
+        load_file("x.py")
+    with pytest.raises(MethodError, match=r"must be a Python file, which ends in \.py; got x\.yaml"):
+        load_file("x.yaml")
     with pytest.raises(KeyError):
         AGGREGATORS["no_such_method"]
 
@@ -122,7 +130,8 @@ def test_an_installed_package_offers_methods_by_an_entry_point(tmp_path: Path) -
         "Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n"
     )
     (tmp_path / "their_package-1.0.dist-info" / "entry_points.txt").write_text(
-        "[flexlora.methods]\ntheirs = their_methods:Mine\nbroken = their_methods:Missing\n"
+        "[flexlora.methods]\ntheirs = their_methods:Mine\n"
+        "noclass = their_methods:__name__\nbroken = their_methods:Missing\n"
     )
     code = """
 from flexlora.aggregators.registry import AGGREGATORS, MethodError
@@ -133,6 +142,10 @@ try:
     AGGREGATORS["broken"]
 except MethodError as error:
     assert "the method broken of their_methods:Missing cannot be loaded; AttributeError" in str(error), error
+try:
+    AGGREGATORS["noclass"]
+except MethodError as error:
+    assert "an entry point must name a class, and this is a str" in str(error), error
 """
     environment = {"PYTHONPATH": f"{tmp_path}:{Path(registry.__file__).parents[2]}"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
@@ -144,3 +157,35 @@ def test_a_class_of_this_process_is_known_by_its_name() -> None:
         pass
 
     assert AGGREGATORS["made_here"] is MadeHere
+
+
+def test_a_file_does_not_take_the_name_of_a_class_of_this_process(tmp_path: Path) -> None:
+    @aggregation_method("mine")
+    class Mine:
+        pass
+
+    (tmp_path / "other").mkdir()
+    found = [method_class("mine", written(folder)) for folder in (tmp_path, tmp_path / "other")]
+    assert found[0] is not found[1] and Mine not in found
+    assert method_class("mine") is Mine and registered_name(Mine) == "mine"
+    for method in found:
+        assert sys.modules[method.__module__].Mine is method
+
+
+def test_a_file_may_import_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_method.py").write_text(METHOD.format(name="mine"))
+    monkeypatch.syspath_prepend(tmp_path)
+    for text in ("from imported_method import Mine\n", "from imported_method import Mine\nx = 1\n"):
+        (tmp_path / "outer.py").write_text(text)
+        assert set(load_file(str(tmp_path / "outer.py"))) == {"mine"}
+
+
+def test_a_class_whose_name_another_has_taken_is_told_so() -> None:
+    first, second = type("First", (), {}), type("Second", (), {})
+    aggregation_method("taken")(first)
+    assert registered_name(first) == "taken"
+    aggregation_method("taken")(second)
+    with pytest.raises(MethodError, match="First is no longer the method taken"):
+        registered_name(first)
+    with pytest.raises(MethodError, match="Third is not registered"):
+        registered_name(type("Third", (second,), {}))
