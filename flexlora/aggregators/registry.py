@@ -118,7 +118,7 @@ def registered_name(method: type) -> str:
 def method_outline(name: str, path: str | None = None) -> type:
     """Return a class with the options and the traits of a method; of the package's own, without importing them.
 
-    Construct it with ``scaling=None``: nothing but fields and ``traits`` may be used.
+    Construct it with any ``scaling``: nothing but fields and ``traits`` may be used.
 
     Raises:
         MethodError: As ``method_class``.

@@ -72,17 +72,25 @@ def options_of(method: type[Any]) -> dict[str, Option]:
     """Return the options of a method: every field of its dataclass but ``scaling``.
 
     Raises:
-        TypeError: If the class is no dataclass, or an option has no default.
+        TypeError: If the class is no dataclass, has no ``scaling``, or a field of it cannot be an option.
     """
+    name = method.__name__
     if not dataclasses.is_dataclass(method):
-        raise TypeError(f"{method.__name__} must be a dataclass: write @dataclass(frozen=True) above the class")
+        raise TypeError(f"{name} must be a dataclass: write @dataclass(frozen=True) above the class")
     hints = get_type_hints(method, include_extras=True)
     options: dict[str, Option] = {}
-    for field in dataclasses.fields(method):
+    fields = dataclasses.fields(method)
+    if "scaling" not in {field.name for field in fields if field.init}:
+        raise TypeError(f"{name} needs a field for the scaling rule: write scaling: Scaling above its options")
+    for field in fields:
         if field.name == "scaling" or not field.init:
             continue
+        if field.name == "traits":
+            raise TypeError(f"{name}.traits has a type, which makes it an option: write traits = Traits(...) alone")
+        if field.name.startswith("_"):
+            raise TypeError(f"{name}.{field.name} must not begin with an underscore: it would be an option")
         if field.default is dataclasses.MISSING:
-            raise TypeError(f"{method.__name__}.{field.name} needs a default: write option(DEFAULT, DESCRIPTION)")
+            raise TypeError(f"{name}.{field.name} needs a default: write option(DEFAULT, DESCRIPTION)")
         description, rules = field.metadata.get("description", ""), field.metadata.get("rules", {})
         options[field.name] = Option(hints[field.name], field.default, description, rules)
     return options

@@ -1,12 +1,14 @@
 """Makes the ``method`` section of a configuration from the options that a method describes."""
 
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field, TypeAdapter, ValidationError, create_model
+from pydantic.errors import PydanticUserError
 
 from flexlora.aggregators.registry import MethodError, load_file, method_outline
-from flexlora.aggregators.settings import Traits, options_of, traits_of
+from flexlora.aggregators.settings import Option, Traits, options_of, traits_of
+from flexlora.errors import FlexLoraError
 from flexlora.experiment.config_section import Section
 
 DEFAULT_METHOD = "flexlora"
@@ -36,9 +38,26 @@ class MethodConfig(Section):
         """Return what the rest of the package must know of the method with these options.
 
         Raises:
-            MethodError: If the method cannot be loaded.
+            MethodError: If the method cannot be loaded, refuses its options, or has no proper traits.
         """
-        return traits_of(method_outline(self.name, self.path)(scaling=None, **self.options()))
+        made = self.make(method_outline(self.name, self.path), _any_scaling)
+        try:
+            return traits_of(made)
+        except Exception as error:
+            raise MethodError(f"method: the traits of {self.name} cannot be read; {_in_words(error)}") from error
+
+    def make(self, method: type, scaling: Any) -> Any:
+        """Return an object of the class of this method, with these options.
+
+        Raises:
+            MethodError: If the class refuses them.
+        """
+        try:
+            return method(scaling=scaling, **self.options())
+        except FlexLoraError:
+            raise
+        except Exception as error:
+            raise MethodError(f"method: {self.name} cannot be made from its options; {_in_words(error)}") from error
 
 
 def method_model(name: str, path: str | None = None) -> type[MethodConfig]:
@@ -54,7 +73,7 @@ def read_method(value: object) -> MethodConfig:
     """Return the ``method`` section in a plain mapping, or the section itself.
 
     Raises:
-        MethodError: If there is no such method, or ``value`` is no section.
+        MethodError: If there is no such method, it refuses its options together, or ``value`` is no section.
         ValidationError: If an option is wrong.
     """
     if isinstance(value, MethodConfig) and type(value) is not MethodConfig:
@@ -63,7 +82,9 @@ def read_method(value: object) -> MethodConfig:
         value = value.model_dump(exclude_unset=True)
     if not isinstance(value, dict):
         raise MethodError(f"method: must be a section of settings, as method.name={value}; got {value!r}")
-    return method_model(*method_named(value)).model_validate(value)
+    section = method_model(*method_named(value)).model_validate(value)
+    section.traits()
+    return section
 
 
 def method_named(section: dict[str, Any]) -> tuple[str, str | None]:
@@ -87,8 +108,10 @@ def method_named(section: dict[str, Any]) -> tuple[str, str | None]:
 def _model_of(outline: type, name: str) -> type[MethodConfig]:
     try:
         options = options_of(outline)
-    except (TypeError, NameError) as error:
+    except Exception as error:  # Type hints are the user's code, which may raise anything.
         raise MethodError(f"method.name: the options of {name} cannot be read: {error}") from error
+    for option_name, option in options.items():
+        _check_option(f"method.name: the option {option_name} of {name}", option)
     fields: dict[str, Any] = {
         option_name: (
             option.annotation,
@@ -105,3 +128,35 @@ def _model_of(outline: type, name: str) -> type[MethodConfig]:
     )
     summary = (outline.__doc__ or "").strip().split("\n")[0]
     return create_model(f"{outline.__name__}Config", __base__=MethodConfig, __doc__=summary, **fields)
+
+
+def _check_option(what: str, option: Option) -> None:
+    """Raise unless a configuration can hold an option, and its default keeps its own rules.
+
+    Raises:
+        MethodError: Beginning with ``what``.
+    """
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[option.annotation, Field(**option.rules)])
+    except (PydanticUserError, TypeError) as error:
+        raise MethodError(
+            f"{what} must have a plain type, such as bool, int, float, str, Literal[...], a tuple of them, or one of "
+            f"them with None; got {option.annotation}"
+        ) from error
+    try:
+        adapter.validate_python(option.default)
+    except ValidationError as error:
+        raise MethodError(
+            f"{what} has a default that it refuses: {error.errors()[0]['msg']}; got {option.default!r}"
+        ) from error
+    except TypeError as error:
+        raise MethodError(f"{what} has rules that do not suit its type: {error}") from error
+
+
+def _any_scaling(rank: int) -> float:
+    """Stand for the scaling rule where traits alone are asked for."""
+    return 1.0
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.aggregators.base import Aggregator, state_types
-from flexlora.aggregators.registry import method_class
+from flexlora.aggregators.registry import MethodError, method_class
 from flexlora.aggregators.settings import traits_of
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.experiment.config import Config
@@ -81,9 +81,13 @@ def aggregator_of(method: MethodConfig, scaling: Scaling) -> Aggregator[Any]:
     """Return the method that a configuration describes.
 
     Raises:
-        MethodError: If its code cannot be loaded.
+        MethodError: If its code cannot be loaded, or lacks a function that every method has.
     """
-    return method_class(method.name, method.path)(scaling=scaling, **method.options())
+    made = method.make(method_class(method.name, method.path), scaling)
+    required = ["init", "aggregate", "broadcast", "spectra"] + ["add_changes"] * traits_of(made).adds_changes
+    if missing := [name for name in required if not callable(getattr(made, name, None))]:
+        raise MethodError(f"method.name: {method.name} needs {', '.join(missing)}; see docs/own-method.md")
+    return made
 
 
 def round_settings(config: Config, size: int) -> RoundSettings:

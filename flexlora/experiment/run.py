@@ -3,14 +3,15 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from flexlora.aggregators.base import state_types
 from flexlora.data.owned_examples import OwnedRow
 from flexlora.experiment.baselines import measure_references
 from flexlora.experiment.config import Config
 from flexlora.experiment.export import write_run_adapters
-from flexlora.experiment.loaded import LoadedRun
+from flexlora.experiment.loaded import LoadedRun, scaling_rule
 from flexlora.experiment.participants import gather_participants
 from flexlora.experiment.result import RunResult
-from flexlora.experiment.round_loop import round_loop
+from flexlora.experiment.round_loop import aggregator_of, round_loop
 from flexlora.experiment.run_folder import check_folder, open_folder
 from flexlora.experiment.stages import Notify, Stage, rounds_stage
 from flexlora.report.page import write_report
@@ -46,6 +47,8 @@ def run_experiment(
         FlexLoraError: If data or model cannot be read.
     """
     folder = Path(folder)
+    # A method of the user's own may lack something; that is told before anything is read or loaded.
+    state_types(aggregator_of(config.method, scaling_rule(config)))
     check_folder(config, folder, resume, overwrite)
     notify(Stage("Reading data"))
     participants = gather_participants(config, data)
