@@ -138,7 +138,7 @@ def run(
     if not result.has_progress:
         err.print(
             f"[bold red]No progress:[/] {escape(result.stopped or 'no client ever sent a usable update')}. "
-            f"The reasons are under Failures in {escape(str(result.report))}."
+            f"The reasons are in {escape(str(result.report))}."
         )
         raise typer.Exit(EXIT_NO_PROGRESS)
 

@@ -153,16 +153,21 @@ def check_state(state: Any, types: Iterable[type], name: str = "state") -> None:
             if not isinstance(key, str):
                 raise AggregationError(f"{name}: keys of mappings in a state must be strings; got {key!r}")
             check_state(item, types, f"{name}/{key}")
-    elif isinstance(state, tuple):
+    elif type(cast("Any", state)) is tuple:  # A named tuple would come back without its names.
         for index, item in enumerate(cast("tuple[Any, ...]", state)):
             check_state(item, types, f"{name}/{index}")
     elif type(state) in types:
         for field in dataclasses.fields(state):
+            if not field.init:
+                raise AggregationError(
+                    f"{name}/{field.name}: every field of a state must be one that its class is made with; this one "
+                    "has init=False"
+                )
             check_state(getattr(state, field.name), types, f"{name}/{field.name}")
     else:
         raise AggregationError(
-            f"{name}: a state may hold frozen dataclasses that the return type of init leads to, mappings, tuples, "
-            f"tensors, numbers, strings and None; got {type(state).__name__}"
+            f"{name}: a state may hold frozen dataclasses that the return type of init leads to, mappings, plain "
+            f"tuples, tensors, numbers, strings and None; got {type(state).__name__}"
         )
 
 

@@ -141,7 +141,7 @@ class RoundsConfig(Section):
     max_failed_rounds: int = Field(
         default=3,
         ge=1,
-        description="End the run, with an error, after this many rounds in a row in which every client failed.",
+        description="End the run, with an error, after this many rounds in a row without a usable update.",
     )
     wire_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Type in which factors travel."

@@ -114,6 +114,8 @@ def _finish_round(
         is_saved: Whether the round comes from its checkpoint.
     """
     settings, server_round = loop.settings, record.server_round
+    # A checkpoint that cannot be read back would cost all rounds, and be noticed only when the run is resumed.
+    check_state(state, loop.state_types)
     if not is_saved and (_is_last(loop, server_round, progress) or server_round % settings.checkpoint_every == 0):
         _save(loop, state, progress, record)
         is_saved = True

@@ -78,7 +78,7 @@ class Progress:
         failed_in_a_row = 0 if num_updates else self.failed_rounds_in_a_row + 1
         stopped = self.stopped
         if failed_in_a_row >= max_failed_rounds:
-            stopped = f"every client failed in {failed_in_a_row} rounds in a row (rounds.max_failed_rounds)"
+            stopped = f"no update could be used in {failed_in_a_row} rounds in a row (rounds.max_failed_rounds)"
         return dataclasses.replace(
             self, failed_rounds_in_a_row=failed_in_a_row, num_updates=self.num_updates + num_updates, stopped=stopped
         )

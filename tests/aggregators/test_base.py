@@ -1,7 +1,8 @@
 """What states may be made of, derived from type hints, and the checks that methods share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -29,6 +30,15 @@ class Inner:
 class Outer:
     by_module: Mapping[str, Inner | None]
     count: int = 0
+
+
+class Named(NamedTuple):
+    count: int
+
+
+@dataclass(frozen=True)
+class Derived:
+    count: int = field(default=0, init=False)
 
 
 class Method(FlexLora):
@@ -64,10 +74,12 @@ def test_a_state_that_a_checkpoint_cannot_hold_is_refused_by_its_part() -> None:
         (Outer({"a": Inner([factors])}), "state/by_module/a/values: .*got list"),  # type: ignore[arg-type]
         (Outer({1: None}), "state/by_module: keys of mappings in a state must be strings; got 1"),  # type: ignore[dict-item]
         (Scaling("rslora", 4.0), "state: .*got Scaling"),
+        (Outer({"a": Named(1)}), "state/by_module/a: .*plain tuples.*got Named"),  # type: ignore[dict-item]
+        (Outer({"a": Derived()}), "state/by_module/a/count: .*init=False"),  # type: ignore[dict-item]
         (Outer({"a": {1, 2}}), "state/by_module/a: .*got set"),  # type: ignore[dict-item]
     ):
         with pytest.raises(AggregationError, match=words):
-            check_state(broken, types)
+            check_state(broken, (*types, Derived))
 
 
 def test_ranks_are_checked_against_the_server_by_name() -> None:

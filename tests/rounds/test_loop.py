@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from flexlora.aggregators.base import AggregationError
 from flexlora.engines.base import Engine, RoundOrder
 from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import Broadcast, ClientFailure, Update
@@ -78,7 +79,7 @@ def test_a_run_in_which_every_client_fails_ends_early_without_progress(tmp_path,
 
     outcome = run_rounds(loop_in(tmp_path, change, num_rounds=10, max_failed_rounds=2))
     assert (outcome.server_round, outcome.has_progress) == (2, False)
-    assert "every client failed in 2 rounds in a row" in str(outcome.stopped)
+    assert "no update could be used in 2 rounds in a row" in str(outcome.stopped)
     assert read_records(tmp_path / "records.jsonl")[-1].stopped == outcome.stopped
 
 
@@ -270,3 +271,21 @@ def test_being_killed_between_checkpoint_and_record_loses_neither(tmp_path, drif
     assert [line["spectra"] for line in untimed(tmp_path / "whole")] == [
         line["spectra"] for line in untimed(tmp_path / "cut")
     ]
+
+
+def test_a_state_that_could_not_be_read_back_ends_the_run_before_it_is_saved(tmp_path, drift, loop_in):
+    loop = loop_in(tmp_path, drift)
+
+    class Forgetful(type(loop.aggregator)):
+        """Returns another kind of state after a round."""
+
+        def aggregate(self, state, updates):
+            return {1: super().aggregate(state, updates)}
+
+        def spectra(self, state):
+            return super().spectra(state[1])
+
+    broken = dataclasses.replace(loop, aggregator=Forgetful(scaling=loop.aggregator.scaling))
+    with pytest.raises(AggregationError, match="state: keys of mappings in a state must be strings; got 1"):
+        run_rounds(broken)
+    assert [record.server_round for record in read_records(tmp_path / "records.jsonl")] == [0]

@@ -7,7 +7,7 @@ from flexlora.rounds.loop_parts import Progress, Stopwatch
 def test_rounds_without_updates_stop_a_loop_only_in_a_row() -> None:
     progress = Progress().after_updates(0, 2).after_updates(3, 2).after_updates(0, 2)
     assert (progress.stopped, progress.failed_rounds_in_a_row, progress.num_updates) == (None, 1, 3)
-    assert "every client failed in 2 rounds in a row" in str(progress.after_updates(0, 2).stopped)
+    assert "no update could be used in 2 rounds in a row" in str(progress.after_updates(0, 2).stopped)
 
 
 def test_evaluations_without_a_lower_loss_stop_a_loop_if_it_has_patience() -> None:
