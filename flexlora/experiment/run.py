@@ -9,6 +9,7 @@ from flexlora.experiment.baselines import measure_references
 from flexlora.experiment.config import Config
 from flexlora.experiment.export import write_run_adapters
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
+from flexlora.experiment.method_failures import naming_failures
 from flexlora.experiment.participants import gather_participants
 from flexlora.experiment.result import RunResult
 from flexlora.experiment.round_loop import aggregator_of, round_loop
@@ -58,9 +59,11 @@ def run_experiment(
     open_folder(loaded, folder, overwrite and not resume)
     loop = round_loop(loaded, config.method, participants.clients, folder, notify)
     notify(rounds_stage(f"Federated rounds ({config.method.name})", loop))
-    outcome = run_rounds(loop)
+    with naming_failures(loop.aggregator, config.method.name):
+        outcome = run_rounds(loop)
+        if outcome.has_progress:
+            write_run_adapters(loaded, loop, outcome, folder)
     if outcome.has_progress:
-        write_run_adapters(loaded, loop, outcome, folder)
         measure_references(loaded, loop, outcome, folder, notify)
     return RunResult(
         folder=folder,
