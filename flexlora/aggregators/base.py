@@ -153,7 +153,7 @@ def check_state(state: Any, types: Iterable[type], name: str = "state") -> None:
             if not isinstance(key, str):
                 raise AggregationError(f"{name}: keys of mappings in a state must be strings; got {key!r}")
             check_state(item, types, f"{name}/{key}")
-    elif type(cast("Any", state)) is tuple:  # A named tuple would come back without its names.
+    elif type(state) is tuple:  # A named tuple would come back without its names.
         for index, item in enumerate(cast("tuple[Any, ...]", state)):
             check_state(item, types, f"{name}/{index}")
     elif type(state) in types:

@@ -137,7 +137,8 @@ def _check_option(what: str, option: Option) -> None:
         MethodError: Beginning with ``what``.
     """
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[option.annotation, Field(**option.rules)])
+        annotated: Any = Annotated[option.annotation, Field(**option.rules)]  # pyright: ignore[reportInvalidTypeForm]
+        adapter = TypeAdapter[Any](annotated)
     except (PydanticUserError, TypeError) as error:
         raise MethodError(
             f"{what} must have a plain type, such as bool, int, float, str, Literal[...], a tuple of them, or one of "

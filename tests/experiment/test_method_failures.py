@@ -65,5 +65,9 @@ def test_an_error_of_a_client_whose_update_was_read_is_not_that_of_the_method() 
 
 
 def test_an_error_of_a_method_of_the_package_passes() -> None:
-    with pytest.raises(AttributeError):
-        attempt([None], FedIt(scaling=SCALING))
+    def broken() -> Iterator[object]:
+        raise LookupError("no update")
+        yield
+
+    with pytest.raises(LookupError, match="no update"):
+        attempt(broken(), FedIt(scaling=SCALING))
