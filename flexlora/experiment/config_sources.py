@@ -46,7 +46,7 @@ def config_from(source: ConfigSource, settings: Mapping[str, object]) -> Config:
         tree, name = read_settings(DEMO_FILE), "the demo"
     else:
         tree, name = _read_file(Path(source))
-    problems = [problem for key, value in settings.items() for problem in _apply(tree, key, _plain(value))]
+    problems = [problem for key, value in _joined(settings).items() for problem in _apply(tree, key, value)]
     if settings:
         name += f" with {len(settings)} override{'s' if len(settings) > 1 else ''}"
     return parse_config(tree, name, problems, check_paths=True)
@@ -68,6 +68,35 @@ def _read_file(path: Path) -> tuple[dict[str, Any], str]:
         ) from None
 
 
+def _joined(settings: Mapping[str, object]) -> dict[str, Any]:
+    """Return the settings as plain values, those of a section with variants as one mapping, whatever their order.
+
+    ``method__path`` before ``method__name`` would otherwise be lost with the section that the new name replaces.
+    """
+    joined: dict[str, Any] = {}
+    for key, value in settings.items():
+        first, *rest = re.split(r"__|\.", key)
+        given = {rest[0]: value} if len(rest) == 1 else value
+        if (
+            first in VARIANTS
+            and len(rest) < 2
+            and isinstance(given, Mapping)
+            and isinstance(joined.get(first, {}), dict)
+        ):
+            joined[first] = {**joined.get(first, {}), **_plain(given)}
+        else:
+            joined[key] = _plain(value)
+    return joined
+
+
+def _is_another(first: str, section: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Return whether settings choose another variant of a section: another name, or a file with a method of its own."""
+    if first == "method" and "name" not in given and given.get("path") not in (None, section.get("path")):
+        return True
+    name = section.get("name", VARIANTS[first])
+    return given.get("name", name) != name
+
+
 def _apply(tree: dict[str, Any], key: str, value: Any) -> Iterator[str]:
     """Set one key, or yield why that cannot be."""
     first, *rest = re.split(r"__|\.", key)
@@ -83,8 +112,7 @@ def _apply(tree: dict[str, Any], key: str, value: Any) -> Iterator[str]:
             yield f"{key}: {first} is {section!r}, not a section"
             return
         given = value if not rest else {rest[0]: value} if len(rest) == 1 else {}
-        default = VARIANTS.get(first)
-        if default is not None and given.get("name", section.get("name", default)) != section.get("name", default):
+        if first in VARIANTS and _is_another(first, section, given):
             section = {name: own for name, own in section.items() if name in SHARED[first]}
         tree[first] = section = {**section, **given}
         if len(rest) > 1:

@@ -80,6 +80,30 @@ def test_a_wrong_setting_is_named_with_its_rule_and_a_way_out(settings: dict[str
         config_from("demo", settings)
 
 
+def test_a_file_with_a_method_replaces_the_method_of_the_section(tmp_path: Path) -> None:
+    text = "@aggregation_method('mine')\n@dataclass(frozen=True)\nclass Mine:\n    scaling: object\n"
+    path = tmp_path / "mine.py"
+    path.write_text(f"from dataclasses import dataclass\nfrom flexlora import aggregation_method\n{text}")
+    before = {"method": {"name": "flexlora", "fold_tail": True}}
+    for settings in (
+        {"method": {"path": path}},
+        {"method__path": path},
+        {"method__path": path, "method__name": "mine"},
+        {"method__name": "mine", "method": {"path": path}},
+    ):
+        method = config_from(before, settings).method
+        assert (method.name, method.path) == ("mine", str(path))
+
+
+def test_the_order_of_the_settings_of_a_section_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}")
+    settings = {"data__unseen_fraction": 0.5, "data__path": path, "data__name": "instructions"}
+    for keys in (list(settings), list(settings)[::-1]):
+        data = config_from("demo", {key: settings[key] for key in keys}).data
+        assert (data.name, data.path, data.unseen_fraction) == ("instructions", str(path), 0.5)
+
+
 def test_a_mapping_with_unknown_keys_gets_the_messages_of_a_file() -> None:
     with pytest.raises(ConfigError, match=r"roundz: there is no such setting; did you mean rounds\?"):
         config_from({"roundz": {}}, {})
