@@ -48,13 +48,14 @@ def run_experiment(
         FlexLoraError: If data or model cannot be read.
     """
     folder = Path(folder)
-    # A method of the user's own may lack something; that is told before anything is read or loaded.
+    # What a method or a training loop of the user's own lacks is told before anything is read or loaded.
     state_types(aggregator_of(config.method, scaling_rule(config)))
+    train_one = None if trainer is None else as_train_client(trainer)
     check_folder(config, folder, resume, overwrite)
     notify(Stage("Reading data"))
     participants = gather_participants(config, data)
     notify(Stage(participants.in_words(), notes=participants.warnings))
-    loaded = LoadedRun.load(config, participants, notify, None if trainer is None else as_train_client(trainer))
+    loaded = LoadedRun.load(config, participants, notify, train_one)
     # Nothing is written before data and model have been read: a start that fails leaves no folder behind.
     open_folder(loaded, folder, overwrite and not resume)
     loop = round_loop(loaded, config.method, participants.clients, folder, notify)

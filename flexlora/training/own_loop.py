@@ -5,6 +5,7 @@ same ranks. Whatever it does to the network besides is undone, and what it retur
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,21 @@ class OwnLoop:
 
 
 def as_train_client(function: TrainFunction) -> OwnLoop:
-    """Return what trains one client with ``function``, for an engine."""
+    """Return what trains one client with ``function``, for an engine.
+
+    Raises:
+        TrainingError: If it is no function, or takes other arguments.
+    """
+    rule = "trainer must be a function (model, tokenizer, examples, adapter, settings, seed)"
+    if not callable(function):
+        raise TrainingError(f"{rule}; got {type(function).__name__}")
+    try:
+        inspect.signature(function).bind(*range(6))
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise TrainingError(f"{rule}; {name} cannot be called so: {error}") from None
+    except ValueError:
+        pass  # Some functions in C have no signature.
     return OwnLoop(function)
 
 

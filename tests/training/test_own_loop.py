@@ -211,3 +211,17 @@ def test_engines_take_it_and_processes_can_be_given_it():
     train = as_train_client(nothing)
     assert isinstance(train, TrainClient)
     assert pickle.loads(pickle.dumps(train)).function.__name__ == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (3, "seed); got int"),
+        (lambda model, tokenizer: None, "<lambda> cannot be called so: too many positional arguments"),
+        (lambda a, b, c, d, e, f, g: None, "<lambda> cannot be called so: missing a required argument: 'g'"),
+    ],
+)
+def test_what_cannot_be_called_as_a_training_function_is_refused_at_once(function, words):
+    with pytest.raises(TrainingError) as raised:
+        as_train_client(function)
+    assert words in str(raised.value)
