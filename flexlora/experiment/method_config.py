@@ -137,8 +137,8 @@ def _check_option(what: str, option: Option) -> None:
         MethodError: Beginning with ``what``.
     """
     try:
-        annotated: Any = Annotated[option.annotation, Field(**option.rules)]  # pyright: ignore[reportInvalidTypeForm]
-        adapter = TypeAdapter[Any](annotated)
+        hint: Any = Annotated[option.annotation, Field(**option.rules)]  # pyright: ignore[reportInvalidTypeForm]
+        adapter: TypeAdapter[Any] = TypeAdapter(hint)
     except (PydanticUserError, TypeError) as error:
         raise MethodError(
             f"{what} must have a plain type, such as bool, int, float, str, Literal[...], a tuple of them, or one of "
