@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flexlora.aggregators.registry import load_file, method_names, method_outline
-from flexlora.aggregators.settings import Option, options_of, traits_of
+from flexlora.aggregators.settings import Option, options_of
+from flexlora.experiment.method_config import method_model
 
 
 def describe_methods(names: Sequence[str] = (), path: str | None = None) -> dict[str, dict[str, Any]]:
@@ -23,7 +24,7 @@ def describe_methods(names: Sequence[str] = (), path: str | None = None) -> dict
         MethodError: If a method cannot be found or loaded.
     """
     chosen = names or (method_names() if path is None else sorted(load_file(path)))
-    return {name: _described(method_outline(name, path)) for name in chosen}
+    return {name: _described(name, path) for name in chosen}
 
 
 def print_methods(console: Console, methods: dict[str, dict[str, Any]]) -> None:
@@ -42,10 +43,13 @@ def print_methods(console: Console, methods: dict[str, dict[str, Any]]) -> None:
         console.print()
 
 
-def _described(outline: type[Any]) -> dict[str, Any]:
+def _described(name: str, path: str | None) -> dict[str, Any]:
+    # The section of a configuration checks that options and traits can be read.
+    section = method_model(name, path).model_validate({"name": name, "path": path})
+    outline = method_outline(name, path)
     return {
         "summary": (outline.__doc__ or "").strip().split("\n")[0],
-        "traits": dataclasses.asdict(traits_of(outline(scaling=None))),
+        "traits": dataclasses.asdict(section.traits()),
         "options": {
             name: {"default": one.default, "values": _values(one), "description": one.description}
             for name, one in options_of(outline).items()

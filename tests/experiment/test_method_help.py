@@ -59,6 +59,22 @@ def test_methods_of_a_file_are_printed_whole(tmp_path) -> None:
         assert part in text.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (FILE.replace("traits = ", "traits: Traits = "), "write traits = Traits"),
+        (FILE.replace("Traits(needs_one_rank=True)", "1"), "traits of mine_1 cannot be read; TypeError"),
+        (FILE.replace("scaling: object", ""), "needs a field for the scaling rule"),
+    ],
+)
+def test_a_method_of_a_file_that_cannot_be_described_says_why(tmp_path, text: str, words: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text.format(number=1))
+    with pytest.raises(MethodError) as raised:
+        describe_methods(path=str(path))
+    assert words in str(raised.value)
+
+
 def test_the_command_needs_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['flexlora', 'methods', '--json']; import flexlora.cli\n"
