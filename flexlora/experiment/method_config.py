@@ -70,7 +70,7 @@ def method_model(name: str, path: str | None = None) -> type[MethodConfig]:
 
 
 def read_method(value: object) -> MethodConfig:
-    """Return the ``method`` section in a plain mapping, or the section itself.
+    """Return the ``method`` section that a plain mapping describes, or the section itself.
 
     Raises:
         MethodError: If there is no such method, it refuses its options together, or ``value`` is no section.
@@ -121,7 +121,7 @@ def _model_of(outline: type, name: str) -> type[MethodConfig]:
     }
     taken = sorted(fields.keys() & {*MethodConfig.model_fields, *dir(MethodConfig)})
     if taken:
-        raise MethodError(f"the method {name} must call its option {taken[0]} something else; the name is taken")
+        raise MethodError(f"the method {name} must give its option {taken[0]} another name; this one is taken")
     fields["name"] = (
         Literal[name],  # pyright: ignore[reportInvalidTypeForm]
         Field(default=name, description=MethodConfig.model_fields["name"].description),

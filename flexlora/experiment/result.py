@@ -130,7 +130,7 @@ class RunResult:
         return "\n".join(lines)
 
     def _in_words(self) -> str:
-        words = f"{self.method}, {self.server_round} rounds"
+        words = f"{self.method}, {self.server_round} round{'' if self.server_round == 1 else 's'}"
         by_name = {row["model"]: row for row in score_rows(self.rounds, self.references)}
         if (federated := by_name.get("Federated")) is not None:
             words += f", unseen ROUGE-L {number_text(federated['rouge_l'])}"

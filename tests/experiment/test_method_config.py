@@ -50,7 +50,7 @@ def test_options_traits_and_checks_of_a_method_in_a_file_are_taken(tmp_path: Pat
         ("x: int = option(1, 'X.')", "Own needs a field for the scaling rule: write scaling: Scaling"),
         ("scaling: Scaling\ntraits: Traits = Traits()", "write traits = Traits(...) alone"),
         ("scaling: Scaling\n_x: int = 1", "Own._x must not begin with an underscore"),
-        ("scaling: Scaling\ncopy: int = 1", "must call its option copy something else"),
+        ("scaling: Scaling\ncopy: int = 1", "must give its option copy another name"),
         ("scaling: Scaling\nx: 'torch.nope' = 1", "options of own cannot be read: module 'torch' has no attribute"),
         ("scaling: Scaling\nx: torch.dtype = option(torch.float32, 'X.')", "must have a plain type, such as bool"),
         ("scaling: Scaling\nx: int = option('a', 'X.')", "has a default that it refuses: Input should be a valid int"),
