@@ -21,10 +21,10 @@ demo: setup
 	$(BIN)/flexlora run configs/demo.yaml --out $(RUN_DIR) --overwrite
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 -q -m "not integration and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not integration and not gpu"
 
 lint: setup
 	$(BIN)/ruff format --check .
