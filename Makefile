@@ -29,6 +29,7 @@ test-fast: setup
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --isolated --select F821 benchmarks scripts
 	$(BIN)/pyright
 
 format: setup

@@ -52,7 +52,8 @@ def measure_seed(config_path: str, overrides: Sequence[str], runs: Sequence[Run]
     from flexlora.experiment.loaded import LoadedRun
     from flexlora.experiment.method_config import read_method
     from flexlora.experiment.participants import gather_participants
-    from flexlora.experiment.scoring import Scorer
+    from flexlora.experiment.round_loop import round_loop
+    from flexlora.experiment.scoring import Scorer, validation_loss
     from flexlora.rounds.loop import run_rounds
 
     torch.set_num_threads(1)

@@ -1,5 +1,7 @@
 """Nothing goes undocumented: methods, settings, verbs, links."""
 
+import ast
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -56,3 +58,17 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "scripts").glob("*.py")]), ids=lambda path: path.name
+)
+def test_benchmarks_and_scripts_import_names_that_exist(path: Path) -> None:
+    # Many of them import when they are called: a name that has moved would only be missed then.
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flexlora"):
+            module = importlib.import_module(node.module or "")
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
+                    alias.name
+                )

@@ -20,7 +20,7 @@ from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks, lar
 from flexlora.rounds.clock import clients_per_round
 from flexlora.rounds.costs import BaseShape, ClientCost, DeviceCost, measure_flops_per_second
 from flexlora.rounds.devices import DeviceProfile
-from flexlora.text import bytes_text, seconds_text
+from flexlora.text import bytes_text, count_text, seconds_text
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,9 @@ def _facts(
         return num_rounds * sum(row.num_clients * value(row) for row in types) / num_clients
 
     examples = sum(client.num_examples for client in participants.clients)
-    clients = f"{num_clients:,} with {examples:,} training examples; {counted} in each of {num_rounds} rounds"
+    clients = (
+        f"{num_clients:,} with {examples:,} training examples; {counted} in each of {count_text(num_rounds, 'round')}"
+    )
     traffic = per_run(lambda row: sent * row.down_bytes + counted * row.cost.transfer_bytes)
     seconds = counted * per_run(lambda row: row.cost.train_seconds)
     where = "on this machine"

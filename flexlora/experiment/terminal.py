@@ -13,14 +13,18 @@ from flexlora.report.run_folder import read_run
 from flexlora.report.score_tables import SUMMARY_COLUMNS, summary_cells, summary_table
 from flexlora.report.terminal import WIDE_COLUMNS, print_virtual_time
 from flexlora.rounds.records import EvaluationRecord
-from flexlora.text import bytes_text, describe_ranks, number_text, seconds_text
+from flexlora.text import bytes_text, count_text, describe_ranks, number_text, seconds_text
 
 NARROW_COLUMNS = (SUMMARY_COLUMNS[0], "ROUGE-L", "exact match", "difference to base")
 
 
 def print_summary(console: Console, result: RunResult) -> None:
     """Print the final table of a run and where its artefacts are."""
-    table = Table(title=f"Unseen tasks after {result.server_round} rounds", title_justify="left", header_style="bold")
+    table = Table(
+        title=f"Unseen tasks after {count_text(result.server_round, 'round')}",
+        title_justify="left",
+        header_style="bold",
+    )
     wide = console.width >= WIDE_COLUMNS
     shown = [index for index, name in enumerate(SUMMARY_COLUMNS) if wide or name in NARROW_COLUMNS]
     for index in shown:

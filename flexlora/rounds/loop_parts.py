@@ -15,6 +15,7 @@ from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.rounds.clock import Breakdown, Clock, ClockState, Trip
 from flexlora.rounds.records import ClientRecord, EvaluationRecord, RankGroupRecord, RoundRecord
+from flexlora.text import count_text
 from flexlora.uplink.base import UplinkStep
 from flexlora.uplink.wire import WireDtype
 
@@ -78,7 +79,9 @@ class Progress:
         failed_in_a_row = 0 if num_updates else self.failed_rounds_in_a_row + 1
         stopped = self.stopped
         if failed_in_a_row >= max_failed_rounds:
-            stopped = f"no update could be used in {failed_in_a_row} rounds in a row (rounds.max_failed_rounds)"
+            stopped = (
+                f"no update could be used in {count_text(failed_in_a_row, 'round')} in a row (rounds.max_failed_rounds)"
+            )
         return dataclasses.replace(
             self, failed_rounds_in_a_row=failed_in_a_row, num_updates=self.num_updates + num_updates, stopped=stopped
         )
