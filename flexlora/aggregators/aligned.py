@@ -1,0 +1,147 @@
+"""Aligned FlexLoRA: average factors in the coordinates of one decomposition, then decompose again.
+
+The server holds ``G = B0 A0``, its factors made from one decomposition ``U diag(sigma) Vh`` (fresh rows included). A
+client of rank ``r`` starts from the first ``r`` directions, so all factors of a round share coordinates. With ``dA_i``
+and ``dB_i`` the changes of ``A_i`` and of ``s_i B_i``, ``w_i = n_i / sum n`` and ``c_j = sum_{r_i >= j} w_i``:
+
+    A+[j] = A0[j] + sum_{r_i >= j} w_i dA_i[j] / c_j^e,     B+[:, j] likewise,     G+ = B+ A+ = U diag(sigma) Vh
+
+and, unless ``fold_tail`` is off, each client also gets the directions above its rank as a branch it does not train, so
+that it computes its gradient at ``G``. Ours; the redistribution is that of FlexLoRA (arXiv:2402.11505).
+
+Compared with the mean of products:
+
+- ``B+ A+`` has at most the server's rank: nothing is truncated, and clients that echo change nothing.
+- The mean of products holds ``mean(dB_i dA_i)``, noise of second order in the learning rate that every client adds on
+  its own; here it is ``mean(dB_i) mean(dA_i)``, in which it averages out.
+- Plain sums of factors and the weight that holds each direction are all the server needs of the clients.
+
+``holder_exponent`` is ``e``: with 1 a direction moves by the mean of those who hold it, with 0 by their share of the
+mean of all, slower but steadier where few devices are large.
+
+It is not invariant under ``(B M, M^-1 A)`` of a single client: clients must return the coordinates they were sent. Late
+updates are not taken: they were trained in the coordinates of an earlier round.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flexlora.aggregators.base import require_rank_within, weighed
+from flexlora.aggregators.registry import aggregation_method
+from flexlora.aggregators.settings import Traits, option
+from flexlora.federation.messages import Broadcast, Update
+from flexlora.lora.direction_mean import mean_directions
+from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
+from flexlora.lora.product import Spectrum, spectrum_of
+
+
+@dataclass(frozen=True)
+class AlignedState:
+    """The server's factors.
+
+    Attributes:
+        factors: ``A0`` and ``B0`` per module at the server's rank, float64, scaling 1: ``B0`` carries it.
+        initial_rows: The initial ``A``, which gives directions without a singular value their rows.
+        rounds: Rounds aggregated so far.
+    """
+
+    factors: Mapping[str, LoraFactors]
+    initial_rows: Mapping[str, Tensor]
+    rounds: int = 0
+
+
+@aggregation_method("aligned")
+@dataclass(frozen=True)
+class Aligned:
+    """Means of factors in the coordinates of one decomposition, decomposed again (aligned FlexLoRA).
+
+    Attributes:
+        scaling: The scaling rule of the clients.
+    """
+
+    scaling: Scaling
+    holder_exponent: float = option(
+        0.5,
+        "Power of a direction's coverage that its mean change is divided by: 1 is the mean of those who hold it, 0 "
+        "their share of the mean of all clients.",
+        ge=0.0,
+        le=1.0,
+    )
+    fold_tail: bool = option(True, "Send each client the directions above its rank too, as a branch it does not train.")
+    split: Literal["b", "balanced"] = option(
+        "b", "Where singular values go: all into B (as FlexLoRA), or their roots into A and B."
+    )
+    decompose_every: int | None = option(
+        1, "Rounds between decompositions; null never decomposes and keeps the first coordinates.", ge=1
+    )
+    server_learning_rate: float = option(1.0, "What the mean change of the factors is multiplied by.", gt=0.0)
+
+    @property
+    def traits(self) -> Traits:
+        """What others must know of this method."""
+        return Traits(folds_tail=self.fold_tail)
+
+    def init(self, adapter: AdapterState) -> AlignedState:
+        """Return the initial adapter as the server's factors."""
+        return AlignedState(
+            {module: adapter[module].to(torch.float64).with_scaling(1.0) for module in sorted(adapter)},
+            {module: adapter[module].to(torch.float64).A for module in sorted(adapter)},
+        )
+
+    def aggregate(self, state: AlignedState, updates: Iterable[Update]) -> AlignedState:
+        """Return the factors moved by the mean changes, decomposed again where that is due.
+
+        Raises:
+            AggregationError: If an update has a larger rank than the server's factors.
+        """
+        moved = mean_directions(
+            state.factors, _within_server_ranks(state.factors, updates), self.holder_exponent, self.server_learning_rate
+        )
+        rounds = state.rounds + 1
+        if self.decompose_every is not None and rounds % self.decompose_every == 0:
+            moved = {module: self._in_new_coordinates(moved[module], state.initial_rows[module]) for module in moved}
+        return AlignedState(moved, state.initial_rows, rounds)
+
+    def broadcast(self, state: AlignedState, ranks: Mapping[str, int]) -> Broadcast:
+        """Return the first directions in float32 and, under ``fold_tail``, the others as the frozen branch.
+
+        Raises:
+            AggregationError: If a rank exceeds the server's.
+        """
+        trainable: dict[str, LoraFactors] = {}
+        for module, rank in sorted(ranks.items()):
+            require_rank_within(state.factors[module], module, rank)
+            trainable[module] = state.factors[module].truncate(rank).with_scaling(self.scaling(rank)).to(torch.float32)
+        return Broadcast(trainable, _tails(state.factors, ranks) if self.fold_tail else None)
+
+    def spectra(self, state: AlignedState) -> dict[str, Spectrum]:
+        """Return the decomposed product of the server's factors; nothing of it was discarded."""
+        return {module: spectrum_of(factors) for module, factors in state.factors.items()}
+
+    def _in_new_coordinates(self, factors: LoraFactors, initial_rows: Tensor) -> LoraFactors:
+        """Return the same change in the coordinates of its decomposition, at the same rank."""
+        spectrum = spectrum_of(factors, factors.rank)
+        return spectrum.factors(factors.rank, 1.0, self.split, initial_rows).to(torch.float64)
+
+
+def _within_server_ranks(factors: AdapterState, updates: Iterable[Update]) -> Iterator[tuple[AdapterState, float]]:
+    """Yield factors and weight of each update, checked to have no rank above the server's."""
+    for update in weighed(factors, updates):
+        for module, own in update.payload.items():
+            require_rank_within(factors[module], module, own.rank)
+        yield update.payload, update.weight
+
+
+def _tails(factors: AdapterState, ranks: Mapping[str, int]) -> dict[str, LoraFactors] | None:
+    """Return the directions from each rank on that carry anything, or None if there are none."""
+    tails: dict[str, LoraFactors] = {}
+    for module, own in factors.items():
+        rank = ranks.get(module, 0)
+        is_used = own.B[:, rank:].any(dim=0)
+        if is_used.any():
+            tails[module] = LoraFactors(own.A[rank:][is_used], own.B[:, rank:][:, is_used], 1.0).to(torch.float32)
+    return tails or None

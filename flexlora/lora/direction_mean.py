@@ -1,0 +1,76 @@
+"""Averages the changes of factors direction by direction, all measured from one common start.
+
+With ``dA_i`` and ``dB_i`` the changes of ``A_i`` and of ``s_i B_i`` against the start, and direction ``j`` held by the
+clients with ``r_i >= j``:
+
+    A+[j] = A0[j] + sum_{r_i >= j} w_i dA_i[j] / c_j^e,     B+[:, j] likewise,     c_j = sum_{r_i >= j} w_i
+
+``e = 1`` divides by the weight of the holders, ``e = 0`` by that of all clients. The plain sums of the factors and the
+weight that holds each direction are all that is needed of the clients.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from flexlora.lora.factors import AdapterState, FactorsError, LoraFactors
+
+
+def mean_directions(
+    start: AdapterState, updates: Iterable[tuple[AdapterState, float]], exponent: float, step: float = 1.0
+) -> dict[str, LoraFactors]:
+    """Return the start moved by the mean change of each direction, in float64, under the scalings of ``start``.
+
+    A direction that no update has stays as it is; so does a module. An update that lacks a module still counts in the
+    weight of all.
+
+    Args:
+        start: The server's factors in float64; they decide modules, ranks, shapes and scalings. Every client started
+            from the first rows of its ``A`` and the first columns of its ``B``.
+        updates: Factors with their weight, consumed once, one at a time and in order; none is kept. Ranks are at most
+            those of ``start``.
+        exponent: ``e``, 0 to 1.
+        step: What the mean change is multiplied by.
+
+    Raises:
+        FactorsError: If an update has a module or rank that ``start`` has not, or the weights do not add up to more
+            than 0.
+    """
+    A = {module: torch.zeros_like(factors.A) for module, factors in start.items()}
+    B = {module: torch.zeros_like(factors.B) for module, factors in start.items()}
+    held = {module: torch.zeros_like(factors.A[:, 0]) for module, factors in start.items()}
+    total = 0.0
+    for adapter, weight in updates:
+        total += weight
+        for module, factors in adapter.items():
+            _require_rank_within(start, module, factors.rank)
+            client = factors.to(torch.float64).with_scaling(start[module].scaling)
+            A[module][: factors.rank] += weight * client.A
+            B[module][:, : factors.rank] += weight * client.B
+            held[module][: factors.rank] += weight
+    if not total > 0:
+        raise FactorsError(f"weights of updates must add up to more than 0; got {total}")
+    return {
+        module: _moved(factors, A[module], B[module], held[module], total, exponent, step)
+        for module, factors in start.items()
+    }
+
+
+def _moved(
+    start: LoraFactors, A: Tensor, B: Tensor, held: Tensor, total: float, exponent: float, step: float
+) -> LoraFactors:
+    """Return one module's start moved by ``step * (sum - held * start) / (total * (held / total)^exponent)``."""
+    share = held / total
+    factor = torch.where(held > 0, step / (total * share.clamp_min(1e-300) ** exponent), torch.zeros_like(held))
+    return LoraFactors(
+        start.A + factor[:, None] * (A - held[:, None] * start.A),
+        start.B + (B - start.B * held) * factor,
+        start.scaling,
+    )
+
+
+def _require_rank_within(start: Mapping[str, LoraFactors], module: str, rank: int) -> None:
+    most = start[module].rank if module in start else 0
+    if rank > most:
+        raise FactorsError(f"{module}: rank must be in 0..{most}, the rank of the server's factors; got {rank}")
