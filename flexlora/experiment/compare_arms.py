@@ -1,0 +1,176 @@
+"""Reads what a comparison compares: methods with options, and the controls that every comparison has."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from flexlora.errors import FlexLoraError
+from flexlora.experiment.method_config import FEDERATED_AVERAGING, read_method
+
+ArmKind = Literal["method", "base", "centralised", "alone"]
+ArmClients = Literal["own", "smallest", "largest", "only_largest"]
+
+ALLOWED_SETTINGS = ("training.", "lora.scaling", "lora.lora_alpha")
+"""Settings an arm may have of its own; all others belong to the draw, which all arms share."""
+
+
+class CompareError(FlexLoraError, ValueError):
+    """A comparison that cannot be made, or that does not fit what is in its folder."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison.
+
+    Attributes:
+        label: What rows and tables call it.
+        kind: ``method``, or a control that is no federated method.
+        method: Its ``method`` section.
+        settings: ``key=value`` overrides of its own.
+        clients: Whose ranks are used: the clients' ``own``, the ``smallest`` or ``largest`` for everybody, or own ranks
+            of those clients ``only_largest`` alone.
+        learning_rate: Fixed; None is chosen on tuning draws.
+    """
+
+    label: str
+    kind: ArmKind = "method"
+    method: Mapping[str, Any] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
+    clients: ArmClients = "own"
+    learning_rate: float | None = None
+
+    @property
+    def depends_on_ranks(self) -> bool:
+        """Whether the arm differs between distributions of the same client types."""
+        return self.kind == "alone" or (self.kind == "method" and self.clients in ("own", "only_largest"))
+
+    def described(self) -> dict[str, Any]:
+        """Return the arm as plain values, for the record of a comparison."""
+        return {
+            "label": self.label,
+            "kind": self.kind,
+            "method": dict(self.method),
+            "settings": list(self.settings),
+            "clients": self.clients,
+            "learning_rate": self.learning_rate,
+        }
+
+
+def controls() -> tuple[Arm, ...]:
+    """Return what every comparison has besides its methods."""
+    fedit = {"name": FEDERATED_AVERAGING}
+    return (
+        Arm("base", "base"),
+        Arm("fedit_smallest", method=fedit, clients="smallest"),
+        Arm("fedit_largest", method=fedit, clients="largest"),
+        Arm("large_alone", method=fedit, clients="only_largest"),
+        Arm("centralised", "centralised"),
+        Arm("alone", "alone"),
+    )
+
+
+def read_arms(text: str) -> tuple[Arm, ...]:
+    """Return the arms of ``--methods``: ``[LABEL=]METHOD[:KEY=VALUE]...[@RATE]``, separated by commas.
+
+    A key without a dot is an option of the method, ``clients`` says whose ranks are used, and a key with a dot is a
+    setting of training or scaling.
+
+    Raises:
+        CompareError: If an entry cannot be read, names no method or refuses its options, or two have one label.
+    """
+    arms = [_read_arm(entry) for entry in _entries(text)]
+    if not arms:
+        raise CompareError("--methods must name at least one method, as --methods fedit,flexlora,aligned")
+    reserved = {arm.label for arm in controls()}
+    seen: set[str] = set()
+    for arm in arms:
+        if arm.label in reserved:
+            raise CompareError(f"--methods: the label {arm.label} is that of a control; choose another one")
+        if arm.label in seen:
+            raise CompareError(
+                f"--methods: two entries are called {arm.label}; give one of them a label, as other={arm.label}:..."
+            )
+        seen.add(arm.label)
+    return tuple(arms)
+
+
+def _entries(text: str) -> Iterator[str]:
+    """Yield the parts between commas that are not inside brackets."""
+    depth, start = 0, 0
+    for index, letter in enumerate(f"{text},"):
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0:
+            if entry := text[start:index].strip():
+                yield entry
+            start = index + 1
+
+
+def _read_arm(entry: str) -> Arm:
+    body, _, rate = entry.partition("@")
+    head, *pairs = re.split(r":(?=[A-Za-z_][\w.]*=)", body)
+    label, _, name = head.rpartition("=")
+    method: dict[str, Any] = {"name": name.strip()}
+    settings: list[str] = []
+    clients: Any = None
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key == "clients":
+            clients = value
+        elif "." in key:
+            settings.append(_own_setting(entry, key, value))
+        else:
+            method[key] = _value(entry, key, value)
+    section = read_method(method) if name else None
+    if section is None:
+        raise CompareError(f"--methods: {entry!r} names no method; write [LABEL=]METHOD[:KEY=VALUE]...[@RATE]")
+    if clients is None:
+        clients = "smallest" if section.traits().needs_one_rank else "own"
+    if clients not in ("own", "smallest", "largest", "only_largest"):
+        raise CompareError(
+            f"--methods: clients of {entry!r} must be own, smallest, largest or only_largest; got {clients}"
+        )
+    if clients == "own" and section.traits().needs_one_rank:
+        raise CompareError(f"--methods: {name} needs one rank for all clients; give {entry!r} clients=smallest")
+    return Arm(label or _label_of(body), "method", method, tuple(settings), clients, _rate(entry, rate))
+
+
+def _label_of(body: str) -> str:
+    return body.replace(" ", "")
+
+
+def _own_setting(entry: str, key: str, value: str) -> str:
+    if not key.startswith(ALLOWED_SETTINGS):
+        raise CompareError(
+            f"--methods: {key} of {entry!r} belongs to the draw, which all methods share; set it for all of them "
+            f"(KEY=VALUE behind CONFIG), an entry may only set {', '.join(ALLOWED_SETTINGS)}"
+        )
+    if key == "training.learning_rate":
+        raise CompareError(f"--methods: write the learning rate of {entry!r} as @{value}, or leave it to be chosen")
+    return f"{key}={value}"
+
+
+def _value(entry: str, key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CompareError(f"--methods: the value of {key} in {entry!r} is not valid YAML") from error
+
+
+def _rate(entry: str, text: str) -> float | None:
+    if not text:
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise CompareError(f"--methods: the learning rate of {entry!r} must be a number above 0; got {text!r}")
+    return rate
+
+
+def by_label(arms: Sequence[Arm]) -> dict[str, Arm]:
+    """Return label -> arm."""
+    return {arm.label: arm for arm in arms}

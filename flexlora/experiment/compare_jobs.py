@@ -1,0 +1,192 @@
+"""Decides which runs a comparison still needs, from the rows it has: first tuning draws, then the draws that count."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flexlora.experiment.compare_arms import Arm
+
+Phase = Literal["tuning", "test"]
+Row = Mapping[str, Any]
+
+FIRST_TEST_SEED = 1000
+"""Tuning draws count from the configuration's seed and the others from this much above it: they are never the same."""
+
+RATE_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison.
+
+    Attributes:
+        phase: ``tuning`` runs choose learning rates and are never scored on unseen tasks.
+        draw: Number within the phase.
+        seed: Of everything that is drawn.
+        distribution: Of the client types.
+        arm: Label.
+        learning_rate: What the schedule starts from; 0 for the base.
+    """
+
+    phase: Phase
+    draw: int
+    seed: int
+    distribution: str
+    arm: str
+    learning_rate: float
+
+    @property
+    def key(self) -> tuple[str, int, str, str, float]:
+        """What tells jobs apart."""
+        return self.phase, self.draw, self.distribution, self.arm, self.learning_rate
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, on what.
+
+    Attributes:
+        config: Path of the configuration.
+        overrides: ``key=value`` settings that all arms share.
+        arms: Methods and controls.
+        distributions: Of client types, each compared by itself.
+        supports: Distribution -> the client types that occur in it; arms that do not depend on who has which rank run
+            once for all distributions with the same types.
+        draws: Draws that count.
+        tuning_draws: Draws on which learning rates are chosen; 0 takes the configuration's.
+        trials: Most learning rates tried for each arm.
+        learning_rate: Where the trials start.
+        seed: Of the configuration.
+        evaluations: Points of each learning curve.
+        text: Whether answers are generated and scored at the end of each run.
+    """
+
+    config: str
+    overrides: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    distributions: tuple[str, ...]
+    supports: Mapping[str, tuple[str, ...]]
+    draws: int
+    tuning_draws: int
+    trials: int
+    learning_rate: float
+    seed: int
+    evaluations: int = 8
+    text: bool = True
+
+    def run_for(self, arm: Arm, distribution: str) -> str:
+        """Return the distribution whose run serves this one too."""
+        if arm.depends_on_ranks:
+            return distribution
+        return next(other for other in self.distributions if self.supports[other] == self.supports[distribution])
+
+    def served_by(self, job: Job) -> list[str]:
+        """Return the other distributions that the run of a job serves."""
+        arm = next(arm for arm in self.arms if arm.label == job.arm)
+        own = job.distribution
+        return [other for other in self.distributions if other != own and self.run_for(arm, other) == own]
+
+
+def due_jobs(study: Study, rows: Iterable[Row]) -> list[Job]:
+    """Return the jobs that can run now, tuning first; none once the comparison is complete.
+
+    Args:
+        study: The comparison.
+        rows: Of finished runs, in any order.
+    """
+    done = {_key_of(row): row for row in rows}
+    found: list[Job] = []
+    for arm in study.arms:
+        for distribution in study.distributions:
+            if study.run_for(arm, distribution) == distribution:
+                found += _due_of(study, arm, distribution, done)
+    return sorted(found, key=lambda job: (job.phase != "tuning", job.draw, study.distributions.index(job.distribution)))
+
+
+def num_jobs_left(study: Study, rows: Iterable[Row]) -> int:
+    """Return about how many jobs are left, those included that only a later choice makes due."""
+    done = {_key_of(row): row for row in rows}
+    left = 0
+    for arm in study.arms:
+        for distribution in study.distributions:
+            if study.run_for(arm, distribution) != distribution:
+                continue
+            due = _due_of(study, arm, distribution, done)
+            left += len(due)
+            if due and due[0].phase == "tuning":
+                left += study.draws
+    return left
+
+
+def chosen_rate(study: Study, arm: Arm, distribution: str, rows: Iterable[Row]) -> float | None:
+    """Return the learning rate of an arm, or None while it is being chosen."""
+    done = {_key_of(row): row for row in rows}
+    rate = _choice(study, arm, distribution, done)
+    return rate if isinstance(rate, float) else None
+
+
+def _due_of(study: Study, arm: Arm, distribution: str, done: Mapping[Any, Row]) -> list[Job]:
+    choice = _choice(study, arm, distribution, done)
+    if isinstance(choice, float):
+        jobs = [
+            Job("test", draw, study.seed + FIRST_TEST_SEED + draw, distribution, arm.label, choice)
+            for draw in range(study.draws)
+        ]
+    else:
+        jobs = [
+            Job("tuning", draw, study.seed + draw, distribution, arm.label, rate)
+            for rate in choice
+            for draw in range(study.tuning_draws)
+        ]
+    return [job for job in jobs if job.key not in done]
+
+
+def _choice(study: Study, arm: Arm, distribution: str, done: Mapping[Any, Row]) -> float | Sequence[float]:
+    """Return the learning rate of an arm, or those to try next.
+
+    Trials begin with the start and its neighbours, and go on at the better edge until the best lies inside.
+    """
+    if arm.kind == "base":
+        return 0.0
+    if arm.learning_rate is not None:
+        return arm.learning_rate
+    if not study.tuning_draws:
+        return study.learning_rate
+    powers = [-1, 0, 1] if study.trials >= 3 else list(range(study.trials))
+    while True:
+        rates = {power: study.learning_rate * RATE_FACTOR**power for power in powers}
+        losses = {power: _tuning_loss(study, arm, distribution, rate, done) for power, rate in rates.items()}
+        if missing := [rates[power] for power, loss in losses.items() if loss is None]:
+            return missing
+        best = min(losses, key=lambda power: (losses[power], power))
+        following = best - 1 if best == min(powers) else best + 1 if best == max(powers) else None
+        if following is None or len(powers) >= study.trials:
+            return rates[best]
+        powers.append(following)
+
+
+def _tuning_loss(study: Study, arm: Arm, distribution: str, rate: float, done: Mapping[Any, Row]) -> float | None:
+    """Return the mean validation loss of a rate over the tuning draws, infinite if one diverged, None if any lacks."""
+    rows = [done.get(("tuning", draw, distribution, arm.label, rate)) for draw in range(study.tuning_draws)]
+    if any(row is None for row in rows):
+        return None
+    losses = [_loss_of(row) for row in rows if row is not None]
+    return math.fsum(losses) / len(losses)
+
+
+def _loss_of(row: Row) -> float:
+    loss = row["validation_loss"]
+    return math.inf if loss is None or row["diverged"] or row.get("failure") else float(loss)
+
+
+def _key_of(row: Row) -> tuple[str, int, str, str, float]:
+    return row["phase"], row["draw"], row["distribution"], row["arm"], row["learning_rate"]
+
+
+def all_jobs(study: Study, rows: Iterable[Row]) -> Iterator[Job]:
+    """Yield the jobs of rows that the comparison asks for, copies for other distributions left out."""
+    labels = {arm.label for arm in study.arms}
+    for row in rows:
+        if row["arm"] in labels and not row.get("copy_of"):
+            yield Job(row["phase"], row["draw"], row["seed"], row["distribution"], row["arm"], row["learning_rate"])
