@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -141,6 +142,81 @@ def run(
             f"The reasons are in {escape(str(result.report))}."
         )
         raise typer.Exit(EXIT_NO_PROGRESS)
+
+
+@app.command(
+    epilog="Example: flexlora compare configs/demo.yaml --methods fedit,flexlora,aligned --draws 8 --jobs 2 --out cmp"
+)
+def compare(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods", help="[LABEL=]METHOD[:KEY=VALUE]...[@RATE], separated by commas; @RATE fixes a rate."
+        ),
+    ] = "fedit,flexlora,aligned",
+    draws: Annotated[int, typer.Option("--draws", help="Paired draws that count; at least 8 for a claim.")] = 8,
+    tuning_draws: Annotated[
+        int, typer.Option("--tuning-draws", help="Draws that choose learning rates; 0 takes the configuration's.")
+    ] = 2,
+    trials: Annotated[int, typer.Option("--trials", help="Most learning rates tried for each method.")] = 5,
+    distributions: Annotated[
+        str | None, typer.Option("--distributions", help="Of client types, as uniform,heavy_tail_light.")
+    ] = None,
+    reference: Annotated[
+        str, typer.Option("--reference", help="Label that differences are paired with.")
+    ] = "fedit_smallest",
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Runs side by side, one thread each; default one per core.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="Start no further run after this; the same command goes on later.")
+    ] = None,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Score losses only; generate no answers.")] = False,
+    no_controls: Annotated[bool, typer.Option("--no-controls", help="Leave the controls out.")] = False,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the comparison; goes on with what is in it.")] = Path(
+        "runs/compare"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget what is in --out first.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the final table.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods on paired draws, each at its own learning rate, with all controls."""
+    from flexlora.experiment.compare import make_study, run_comparison
+    from flexlora.experiment.compare_arms import read_arms
+    from flexlora.experiment.compare_progress import CompareProgress
+    from flexlora.report.compare_page import write_page
+    from flexlora.report.compare_terminal import summary_table
+    from flexlora.report.paired import summary
+
+    study = make_study(
+        config,
+        overrides or (),
+        read_arms(methods),
+        distributions=[name.strip() for name in (distributions or "").split(",") if name.strip()],
+        draws=draws,
+        tuning_draws=tuning_draws,
+        trials=trials,
+        text=not no_text,
+        with_controls=not no_controls,
+    )
+    _hide_other_progress_bars()
+    until = None if minutes is None else time.time() + 60 * minutes
+    with (
+        _interruptible("the same command continues with the runs that are left"),
+        CompareProgress(err, hidden=quiet or as_json) as progress,
+    ):
+        rows = run_comparison(
+            study, folder, jobs=jobs or os.cpu_count() or 1, overwrite=overwrite, until=until, notify=progress
+        )
+    found = summary(rows, reference=reference)
+    page = write_page(folder)
+    if as_json:
+        _print_json({"folder": str(folder), "page": str(page), "summary": found.to_json()})
+    else:
+        out.print(summary_table(found))
+        out.print(f"Page     {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: flexlora plan configs/natural_instructions.yaml data.path=natural-instructions")

@@ -50,6 +50,7 @@ class Draws:
         self._study = study
         self._key: tuple[int, str] | None = None
         self._loaded: LoadedRun | None = None
+        self._base: dict[Any, EvaluationRecord] = {}
 
     def loaded(self, job: Job, arm: Arm) -> LoadedRun:
         """Return the draw of a job under the settings of its arm."""
@@ -64,6 +65,13 @@ class Draws:
         # The tokens depend on data and seed alone, which no arm may change.
         own.__dict__["_encoded"] = self._loaded._encoded  # pyright: ignore[reportPrivateUsage]
         return own
+
+    def base_scores(self, job: Job, scorer: "LossScorer") -> EvaluationRecord:
+        """Return the scores of the base model on a draw, measured once for all its jobs."""
+        key = (job.seed, job.phase)
+        if key not in self._base:
+            self._base = {key: scorer.scores(None)}
+        return self._base[key]
 
 
 def draw_config(study: Study, job: Job, arm: Arm | None = None) -> Config:
@@ -96,14 +104,14 @@ def run_job(study: Study, job: Job, draws: Draws, scratch: Path) -> dict[str, An
     try:
         loaded = draws.loaded(job, arm)
         row |= {"clients": len(loaded.participants.clients), "device": _device_name(loaded.model.device)}
-        row |= _measured(study, job, arm, loaded, scratch)
+        row |= _measured(study, job, arm, loaded, scratch, draws)
     except Exception as error:
         row |= missing_scores() | {"diverged": True, "failure": reason_of(error)}
     shutil.rmtree(scratch, ignore_errors=True)
     return row | {"seconds": time.perf_counter() - started, "version": importlib.metadata.version("flexlora")}
 
 
-def _measured(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path) -> dict[str, Any]:
+def _measured(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path, draws: Draws) -> dict[str, Any]:
     if arm.kind == "base":
         scored = _scored(study, job, loaded, None)
         return (
@@ -111,7 +119,9 @@ def _measured(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path
         )
     if arm.kind == "alone":
         return missing_scores() | _alone(job, loaded) | {"diverged": False, "failure": None}
-    loop = _loop(study, job, arm, loaded, scratch)
+    scorer = LossScorer(loaded, job.phase == "test")
+    scorer = dataclasses.replace(scorer, base=draws.base_scores(job, scorer))
+    loop = _loop(study, job, arm, loaded, scratch, scorer)
     outcome = run_rounds(loop)
     adapter = loop.aggregator.broadcast(outcome.state, loop.federation.server_ranks)
     scored = _scored(study, job, loaded, adapter)
@@ -165,7 +175,7 @@ def _costs(loop: Loop, outcome: Outcome, has_unseen: bool) -> dict[str, Any]:
     }
 
 
-def _loop(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path) -> Loop:
+def _loop(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path, scorer: "LossScorer") -> Loop:
     """Return the round loop of a job, scored by losses alone along its way."""
     clients = _clients(arm, loaded)
     method = read_method(arm.method or {"name": FEDERATED_AVERAGING})
@@ -177,7 +187,7 @@ def _loop(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path) ->
     if arm.clients == "only_largest":
         share = len(clients) / len(loaded.participants.clients)
         settings = dataclasses.replace(settings, cohort_size=max(1, round(settings.cohort_size * share)))
-    loop = dataclasses.replace(loop, settings=settings, evaluator=LossScorer(loaded, job.phase == "test"))
+    loop = dataclasses.replace(loop, settings=settings, evaluator=scorer)
     return _pooled(loop, loaded) if arm.kind == "centralised" else loop
 
 
@@ -318,13 +328,17 @@ class LossScorer:
     Attributes:
         loaded: The draw.
         unseen: Whether unseen tasks are looked at.
+        base: Scores of the base model, where they are known already.
     """
 
     loaded: LoadedRun
     unseen: bool
+    base: EvaluationRecord | None = None
 
     def scores(self, adapter: Broadcast | None) -> EvaluationRecord:
         """Return validation loss and, for draws that count, the loss on unseen tasks."""
+        if adapter is None and self.base is not None:
+            return self.base
         unseen = NOTHING
         if self.unseen:
             unseen = NOTHING.model_copy(update={"loss": _unseen_loss(self.loaded, adapter)})

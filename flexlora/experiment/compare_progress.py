@@ -1,0 +1,61 @@
+"""Shows how far a comparison is: runs done, runs left, and minutes left."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from flexlora.experiment.compare import CompareEvent
+
+SECONDS_PER_MINUTE = 60
+
+
+class CompareProgress:
+    """A bar over the runs of a comparison, with one line for each run that ended."""
+
+    def __init__(self, console: Console, *, hidden: bool = False) -> None:
+        """Show nothing yet."""
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("runs, {task.fields[left]}"),
+            console=console,
+            disable=hidden,
+        )
+        self._task = self._bar.add_task("Comparing", total=None, left="starting")
+
+    def __enter__(self) -> "CompareProgress":
+        """Start to show."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop to show."""
+        self._bar.stop()
+
+    def __call__(self, event: CompareEvent) -> None:
+        """Show what a comparison tells."""
+        left = "starting" if event.seconds_left is None else _minutes(event.seconds_left)
+        self._bar.update(self._task, completed=event.num_done, total=event.num_done + event.num_left, left=left)
+        if event.row is not None:
+            self._bar.console.print(_line(event.row), highlight=False, markup=False)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / SECONDS_PER_MINUTE:,.1f} minutes left"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """Return a finished run in words."""
+    kind = "tuning" if row["phase"] == "tuning" else "draw"
+    loss = row["validation_loss"]
+    outcome = f"validation loss {loss:.4f}" if loss is not None else f"failed: {row['failure']}"
+    if row["unseen"]:
+        outcome += f", unseen {row['unseen']['loss']:.4f}"
+    rate = f" at {row['learning_rate']:g}" if row["learning_rate"] else ""
+    return f"  {kind} {row['draw'] + 1}, {row['distribution']}: {row['arm']}{rate}, {outcome}"
