@@ -1,7 +1,9 @@
-"""Hand-made runs on the virtual clock."""
+"""Hand-made runs on the virtual clock, and rows of a comparison."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,3 +130,59 @@ def folders(tmp_path: Path) -> list[Path]:
     write_references(wait / "references.json", ReferencesRecord(fedit_smallest_rank=reference))
     hasty = _folder_of(tmp_path / "hasty", "async", _rounds_of({0: 5.0, 4: 25.0}, 10.0))
     return [wait, hasty]
+
+
+class StudyRows:
+    """Makes rows of a comparison whose numbers are exact functions of what is asked for, so that a test knows them."""
+
+    def __call__(self, arm: str, draw: int = 0, loss: float | None = 1.7, **changed: Any) -> dict[str, Any]:
+        rounds = 0 if arm == "base" else 8
+        height = math.nan if loss is None else loss
+        row = {
+            "kind": "run",
+            "phase": "test",
+            "draw": draw,
+            "seed": 100 + draw,
+            "distribution": "uniform",
+            "arm": arm,
+            "method": arm,
+            "options": {},
+            "learning_rate": 0.0 if arm == "base" else 0.01,
+            "rounds": rounds,
+            "clients": 24,
+            "curve": [
+                {"round": r, "validation_loss": height + 0.1 + 1 / r, "unseen_loss": height + 1 / r - 1 / 8}
+                for r in range(2, rounds + 1, 2)
+                if loss is not None
+            ],
+            "validation_loss": None if loss is None else loss + 0.1,
+            "unseen": {
+                "loss": loss,
+                "rouge_l": 40.0 - 10 * height,
+                "exact_match": 20.0 - 5 * height,
+                "num_examples": 60,
+                "num_tasks": 6,
+            },
+            "categories": None,
+            "own_loss": None,
+            "up_bytes": 1000,
+            "down_bytes": 2000,
+            "server_seconds": 0.5,
+            "client_seconds": 20.0,
+            "seconds": 25.0,
+            "diverged": loss is None,
+            "failure": None,
+            "device": "cpu",
+            "version": "0.0",
+        }
+        return {**row, **changed}
+
+    def tuning(self, arm: str, rate: float, loss: float | None, draw: int = 0, **changed: Any) -> dict[str, Any]:
+        """A tuning run with this validation loss."""
+        changed = {"unseen": None, "validation_loss": loss, "curve": [], **changed}
+        return self(arm, draw, loss, phase="tuning", learning_rate=rate, **changed)
+
+
+@pytest.fixture
+def study_row() -> StudyRows:
+    return StudyRows()
