@@ -1,0 +1,35 @@
+"""Averages what the runs of a comparison cost."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from flexlora.report.study_rows import Row, number
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Mean cost of one run, over the runs that ended without a failure; None where it was not recorded.
+
+    Seconds are wall time of the machine of the run, so they compare arms, not machines.
+    """
+
+    up_bytes: float | None
+    down_bytes: float | None
+    server_seconds: float | None
+    client_seconds: float | None
+    seconds: float | None
+
+
+def mean_costs(runs: Iterable[Row]) -> dict[tuple[str, str], Costs]:
+    """Return (distribution, arm) -> the mean cost of a run."""
+    groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in runs:
+        if not row.get("failure"):
+            groups[row["distribution"], row["arm"]].append(row)
+    return {key: Costs(*(_mean(group, field.name) for field in fields(Costs))) for key, group in groups.items()}
+
+
+def _mean(rows: list[Row], key: str) -> float | None:
+    known = [value for row in rows if (value := number(row.get(key))) is not None]
+    return sum(known) / len(known) if known else None
