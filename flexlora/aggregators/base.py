@@ -40,7 +40,10 @@ class Aggregator(Protocol[State]):
         ...
 
     def broadcast(self, state: State, ranks: Mapping[str, int]) -> Broadcast:
-        """Return what a client with these ranks per module receives; ``trainable`` has exactly these ranks."""
+        """Return what a client with these ranks per module receives; ``trainable`` has exactly these ranks.
+
+        With the trait ``fewer_directions`` it may have lower ones.
+        """
         ...
 
     def spectra(self, state: State) -> Mapping[str, Spectrum]:
@@ -57,6 +60,19 @@ class ChangeAggregator(Protocol[State]):
 
     def add_changes(self, state: State, changes: Iterable[Change]) -> State:
         """Return the state with the discounted mean of the changes (at least one) added, consumed once."""
+        ...
+
+
+@runtime_checkable
+class PerClientAggregator(Protocol[State]):
+    """A method with the trait ``per_client``: every client of a round receives something of its own."""
+
+    def broadcast_to(self, state: State, ranks: Mapping[str, int], client_id: str) -> Broadcast:
+        """Return what this client with these ranks receives; the same however often it is asked for.
+
+        Random choices are a pure function of a seed, of the round as the state knows it, and of ``client_id``, so that
+        ``aggregate`` can repeat them from ``update.client_id``.
+        """
         ...
 
 

@@ -6,7 +6,7 @@ Loads no torch, so that a configuration is checked before anything heavy is impo
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 RULES = ("gt", "ge", "lt", "le", "min_length", "max_length", "pattern")
 
@@ -25,6 +25,14 @@ class Traits:
             on ranks: it is the same for ``(B M, M^-1 A)``, and works on sums that hide the single update.
         folds_tail: Clients also receive what their rank cannot hold, as a frozen branch.
         server_rank: Rank of the global adapter in every module; None is the largest of any client.
+        per_client: Every client of a round gets a broadcast of its own; the method has ``broadcast_to``. ``broadcast``
+            stays what a model of these ranks is scored with and exported as.
+        personal: What clients keep between rounds (``Broadcast.kept``) is part of their models; there is no global
+            model beyond ``broadcast``.
+        local_optimizer: The optimiser of the clients that the method prescribes; None leaves it to the configuration.
+        fewer_directions: Broadcasts may have lower ranks than asked for.
+        keeps_directions: If clients return what they were sent, the change of the trainable part stays as it is. False
+            where that holds of the whole model only, trainable and frozen together, or not at all.
     """
 
     needs_one_rank: bool = False
@@ -32,6 +40,11 @@ class Traits:
     linear_in_products: bool = False
     folds_tail: bool = False
     server_rank: int | None = None
+    per_client: bool = False
+    personal: bool = False
+    local_optimizer: Literal["sgd"] | None = None
+    fewer_directions: bool = False
+    keeps_directions: bool = True
 
 
 @dataclass(frozen=True)

@@ -4,34 +4,90 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxtyping import Float
+from torch import Tensor
+
 from flexlora.lora.factors import AdapterState
+
+KeptFactors = Mapping[str, Tensor]
+"""Module path -> the factor, ``A`` or ``B``, that one client keeps between rounds."""
+
+
+TrainedFactors = Literal["both", "A", "B", "core"]
+"""Names what of a broadcast local training moves; see ``Broadcast``."""
+
+
+@dataclass(frozen=True)
+class SparseMask:
+    """A random choice of the entries of each ``B``, the same for everyone who draws it (``known_rows.mask_of``).
+
+    Attributes:
+        density: Share of the entries that are chosen, above 0 and at most 1; at least one entry of each module is.
+        seed: What the choice is drawn from, together with the module's name.
+    """
+
+    density: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class TailPenalty:
+    """A term of the local loss that shrinks the last directions of every module (HetLoRA, arXiv:2401.06432, sec. 3).
+
+    ``weight * sum over modules of ||B[:, k:]||_F * ||A[k:]||_F`` with ``k = floor(share * rank)``.
+
+    Attributes:
+        weight: Of the term beside the loss in nats, at least 0 (the paper's lambda).
+        share: Of the directions that are left alone, 0 to 1 (the paper's gamma).
+    """
+
+    weight: float
+    share: float
 
 
 @dataclass(frozen=True)
 class Broadcast:
     """What the server hands to a client for one round.
 
-    The client's model is its base plus ``scaling * B @ A`` of ``trainable`` plus, where there is one, that of
-    ``frozen``. The weights of the base never change. Local training moves the factors that ``train_factors`` names,
-    with a new optimiser each round; the client then returns ``trainable`` as it is by then, both factors of every
-    module. All of a broadcast travels to the client, and only ``trainable`` travels back.
+    The client's model is its base plus ``scaling * B @ A`` of ``trainable`` (``scaling * B @ core @ A`` where there are
+    ``cores``) plus, where there is one, that of ``frozen``. The weights of the base never change. Local training moves
+    what ``train_factors`` names, with a new optimiser each round. Of a broadcast, what the client cannot make itself
+    travels to it; of an update, what was trained and does not stay with the client.
 
     Attributes:
-        trainable: Where the client starts. Modules, ranks and scalings are exactly those of its rank plan, and what it
-            returns must have the same.
+        trainable: Where the client starts. Modules and scalings are those of its rank plan, ranks too, or lower ones if
+            the method has the trait ``fewer_directions``; only under ``mask`` may they be higher. What the client
+            returns has the same modules, ranks and scalings.
         frozen: Low-rank branch that the client adds to its base during the round and does not train (tail folding,
             stacking, residual methods). Its modules and ranks are free, and it may name modules that ``trainable`` does
             not. It shapes activations and gradients, and scores too: it is part of the model. None adds nothing.
-        train_factors: Which factors of ``trainable`` the optimiser moves. ``both`` is ordinary LoRA. ``A`` moves every
-            ``A`` and leaves every ``B`` as it was sent; ``B`` is the reverse (FFA-LoRA). Methods that alternate say
-            ``A`` in one round and ``B`` in the next. A factor that is not trained has no gradient and no weight decay
-            and travels back as it came, so payloads have one size whatever is trained. Beware of training ``A`` while
-            ``B`` is zero: the gradient of ``A`` is zero too.
+        train_factors: What the optimiser moves. ``both`` is ordinary LoRA. ``A`` moves every ``A`` and leaves every
+            ``B`` as it was sent; ``B`` is the reverse (FFA-LoRA). Methods that alternate say ``A`` in one round and
+            ``B`` in the next. ``core`` moves ``cores`` and leaves both factors (Fed-SB). What is not trained has no
+            gradient and no weight decay; it does not travel back, and the server puts it in from what it sent, so that
+            an update always arrives whole. Beware of training ``A`` while ``B`` is zero: its gradient is zero too.
+        cores: Module -> ``[rank, rank]``, for exactly the modules of ``trainable``; None is no core, which means the
+            identity. ``train_factors="core"`` needs them.
+        kept: A factor that is the client's own (FedSA-LoRA keeps ``B``). It is trained, stays with the client between
+            rounds and does not travel back. The client starts from what it kept last time; the factor of ``trainable``
+            is for those that have kept nothing yet. On arrival an update has the broadcast's value in its place.
+        known_A: Says that ``A`` need not be sent because the client can make it: in every module it is
+            ``known_rows.known_rows(known_A, module, rank, in_features)``, drawn from this seed, or the ``identity``.
+            ``trainable`` holds ``A`` all the same, in float32, and these very values. None sends ``A``.
+        mask: Only the chosen entries of ``B`` are sent, trained and returned; all others must be zero. It needs
+            ``train_factors="B"``. With ``known_A="identity"`` and ``rank = in_features``, ``B`` is a sparse change of
+            the whole weight (SLoRA's first stage).
+        tail_penalty: A term that is added to the local loss; None adds nothing.
     """
 
     trainable: AdapterState
     frozen: AdapterState | None = None
-    train_factors: Literal["both", "A", "B"] = "both"
+    train_factors: TrainedFactors = "both"
+    cores: Mapping[str, Float[Tensor, "rank rank"]] | None = None
+    kept: Literal["A", "B"] | None = None
+    known_A: int | Literal["identity"] | None = None
+    mask: SparseMask | None = None
+    tail_penalty: TailPenalty | None = None
 
 
 @dataclass(frozen=True)
@@ -40,12 +96,16 @@ class Update:
 
     Attributes:
         client_id: The sender; None once an uplink step has folded a cohort into one update (secure sum).
-        payload: The trained factors, in the types that travelled.
+        payload: The factors, in the types that travelled. What was not trained, or stays with the client, has the value
+            that the broadcast had.
         weight: Weight in the mean, not yet normalised; usually the number of training examples.
         metrics: What the client measured: at least ``loss`` (mean over its steps) and ``steps``.
         up_bytes: Size of the serialised payload.
         down_bytes: Size of the serialised broadcast that the client received.
         train_seconds: Wall time of local training.
+        cores: The trained cores, if ``train_factors`` was ``core``.
+        kept: Module -> the factor that the client keeps for its next round (``Broadcast.kept``). It never reaches a
+            server: whoever simulates clients stores it for them. Not part of ``up_bytes``.
     """
 
     client_id: str | None
@@ -55,6 +115,8 @@ class Update:
     up_bytes: int = 0
     down_bytes: int = 0
     train_seconds: float = 0.0
+    cores: Mapping[str, Float[Tensor, "rank rank"]] | None = None
+    kept: KeptFactors | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ One base serves every client of a process. To load a client means to copy its fa
 more than that; the base weights are never touched.
 """
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from flexlora.federation.known_rows import known_rows
 from flexlora.federation.messages import Broadcast
-from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.training.base_model import ModelError, features, frozen
 from flexlora.training.probes import has_dropout, separate_head, takes_positions
@@ -85,8 +84,7 @@ class AdaptedModel:
         adapter: dict[str, LoraFactors] = {}
         for path, rank in sorted(ranks.items()):
             out_features, in_features = self._shape(path)
-            generator = torch.Generator().manual_seed(stream_seed(seed, "initial_adapter", path))
-            A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)
+            A = known_rows(seed, path, rank, in_features)
             adapter[path] = LoraFactors(A, torch.zeros(out_features, rank), scaling(rank))
         return adapter
 
