@@ -32,6 +32,12 @@ version that was, ``t_i`` its staleness and ``d`` the discount:
 
 Without staleness that is error compensation. A discount shortens the step; the weights are not scaled up again.
 
+``server_learning_rate`` and ``server_momentum`` take ``G+`` of either rule as the goal of a step from ``G``
+(``flexlora.lora.server_step``). At 1 and 0, the paper's, the goal is reached and nothing is remembered. With
+``error_compensation``, a learning rate ``eta`` and no momentum:
+
+    G+ = U diag((1 - eta c_j) sigma_j) Vh + eta sum_i w_i P_i
+
 Before anything has been learned ``G`` has no directions and each client receives the first rows of the initial ``A``
 and a zero ``B``: round 1 starts as standard LoRA does.
 """
@@ -53,9 +59,9 @@ from flexlora.lora.product import (
     Spectrum,
     add_product,
     add_spectrum,
-    certified_decompositions,
     spectrum_of,
 )
+from flexlora.lora.server_step import ServerOptimizer, server_step
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,14 @@ class FlexLoraState:
         spectra: ``G`` per module, float64, scaling included.
         initial_rows: The initial ``A``, which gives clients fresh rows where ``G`` has no direction.
         max_ranks: Number of directions kept per module.
+        momentum: ``M`` per module under ``server_momentum``, its ``tail`` being what the last round cut off; None
+            before the first round and without momentum.
     """
 
     spectra: Mapping[str, Spectrum]
     initial_rows: Mapping[str, Tensor]
     max_ranks: Mapping[str, int]
+    momentum: Mapping[str, Spectrum] | None = None
 
 
 @aggregation_method("flexlora")
@@ -104,12 +113,20 @@ class FlexLora:
     most_directions: int | None = option(
         None, "Directions a round's sum holds per module while updates arrive, to bound memory; null is all.", ge=1
     )
+    server_learning_rate: float = option(
+        1.0, "Share of the way to the new aggregate that the server goes each round; 1 is the paper's.", gt=0
+    )
+    server_momentum: float = option(0.0, "Share of the server's last step that is added to the next.", ge=0, lt=1)
 
     @property
     def traits(self) -> Traits:
         """What others must know of this method."""
         return Traits(
-            adds_changes=True, linear_in_products=True, folds_tail=self.fold_tail, server_rank=self.server_rank
+            adds_changes=True,
+            linear_in_products=True,
+            folds_tail=self.fold_tail,
+            server_rank=self.server_rank,
+            server_optimizer=(self.server_learning_rate, self.server_momentum) != (1.0, 0.0),
         )
 
     def init(self, adapter: AdapterState) -> FlexLoraState:
@@ -186,13 +203,9 @@ class FlexLora:
     ) -> FlexLoraState:
         """Return the state of ``sums / total``; ``ranks`` are those that a round brought, module by module."""
         max_ranks = {module: self.server_rank or max([state.max_ranks[module], *ranks[module]]) for module in sums}
-        # Where the factors are gone, the directions of the round before are where this round's are, more or less.
-        starts = [None if sums[module].dense is None else state.spectra[module].Vh for module in sums]
-        found = certified_decompositions(
-            list(sums.values()), list(max_ranks.values()), total, self.accuracy, starts=starts
-        )
-        spectra = {module: spectrum for module, (spectrum, _) in zip(sums, found, strict=True)}
-        return FlexLoraState(spectra, state.initial_rows, max_ranks)
+        optimizer = ServerOptimizer(self.server_learning_rate, self.server_momentum, self.accuracy)
+        spectra, momentum = server_step(optimizer, state.spectra, state.momentum, sums, total, max_ranks)
+        return FlexLoraState(spectra, state.initial_rows, max_ranks, momentum)
 
     def broadcast(self, state: FlexLoraState, ranks: Mapping[str, int]) -> Broadcast:
         """Return ``T_r(G)`` per module in float32 and, under ``fold_tail``, the rest as the frozen branch.

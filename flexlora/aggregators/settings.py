@@ -33,6 +33,8 @@ class Traits:
         fewer_directions: Broadcasts may have lower ranks than asked for.
         keeps_directions: If clients return what they were sent, the change of the trainable part stays as it is. False
             where that holds of the whole model only, trainable and frozen together, or not at all.
+        server_optimizer: A round is a step of a server optimiser (a learning rate other than 1, momentum): what one
+            client sends is not what it gets back.
     """
 
     needs_one_rank: bool = False
@@ -45,6 +47,7 @@ class Traits:
     local_optimizer: Literal["sgd"] | None = None
     fewer_directions: bool = False
     keeps_directions: bool = True
+    server_optimizer: bool = False
 
 
 @dataclass(frozen=True)

@@ -325,3 +325,81 @@ def test_a_change_at_other_ranks_than_were_sent_is_refused():
     change = Change(Update("a", random_adapter(uniform(2), 1), 1.0), aggregator.broadcast(state, uniform(3)).trainable)
     with pytest.raises(AggregationError, match=r"ranks that its client was sent, .* from 'a'"):
         aggregator.add_changes(state, [change])
+
+
+MIXED = [({"attn.q_proj": 3, "mlp.down_proj": 2}, 2.0), (uniform(6), 6.0)]
+
+
+def mixed_updates(seed: int) -> list[Update]:
+    return [Update(str(i), random_adapter(ranks, seed + i), weight) for i, (ranks, weight) in enumerate(MIXED)]
+
+
+@pytest.mark.parametrize("eta", [0.4, 1.3])
+def test_a_server_learning_rate_shortens_or_stretches_the_way_to_the_mean_of_products(eta):
+    aggregator = FlexLora(scaling=SCALING, server_rank=33, server_learning_rate=eta)
+    state = learned(aggregator)
+    after = aggregator.aggregate(state, mixed_updates(3))
+    for module in SHAPES:
+        G, P = state.spectra[module].delta().numpy(), numpy_mean_of_products(mixed_updates(3), module)
+        expected = (1 - eta) * G + eta * P
+        assert np.linalg.norm(after.spectra[module].delta().numpy() - expected) < 1e-12 * np.linalg.norm(expected)
+
+
+def test_a_server_learning_rate_with_error_compensation_weakens_each_direction_by_its_coverage():
+    eta = 0.4
+    aggregator = FlexLora(scaling=SCALING, server_rank=33, error_compensation=True, server_learning_rate=eta)
+    state = learned(aggregator)
+    after = aggregator.aggregate(state, mixed_updates(3))
+    for module in SHAPES:
+        U, S, Vh = np.linalg.svd(state.spectra[module].delta().numpy(), full_matrices=False)
+        directions = np.arange(len(S))
+        covered = sum(weight / 8 * (directions < ranks.get(module, 0)) for ranks, weight in MIXED)
+        expected = (U * (1 - eta * covered) * S) @ Vh + eta * numpy_mean_of_products(mixed_updates(3), module)
+        assert np.linalg.norm(after.spectra[module].delta().numpy() - expected) < 1e-12 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_server_momentum_adds_a_share_of_the_last_step(compensated):
+    eta, beta = 0.7, 0.6
+    options = {"server_learning_rate": eta, "server_momentum": beta, "error_compensation": compensated}
+    aggregator = FlexLora(scaling=SCALING, server_rank=33, **options)
+    state = aggregator.init(initial_adapter())
+    G = M = {module: np.zeros(shape) for module, shape in SHAPES.items()}
+    for server_round in range(3):
+        updates = mixed_updates(10 * server_round)
+        state = aggregator.aggregate(state, updates)
+        for module in SHAPES:
+            goal = numpy_mean_of_products(updates, module)
+            if compensated:
+                held = [weight / 8 * numpy_truncation(G[module], ranks.get(module, 0)) for ranks, weight in MIXED]
+                goal = goal + G[module] - sum(held)
+            M = {**M, module: beta * M[module] + goal - G[module]}
+            G = {**G, module: G[module] + eta * M[module]}
+            error = np.linalg.norm(state.spectra[module].delta().numpy() - G[module])
+            assert error < 1e-10 * np.linalg.norm(G[module])
+
+
+def test_late_changes_are_a_step_of_the_server_optimiser_too():
+    eta, beta = 0.5, 0.8
+    aggregator = FlexLora(scaling=SCALING, server_rank=33, server_learning_rate=eta, server_momentum=beta)
+    state = learned(aggregator)
+    start = aggregator.broadcast(state, uniform(3)).trainable
+    change = Change(Update("a", random_adapter(uniform(3), 4), 10.0), start, 0.25)
+    after = aggregator.add_changes(state, [change])
+    for module, spectrum in state.spectra.items():
+        # The first round's step was the whole of the first client's change.
+        first = spectrum.delta().numpy() / eta
+        step = 0.25 * (numpy_delta(change.update.payload, module) - numpy_delta(start, module))
+        expected = spectrum.delta().numpy() + eta * (beta * first + step)
+        np.testing.assert_allclose(after.spectra[module].delta().numpy(), expected, atol=1e-9 * np.linalg.norm(first))
+
+
+def test_a_server_that_goes_all_the_way_without_momentum_remembers_nothing():
+    plain, spelt_out = (
+        FlexLora(scaling=SCALING),
+        FlexLora(scaling=SCALING, server_learning_rate=1.0, server_momentum=0.0),
+    )
+    assert not plain.traits.server_optimizer and plain == spelt_out
+    assert learned(plain).momentum is None
+    for option in ({"server_learning_rate": 0.5}, {"server_momentum": 0.5}):
+        assert FlexLora(scaling=SCALING, **option).traits.server_optimizer
