@@ -38,6 +38,14 @@ Without staleness that is error compensation. A discount shortens the step; the 
 
     G+ = U diag((1 - eta c_j) sigma_j) Vh + eta sum_i w_i P_i
 
+``energy`` hands a client no more directions than the spectrum of a module calls for, which saves bytes both ways:
+
+    r = min(r_i, p + spare),    p = min {p: sum_{j <= p} sigma_j^2 >= energy sum_j sigma_j^2}
+
+Coverage, error compensation and the folded tail go by ``r``, the directions that were really sent. The ``spare`` ones
+(the next of ``G``, fresh rows after its last) let a module grow: without them, clients that agree could never fill more
+directions than they were handed.
+
 Before anything has been learned ``G`` has no directions and each client receives the first rows of the initial ``A``
 and a zero ``B``: round 1 starts as standard LoRA does.
 """
@@ -62,6 +70,7 @@ from flexlora.lora.product import (
     spectrum_of,
 )
 from flexlora.lora.server_step import ServerOptimizer, server_step
+from flexlora.lora.spectrum import directions_holding
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,25 @@ class FlexLora:
         1.0, "Share of the way to the new aggregate that the server goes each round; 1 is the paper's.", gt=0
     )
     server_momentum: float = option(0.0, "Share of the server's last step that is added to the next.", ge=0, lt=1)
+    energy: float | None = option(
+        None,
+        "Send only the leading directions that hold this share of a module's squared norm; null sends all.",
+        gt=0,
+        le=1,
+    )
+    spare_directions: int = option(1, "Directions sent beyond those of `energy`, in which a module can grow.", ge=0)
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            ValueError: Naming both and what to change.
+        """
+        if self.energy is None and self.spare_directions != 1:
+            raise ValueError(
+                f"method.spare_directions={self.spare_directions} is ignored without method.energy, which sends all "
+                "directions; set method.energy or leave method.spare_directions out"
+            )
 
     @property
     def traits(self) -> Traits:
@@ -126,6 +154,8 @@ class FlexLora:
             linear_in_products=True,
             folds_tail=self.fold_tail,
             server_rank=self.server_rank,
+            fewer_directions=self.energy is not None,
+            keeps_directions=self.energy in (None, 1.0),
             server_optimizer=(self.server_learning_rate, self.server_momentum) != (1.0, 0.0),
         )
 
@@ -210,15 +240,22 @@ class FlexLora:
     def broadcast(self, state: FlexLoraState, ranks: Mapping[str, int]) -> Broadcast:
         """Return ``T_r(G)`` per module in float32 and, under ``fold_tail``, the rest as the frozen branch.
 
-        The frozen branch also covers modules that the client lacks, where the rest is all of ``G``.
+        ``r`` is the rank asked for or, under ``energy``, what the module needs of it; the scaling is that of ``r``. The
+        frozen branch also covers modules that the client lacks, where the rest is all of ``G``.
         """
+        sent = {module: self._num_directions(state.spectra[module], rank) for module, rank in sorted(ranks.items())}
         trainable = {
             module: state.spectra[module]
             .factors(rank, self.scaling(rank), self.split, state.initial_rows[module])
             .to(torch.float32)
-            for module, rank in sorted(ranks.items())
+            for module, rank in sent.items()
         }
-        return Broadcast(trainable, _tails(state, ranks) if self.fold_tail else None)
+        return Broadcast(trainable, _tails(state, sent) if self.fold_tail else None)
+
+    def _num_directions(self, spectrum: Spectrum, rank: int) -> int:
+        """Return how many directions of a module a client of this rank is sent; all while nothing has been learned."""
+        needed = 0 if self.energy is None else directions_holding(spectrum, self.energy)
+        return rank if needed == 0 else min(rank, needed + self.spare_directions)
 
     def spectra(self, state: FlexLoraState) -> Mapping[str, Spectrum]:
         """Return ``G`` per module as it is kept, with the norm of what the server's rank cut off in this round."""

@@ -1,4 +1,4 @@
-"""Measures spectra: energy kept, effective rank, truncation error, angles between subspaces."""
+"""Measures spectra: energy and the directions that hold it, effective rank, truncation error, principal angles."""
 
 # torch.linalg and torch.special carry no type information.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -27,6 +27,23 @@ def energy_kept(spectrum: Spectrum, rank: int) -> float:
     """
     total = truncation_error(spectrum, 0) ** 2
     return float(spectrum.S[:rank].square().sum()) / total if total > 0 else 1.0
+
+
+def directions_holding(spectrum: Spectrum, energy: float) -> int:
+    """Return the least number of directions that hold a share of the squared singular values; 0 for the zero change.
+
+    ``min {p: sum_{j <= p} S_j^2 >= energy sum_j S_j^2}`` (FLoRIST, arXiv:2506.09199). What an earlier truncation
+    discarded is no longer part of the change and does not count. Directions below the rounding errors of that sum, 1e-8
+    of the largest, are not told from nothing.
+
+    Args:
+        spectrum: ``S`` descending.
+        energy: Above 0, at most 1.
+    """
+    held = spectrum.S.square().cumsum(0)
+    if held.shape[0] == 0 or not held[-1] > 0:
+        return 0
+    return min(int((held < energy * held[-1]).sum()) + 1, held.shape[0])
 
 
 def effective_rank(spectrum: Spectrum) -> float:

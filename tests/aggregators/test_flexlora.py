@@ -403,3 +403,85 @@ def test_a_server_that_goes_all_the_way_without_momentum_remembers_nothing():
     assert learned(plain).momentum is None
     for option in ({"server_learning_rate": 0.5}, {"server_momentum": 0.5}):
         assert FlexLora(scaling=SCALING, **option).traits.server_optimizer
+
+
+ENERGY_S = np.array([8.0, 4.0, 2.0, 1.0, 0.5])  # squares 64 / 16 / 4 / 1 / 0.25 of 85.25; shares .751 .938 .985 .997 1
+
+
+def with_spectrum(aggregator: FlexLora, values: np.ndarray = ENERGY_S) -> FlexLoraState:
+    """Return the state after one client has brought a change with these singular values in every module."""
+    rng = np.random.default_rng(5)
+    payload: dict[str, LoraFactors] = {}
+    for module, (rows, columns) in sorted(SHAPES.items()):
+        U, V = (np.linalg.qr(rng.standard_normal((side, len(values))))[0] for side in (rows, columns))
+        payload[module] = LoraFactors(torch.tensor(V.T), torch.tensor(U * values / 2.0), 2.0)
+    return aggregator.aggregate(aggregator.init(initial_adapter()), [Update("a", payload, 1.0)])
+
+
+def ranks_sent(aggregator: FlexLora, state: FlexLoraState, ranks: dict[str, int]) -> dict[str, int]:
+    return {module: factors.rank for module, factors in aggregator.broadcast(state, ranks).trainable.items()}
+
+
+@pytest.mark.parametrize(
+    ("energy", "spare", "rank", "expected"),
+    [(0.75, 0, 8, 1), (0.76, 0, 8, 2), (0.9, 1, 8, 3), (0.9, 1, 2, 2), (0.99, 3, 8, 7), (1.0, 0, 8, 5), (1.0, 1, 4, 4)],
+)
+def test_a_client_is_sent_the_directions_that_hold_the_energy_and_the_spare_ones(energy, spare, rank, expected):
+    aggregator = FlexLora(scaling=SCALING, energy=energy, spare_directions=spare)
+    state = with_spectrum(aggregator)
+    sent = aggregator.broadcast(state, uniform(rank)).trainable
+    assert aggregator.traits.fewer_directions
+    for module, factors in sent.items():
+        assert (factors.rank, factors.scaling) == (expected, SCALING(expected))
+        G = state.spectra[module].delta().numpy()
+        np.testing.assert_allclose(numpy_delta(sent, module), numpy_truncation(G, expected), atol=1e-6 * ENERGY_S[0])
+        assert (factors.A.any(dim=1) | factors.B.any(dim=0)).all()
+
+
+def test_before_anything_is_learned_every_rank_is_sent_in_full():
+    aggregator = FlexLora(scaling=SCALING, energy=0.5)
+    assert ranks_sent(aggregator, aggregator.init(initial_adapter()), uniform(SERVER_RANK)) == uniform(SERVER_RANK)
+    # A module of its own: what others have learned says nothing about it.
+    state = echo_round(aggregator, with_spectrum(aggregator), [({"attn.q_proj": 4}, 1.0)])
+    assert ranks_sent(aggregator, state, uniform(6)) == {"attn.q_proj": 2, "mlp.down_proj": 6, "mlp.up_proj": 6}
+
+
+@pytest.mark.parametrize(("spare", "expected"), [(0, [1, 1, 1, 1]), (1, [2, 3, 4, 4]), (2, [3, 4, 4, 4])])
+def test_spare_directions_let_a_module_grow_that_one_client_keeps_teaching(spare, expected):
+    aggregator = FlexLora(scaling=SCALING, energy=1.0, spare_directions=spare)
+    state, found = with_spectrum(aggregator, np.array([1.0])), []
+    for seed in range(4):
+        sent = aggregator.broadcast(state, {"attn.q_proj": 4}).trainable
+        found.append(sent["attn.q_proj"].rank)
+        rng = torch.Generator().manual_seed(seed)
+        payload = {m: LoraFactors(f.A, f.B + torch.randn(f.B.shape, generator=rng), f.scaling) for m, f in sent.items()}
+        state = aggregator.aggregate(state, [Update("a", payload, 1.0)])
+    assert found == expected
+
+
+def test_with_the_tail_folded_what_was_not_sent_to_train_is_sent_frozen():
+    aggregator = FlexLora(scaling=SCALING, energy=0.9, fold_tail=True, error_compensation=True)
+    state = with_spectrum(aggregator)
+    broadcast = aggregator.broadcast(state, {"attn.q_proj": 4, "mlp.down_proj": 1})
+    assert broadcast.frozen is not None
+    assert {module: factors.rank for module, factors in broadcast.trainable.items()} == {
+        "attn.q_proj": 3,
+        "mlp.down_proj": 1,
+    }
+    for module in SHAPES:
+        branches = [branch[module].delta() for branch in (broadcast.trainable, broadcast.frozen) if module in branch]
+        W = state.spectra[module].delta()
+        assert (torch.stack(branches).sum(0) - W).norm() < 1e-6 * W.norm()
+
+
+def test_error_compensation_keeps_what_the_energy_left_out_and_the_papers_rule_does_not():
+    for compensated, expected in ((True, ENERGY_S), (False, ENERGY_S[:3])):
+        aggregator = FlexLora(scaling=SCALING, energy=0.9, error_compensation=compensated)
+        after = echo_round(aggregator, with_spectrum(aggregator), [(uniform(8), 2.0), (uniform(4), 1.0)])
+        for spectrum in after.spectra.values():
+            np.testing.assert_allclose(spectrum.S.numpy(), expected, rtol=1e-5)
+
+
+def test_spare_directions_without_an_energy_are_refused():
+    with pytest.raises(ValueError, match=r"spare_directions=3 is ignored without method\.energy"):
+        FlexLora(scaling=SCALING, spare_directions=3)

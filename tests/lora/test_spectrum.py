@@ -4,7 +4,14 @@ import scipy.linalg
 import torch
 
 from flexlora.lora.product import Spectrum
-from flexlora.lora.spectrum import effective_rank, energy_kept, principal_angles, share_inside, truncation_error
+from flexlora.lora.spectrum import (
+    directions_holding,
+    effective_rank,
+    energy_kept,
+    principal_angles,
+    share_inside,
+    truncation_error,
+)
 
 
 def of_values(values: list[float], tail: float = 0.0) -> Spectrum:
@@ -23,6 +30,21 @@ def test_truncation_error_and_energy_count_the_discarded_tail():
     assert truncation_error(spectrum, 7) == pytest.approx(2)
     assert energy_kept(spectrum, 1) == pytest.approx(16 / 24)
     assert energy_kept(spectrum, 7) == pytest.approx(20 / 24)
+
+
+@pytest.mark.parametrize(
+    ("energy", "expected"),
+    [(0.01, 1), (0.5, 1), (0.64, 1), (0.65, 2), (0.96, 2), (0.97, 3), (1.0, 3)],  # squares 64 / 32 / 4 / 0 of 100
+)
+def test_the_fewest_directions_that_hold_a_share_of_the_squares_are_found(energy, expected):
+    # The tail of an earlier truncation is no longer there to be held.
+    assert directions_holding(of_values([8.0, 32**0.5, 2.0, 0.0], tail=9.0), energy) == expected
+
+
+def test_equal_directions_are_all_needed_and_the_zero_change_needs_none():
+    assert directions_holding(of_values([3.0, 3.0, 3.0]), 0.7) == 3
+    assert directions_holding(of_values([0.1, 0.1, 0.1]), 1.0) == 3
+    assert directions_holding(of_values([]), 1.0) == directions_holding(of_values([0.0, 0.0]), 0.5) == 0
 
 
 def test_the_zero_change_keeps_all_energy_and_has_effective_rank_zero():
