@@ -59,7 +59,7 @@ from torch import Tensor
 
 from flexlora.aggregators.base import AggregationError, weighed
 from flexlora.aggregators.registry import aggregation_method
-from flexlora.aggregators.settings import Traits, option
+from flexlora.aggregators.settings import OptionError, Traits, option
 from flexlora.federation.messages import Broadcast, Change, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import (
@@ -138,10 +138,10 @@ class FlexLora:
         """Refuse options that contradict each other.
 
         Raises:
-            ValueError: Naming both and what to change.
+            OptionError: Naming both and what to change.
         """
         if self.energy is None and self.spare_directions != 1:
-            raise ValueError(
+            raise OptionError(
                 f"method.spare_directions={self.spare_directions} is ignored without method.energy, which sends all "
                 "directions; set method.energy or leave method.spare_directions out"
             )

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from flexlora.aggregators.settings import Traits, option
+from flexlora.aggregators.settings import OptionError, Traits, option
 from flexlora.errors import FlexLoraError
 
 ENTRY_POINTS = "flexlora.methods"
@@ -201,6 +201,7 @@ def _outline(file: Path) -> type:
     # Annotations stay text: those of functions name types of other files. Those of options name none.
     flags = __future__.annotations.compiler_flag
     names: dict[str, Any] = {"__name__": __name__, "dataclass": dataclass, "option": option, "Traits": Traits}
+    names["OptionError"] = OptionError
     exec(compile(ast.Module([node], []), str(file), "exec", flags, dont_inherit=True), names)
     outline: type = names[node.name]
     for option_name, annotation in outline.__annotations__.items():

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
+from flexlora.errors import FlexLoraError
+
 RULES = ("gt", "ge", "lt", "le", "min_length", "max_length", "pattern")
+
+
+class OptionError(FlexLoraError, ValueError):
+    """Options of a method that contradict each other; raised in its ``__post_init__``, naming both and the fix."""
 
 
 @dataclass(frozen=True)

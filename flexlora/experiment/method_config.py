@@ -56,8 +56,6 @@ class MethodConfig(Section):
             return method(scaling=scaling, **self.options())
         except FlexLoraError:
             raise
-        except ValueError as error:
-            raise MethodError(f"method: {self.name} refuses its options together: {error}") from error
         except Exception as error:
             raise MethodError(f"method: {self.name} cannot be made from its options; {_in_words(error)}") from error
 

@@ -128,6 +128,11 @@ def test_values_of_the_wrong_shape_are_answered_with_an_example(tree: dict[str, 
     assert expected in problems(tree)
 
 
+def test_options_of_a_method_that_contradict_each_other_are_reported_without_loading_it() -> None:
+    message = problems({"method": {"name": "flexlora", "spare_directions": 2}, "rounds": {"num_rounds": 0}})
+    assert "method.spare_directions=2 is ignored without method.energy" in message and "2 problems" in message
+
+
 def test_counts_replace_a_distribution_that_would_not_fit() -> None:
     types = {name: {"attention": 1, "ffn": 1} for name in ("phone", "server")}
     config = parse_config({"clients": {"types": types, "counts": {"phone": 3}, "assigned": {7: "server"}}}, "test")
