@@ -164,6 +164,10 @@ def compare(
     distributions: Annotated[
         str | None, typer.Option("--distributions", help="Of client types, as uniform,heavy_tail_light.")
     ] = None,
+    tune_on: Annotated[
+        str | None,
+        typer.Option("--tune-on", help="The distribution that learning rates are chosen on; default each its own."),
+    ] = None,
     reference: Annotated[
         str, typer.Option("--reference", help="Label that differences are paired with.")
     ] = "fedit_smallest",
@@ -199,6 +203,7 @@ def compare(
         tuning_draws=tuning_draws,
         trials=trials,
         text=not no_text,
+        tune_on=tune_on,
         with_controls=not no_controls,
     )
     _hide_other_progress_bars()

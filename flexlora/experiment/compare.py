@@ -58,6 +58,7 @@ def make_study(
     learning_rate: float | None = None,
     evaluations: int = 8,
     text: bool = True,
+    tune_on: str | None = None,
     with_controls: bool = True,
 ) -> Study:
     """Return the comparison of arms, and of the controls, on the draws of a configuration.
@@ -77,6 +78,8 @@ def make_study(
         raise CompareError(
             f"--distributions must be among {', '.join((*DISTRIBUTIONS, CONFIGURED))}; got {', '.join(unknown)}"
         )
+    if tune_on is not None and tune_on not in names:
+        raise CompareError(f"--tune-on must be one of the distributions, {', '.join(names)}; got {tune_on}")
     for arm in arms:
         load_config(config_path, [*overrides, f"method={json.dumps(dict(arm.method))}", *arm.settings])
     return Study(
@@ -92,6 +95,7 @@ def make_study(
         seed=config.seed,
         evaluations=evaluations,
         text=text,
+        tune_on=tune_on,
     )
 
 
@@ -247,7 +251,7 @@ def _open_folder(study: Study, folder: Path, overwrite: bool) -> list[dict[str, 
             known = json.loads(study_path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CompareError(f"{study_path} cannot be read ({error}); start anew with --overwrite") from error
-        for name in ("config", "tuning_draws", "trials", "learning_rate", "evaluations", "text"):
+        for name in ("config", "tuning_draws", "trials", "learning_rate", "evaluations", "text", "tune_on"):
             if known.get(name) != described[name]:
                 raise CompareError(
                     f"{folder} holds a comparison with another {name}; choose another --out, or --overwrite to start "
@@ -293,6 +297,7 @@ def _described(study: Study) -> dict[str, Any]:
         "learning_rate": study.learning_rate,
         "evaluations": study.evaluations,
         "text": study.text,
+        "tune_on": study.tune_on,
     }
 
 

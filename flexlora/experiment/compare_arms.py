@@ -33,6 +33,7 @@ class Arm:
         clients: Whose ranks are used: the clients' ``own``, the ``smallest`` or ``largest`` for everybody, or own ranks
             of those clients ``only_largest`` alone.
         learning_rate: Fixed; None is chosen on tuning draws.
+        start: Where its trials begin; None is the learning rate of the configuration.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Arm:
     settings: tuple[str, ...] = ()
     clients: ArmClients = "own"
     learning_rate: float | None = None
+    start: float | None = None
 
     @property
     def depends_on_ranks(self) -> bool:
@@ -56,6 +58,7 @@ class Arm:
             "settings": list(self.settings),
             "clients": self.clients,
             "learning_rate": self.learning_rate,
+            "start": self.start,
         }
 
 
@@ -75,8 +78,8 @@ def controls() -> tuple[Arm, ...]:
 def read_arms(text: str) -> tuple[Arm, ...]:
     """Return the arms of ``--methods``: ``[LABEL=]METHOD[:KEY=VALUE]...[@RATE]``, separated by commas.
 
-    A key without a dot is an option of the method, ``clients`` says whose ranks are used, and a key with a dot is a
-    setting of training or scaling.
+    A key without a dot is an option of the method, but ``clients`` says whose ranks are used and ``start`` at which
+    learning rate the trials begin. A key with a dot is a setting of training or scaling.
 
     Raises:
         CompareError: If an entry cannot be read, names no method or refuses its options, or two have one label.
@@ -114,11 +117,13 @@ def _read_arm(entry: str) -> Arm:
     label, _, name = head.rpartition("=")
     method: dict[str, Any] = {"name": name.strip()}
     settings: list[str] = []
-    clients: Any = None
+    clients, start = None, None
     for pair in pairs:
         key, _, value = pair.partition("=")
         if key == "clients":
             clients = value
+        elif key == "start":
+            start = _rate(entry, value)
         elif "." in key:
             settings.append(_own_setting(entry, key, value))
         else:
@@ -134,7 +139,8 @@ def _read_arm(entry: str) -> Arm:
         )
     if clients == "own" and section.traits().needs_one_rank:
         raise CompareError(f"--methods: {name} needs one rank for all clients; give {entry!r} clients=smallest")
-    return Arm(label or _label_of(body), "method", method, tuple(settings), clients, _rate(entry, rate))
+    own: Any = clients
+    return Arm(label or _label_of(body), "method", method, tuple(settings), own, _rate(entry, rate), start)
 
 
 def _label_of(body: str) -> str:

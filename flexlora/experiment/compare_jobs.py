@@ -1,7 +1,7 @@
 """Decides which runs a comparison still needs, from the rows it has: first tuning draws, then the draws that count."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +60,7 @@ class Study:
         seed: Of the configuration.
         evaluations: Points of each learning curve.
         text: Whether answers are generated and scored at the end of each run.
+        tune_on: The distribution whose tuning draws choose for all; None chooses for each by itself.
     """
 
     config: str
@@ -74,6 +75,11 @@ class Study:
     seed: int
     evaluations: int = 8
     text: bool = True
+    tune_on: str | None = None
+
+    def tuned_for(self, arm: Arm, distribution: str) -> str:
+        """Return the distribution whose tuning draws choose the learning rate for this one."""
+        return self.run_for(arm, self.tune_on or distribution)
 
     def run_for(self, arm: Arm, distribution: str) -> str:
         """Return the distribution whose run serves this one too."""
@@ -84,8 +90,8 @@ class Study:
     def served_by(self, job: Job) -> list[str]:
         """Return the other distributions that the run of a job serves."""
         arm = next(arm for arm in self.arms if arm.label == job.arm)
-        own = job.distribution
-        return [other for other in self.distributions if other != own and self.run_for(arm, other) == own]
+        own, of = job.distribution, self.tuned_for if job.phase == "tuning" else self.run_for
+        return [other for other in self.distributions if other != own and of(arm, other) == own]
 
 
 def due_jobs(study: Study, rows: Iterable[Row]) -> list[Job]:
@@ -110,12 +116,9 @@ def num_jobs_left(study: Study, rows: Iterable[Row]) -> int:
     left = 0
     for arm in study.arms:
         for distribution in study.distributions:
-            if study.run_for(arm, distribution) != distribution:
-                continue
-            due = _due_of(study, arm, distribution, done)
-            left += len(due)
-            if due and due[0].phase == "tuning":
-                left += study.draws
+            if study.run_for(arm, distribution) == distribution:
+                left += len(_due_of(study, arm, distribution, done))
+                left += 0 if isinstance(_choice(study, arm, distribution, done), float) else study.draws
     return left
 
 
@@ -138,6 +141,7 @@ def _due_of(study: Study, arm: Arm, distribution: str, done: Mapping[Any, Row]) 
             Job("tuning", draw, study.seed + draw, distribution, arm.label, rate)
             for rate in choice
             for draw in range(study.tuning_draws)
+            if study.tuned_for(arm, distribution) == distribution
         ]
     return [job for job in jobs if job.key not in done]
 
@@ -152,11 +156,12 @@ def _choice(study: Study, arm: Arm, distribution: str, done: Mapping[Any, Row]) 
     if arm.learning_rate is not None:
         return arm.learning_rate
     if not study.tuning_draws:
-        return study.learning_rate
+        return arm.start or study.learning_rate
+    tuned, start = study.tuned_for(arm, distribution), arm.start or study.learning_rate
     powers = [-1, 0, 1] if study.trials >= 3 else list(range(study.trials))
     while True:
-        rates = {power: study.learning_rate * RATE_FACTOR**power for power in powers}
-        losses = {power: _tuning_loss(study, arm, distribution, rate, done) for power, rate in rates.items()}
+        rates = {power: start * RATE_FACTOR**power for power in powers}
+        losses = {power: _tuning_loss(study, arm, tuned, rate, done) for power, rate in rates.items()}
         if missing := [rates[power] for power, loss in losses.items() if loss is None]:
             return missing
         best = min(losses, key=lambda power: (losses[power], power))
@@ -182,11 +187,3 @@ def _loss_of(row: Row) -> float:
 
 def _key_of(row: Row) -> tuple[str, int, str, str, float]:
     return row["phase"], row["draw"], row["distribution"], row["arm"], row["learning_rate"]
-
-
-def all_jobs(study: Study, rows: Iterable[Row]) -> Iterator[Job]:
-    """Yield the jobs of rows that the comparison asks for, copies for other distributions left out."""
-    labels = {arm.label for arm in study.arms}
-    for row in rows:
-        if row["arm"] in labels and not row.get("copy_of"):
-            yield Job(row["phase"], row["draw"], row["seed"], row["distribution"], row["arm"], row["learning_rate"])
