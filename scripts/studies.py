@@ -1,0 +1,117 @@
+"""Defines the studies behind docs/results.md: what each asks, and of what runs it consists."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FOUR_DISTRIBUTIONS = ("uniform", "heavy_tail_light", "heavy_tail_strong", "normal")
+
+LONG_RUNS = ("rounds.num_rounds=40", "rounds.cohort_size=24", "training.max_steps=4")
+"""The demo's federation for ten times the demo's client steps, long enough that rank is a limit."""
+
+COMPENSATED = "compensated=flexlora:error_compensation=true:fold_tail=true"
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """One study.
+
+    Attributes:
+        title: Heading of its section.
+        question: What it answers.
+        methods: As for ``flexlora compare --methods``.
+        distributions: Of client types.
+        draws: Paired draws that count.
+        overrides: Settings that all runs share.
+        tuning_draws: Draws that choose learning rates.
+        trials: Most learning rates tried for each arm.
+        tune_on: Distribution whose tuning draws choose for all; None chooses for each.
+        reference: Arm that differences are paired with.
+        with_controls: Whether the controls run too.
+        text: Whether answers are generated and scored.
+    """
+
+    title: str
+    question: str
+    methods: str
+    distributions: tuple[str, ...]
+    draws: int
+    overrides: tuple[str, ...] = LONG_RUNS
+    tuning_draws: int = 1
+    trials: int = 4
+    tune_on: str | None = None
+    reference: str = "fedit_smallest"
+    with_controls: bool = True
+    text: bool = True
+    config: str = "configs/demo.yaml"
+
+
+STUDIES: Mapping[str, StudySpec] = {
+    "main": StudySpec(
+        "The paper's methods, plain and with FlexLoRA, and ours",
+        "Do mixed ranks beat FedIT at the smallest rank, and how near do they come to FedIT at the largest?",
+        "fedavg:start=1.0,slora:stage_two=fedit,fedavg_flexlora=flexlora:training.optimizer=sgd:start=1.0,flexlora,"
+        f"slora_flexlora=slora:stage_two=flexlora,het_lora,{COMPENSATED},aligned",
+        FOUR_DISTRIBUTIONS,
+        draws=8,
+    ),
+    "methods": StudySpec(
+        "All methods at one distribution",
+        "Where do the other methods stand when every rank is equally frequent?",
+        f"flexlora,{COMPENSATED},aligned,zero_pad,het_lora,dimension_wise,lora_fair,ffa_lora,rolora,flora,fedex_lora,florist,"
+        "ra_flora,fed_svd,fed_sb,fed_plora,fs_lora",
+        ("uniform",),
+        draws=4,
+    ),
+    "aligned": StudySpec(
+        "What makes aligned averaging work",
+        "Which weights, which split, how often to decompose, and how large a server step?",
+        "aligned,holders=aligned:holder_exponent=1.0,all=aligned:holder_exponent=0.0,balanced=aligned:split=balanced,"
+        "nested=aligned:decompose_every=null,every_5=aligned:decompose_every=5,no_fold=aligned:fold_tail=false,"
+        f"larger_step=aligned:server_learning_rate=1.5,{COMPENSATED}",
+        ("heavy_tail_light", "heavy_tail_strong", "uniform"),
+        draws=4,
+        reference="aligned",
+        text=False,
+    ),
+    "scaling": StudySpec(
+        "Scaling rules under one shared learning rate",
+        "Fixed lora_alpha, constant ratio, or rsLoRA?",
+        "rslora=aligned,constant_alpha=aligned:lora.scaling=constant_alpha:lora.lora_alpha=4,"
+        "constant_ratio=aligned:lora.scaling=constant_ratio:lora.lora_alpha=1,"
+        "flexlora_rslora=flexlora,flexlora_constant_alpha=flexlora:lora.scaling=constant_alpha:lora.lora_alpha=4,"
+        "flexlora_constant_ratio=flexlora:lora.scaling=constant_ratio:lora.lora_alpha=1",
+        ("uniform",),
+        draws=4,
+        reference="rslora",
+        with_controls=False,
+        text=False,
+    ),
+    "small_cohorts": StudySpec(
+        "Small cohorts",
+        "Does the order hold when few clients take part in a round?",
+        f"flexlora,{COMPENSATED},aligned,holders=aligned:holder_exponent=1.0,all=aligned:holder_exponent=0.0",
+        ("heavy_tail_light", "heavy_tail_strong"),
+        draws=4,
+        overrides=("rounds.num_rounds=60", "rounds.cohort_size=8", "training.max_steps=4"),
+        text=False,
+    ),
+    "constant_rate": StudySpec(
+        "Rank collapse and the schedule of the learning rate",
+        "Does a constant learning rate keep the directions alive that coverage takes away?",
+        f"flexlora,{COMPENSATED},aligned",
+        ("heavy_tail_light", "heavy_tail_strong"),
+        draws=4,
+        overrides=(*LONG_RUNS, "training.schedule=constant"),
+        text=False,
+    ),
+    "ten_times": StudySpec(
+        "Ten times the rounds",
+        "Does the order hold at 400 rounds?",
+        f"flexlora@0.012,{COMPENSATED}@0.012,aligned@0.012",
+        ("heavy_tail_strong",),
+        draws=2,
+        overrides=("rounds.num_rounds=400", "rounds.cohort_size=24", "training.max_steps=4"),
+        tuning_draws=0,
+        text=False,
+    ),
+}
