@@ -1,11 +1,11 @@
 """Makes the parts of a comparison's rows that need no measurement."""
 
 import dataclasses
-import importlib.metadata
 from typing import Any
 
 from flexlora.experiment.compare_arms import by_label
 from flexlora.experiment.compare_jobs import Job, Study
+from flexlora.experiment.manifest import version_of
 
 
 def missing_scores() -> dict[str, Any]:
@@ -37,5 +37,5 @@ def row_of_dead(study: Study, job: Job) -> dict[str, Any]:
         "diverged": True,
         "failure": "the process that ran it died, usually because memory ran out",
         "seconds": 0.0,
-        "version": importlib.metadata.version("flexlora"),
+        "version": version_of("flexlora"),
     }

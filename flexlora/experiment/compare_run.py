@@ -1,7 +1,6 @@
 """Runs one job of a comparison and returns its row."""
 
 import dataclasses
-import importlib.metadata
 import math
 import shutil
 import time
@@ -22,6 +21,7 @@ from flexlora.experiment.compare_rows import head_of_row, missing_scores
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import load_config
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
+from flexlora.experiment.manifest import version_of
 from flexlora.experiment.method_config import DEFAULT_METHOD, FEDERATED_AVERAGING, read_method
 from flexlora.experiment.participants import gather_participants
 from flexlora.experiment.round_loop import cohort_size, round_loop
@@ -108,7 +108,7 @@ def run_job(study: Study, job: Job, draws: Draws, scratch: Path) -> dict[str, An
     except Exception as error:
         row |= missing_scores() | {"diverged": True, "failure": reason_of(error)}
     shutil.rmtree(scratch, ignore_errors=True)
-    return row | {"seconds": time.perf_counter() - started, "version": importlib.metadata.version("flexlora")}
+    return row | {"seconds": time.perf_counter() - started, "version": version_of("flexlora")}
 
 
 def _measured(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path, draws: Draws) -> dict[str, Any]:

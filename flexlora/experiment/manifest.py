@@ -26,8 +26,8 @@ def manifest_of(loaded: LoadedRun) -> ManifestRecord:
     config, participants = loaded.config, loaded.participants
     rounds, num_clients = config.rounds, len(participants.clients)
     return ManifestRecord(
-        flexlora_version=_version_of("flexlora"),
-        packages={name: _version_of(name) for name in PACKAGES} | _own_method(config),
+        flexlora_version=version_of("flexlora"),
+        packages={name: version_of(name) for name in PACKAGES} | _own_method(config),
         python=platform.python_version(),
         platform=platform.platform(),
         seed=config.seed,
@@ -59,7 +59,7 @@ def _name_of(train_one: TrainClient) -> str:
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
-def _version_of(package: str) -> str:
+def version_of(package: str) -> str:
     """Return the version of a package; a source tree on the path has none, and runs all the same."""
     try:
         return importlib.metadata.version(package)
