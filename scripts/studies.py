@@ -65,12 +65,14 @@ STUDIES: Mapping[str, StudySpec] = {
     "aligned": StudySpec(
         "What makes aligned averaging work",
         "Which weights, which split, how often to decompose, and how large a server step?",
-        "aligned,holders=aligned:holder_exponent=1.0,all=aligned:holder_exponent=0.0,balanced=aligned:split=balanced,"
-        "nested=aligned:decompose_every=null,every_5=aligned:decompose_every=5,no_fold=aligned:fold_tail=false,"
-        f"larger_step=aligned:server_learning_rate=1.5,{COMPENSATED}",
+        "between=aligned:holder_exponent=0.5,holders=aligned:holder_exponent=1.0,all=aligned:holder_exponent=0.0,"
+        "balanced=aligned:holder_exponent=0.5:split=balanced,nested=aligned:holder_exponent=0.5:decompose_every=null,"
+        "every_5=aligned:holder_exponent=0.5:decompose_every=5,no_fold=aligned:holder_exponent=0.5:fold_tail=false,"
+        "larger_step=aligned:holder_exponent=0.5:server_learning_rate=1.5,"
+        f"flexlora,{COMPENSATED}",
         ("heavy_tail_light", "heavy_tail_strong", "uniform"),
         draws=4,
-        reference="aligned",
+        reference="between",
         text=False,
     ),
     "scaling": StudySpec(
@@ -102,6 +104,16 @@ STUDIES: Mapping[str, StudySpec] = {
         ("heavy_tail_light", "heavy_tail_strong"),
         draws=4,
         overrides=(*LONG_RUNS, "training.schedule=constant"),
+        text=False,
+    ),
+    "smoke": StudySpec(
+        "A dry run",
+        "Does everything run from end to end?",
+        "flexlora,aligned",
+        ("heavy_tail_strong",),
+        draws=1,
+        overrides=("rounds.num_rounds=2", "rounds.cohort_size=4", "training.max_steps=1", "data.num_clients=60"),
+        trials=1,
         text=False,
     ),
     "ten_times": StudySpec(
