@@ -10,6 +10,7 @@ here, left out if it does not work). ``OUT/NAME.jsonl`` and ``OUT/log.txt`` are 
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -68,11 +69,13 @@ def run_study(name: str, minutes: float, options: argparse.Namespace, env: dict[
 
     copying = threading.Thread(target=copy, daemon=True)
     copying.start()
+    process = subprocess.Popen(command, env=os.environ | env, cwd=ROOT, start_new_session=True)
     try:
-        grace = 60 * minutes + options.grace
-        subprocess.run(command, env=os.environ | env, cwd=ROOT, timeout=grace, check=False)
+        process.wait(60 * minutes + options.grace)
     except subprocess.TimeoutExpired:
         print(f"{name}: stopped, its time is over", flush=True)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     over.set()
     copying.join()
     copy_rows(folder, options.out / f"{name}.jsonl")

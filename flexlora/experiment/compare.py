@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -220,12 +221,21 @@ _study: Study | None = None
 def _start_process(study: Study) -> None:
     """Prepare a process of the pool: one thread, and a place for the draw it works on."""
     global _draws, _study
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     from flexlora.experiment.compare_run import Draws
 
     torch.set_num_threads(1)
     _draws, _study = Draws(study), study
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_in_process(job: Job, scratch: Path) -> dict[str, Any]:
