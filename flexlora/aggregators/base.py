@@ -7,7 +7,9 @@ from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints, runti
 
 from torch import Tensor
 
+from flexlora.aggregators.settings import traits_of
 from flexlora.errors import FlexLoraError
+from flexlora.federation.message_checks import check_broadcast
 from flexlora.federation.messages import Broadcast, Change, Update
 from flexlora.lora.factors import AdapterState, LoraFactors
 from flexlora.lora.product import Spectrum
@@ -74,6 +76,27 @@ class PerClientAggregator(Protocol[State]):
         ``aggregate`` can repeat them from ``update.client_id``.
         """
         ...
+
+
+def broadcasts_to_each(aggregator: Aggregator[Any]) -> bool:
+    """Return whether every client of a round receives something of its own."""
+    return traits_of(aggregator).per_client
+
+
+def checked_broadcast(
+    aggregator: Aggregator[Any], state: Any, ranks: Mapping[str, int], client_id: str | None = None
+) -> Broadcast:
+    """Return what a method sends to clients of these ranks, or to one client, after checking it.
+
+    Raises:
+        BroadcastError: If the method made a broadcast that nobody could use.
+    """
+    if client_id is None:
+        broadcast = aggregator.broadcast(state, ranks)
+    else:
+        broadcast = cast("PerClientAggregator[Any]", aggregator).broadcast_to(state, ranks, client_id)
+    check_broadcast(broadcast, ranks, fewer_directions=traits_of(aggregator).fewer_directions)
+    return broadcast
 
 
 def weighed(state_modules: Iterable[str], updates: Iterable[Update]) -> Iterator[Update]:

@@ -1,19 +1,22 @@
 """Defines what an engine is: it takes the order of a round and yields one outcome per client."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.messages import Broadcast, ClientFailure, KeptFactors, Update
 from flexlora.uplink.base import UplinkStep
 from flexlora.uplink.wire import WireDtype, decode_broadcast, encode_broadcast
+
+ParcelKey = RankPlan | str
+"""Whom a parcel is for: all clients of a rank plan, or the one with this id."""
 
 
 @dataclass(frozen=True, eq=False)
 class Parcel:
-    """A broadcast on its way to the clients of one rank plan: encoded and decoded once, each when first needed.
+    """A broadcast on its way to clients, to all of one rank plan or to one: encoded and decoded once, when needed.
 
     Attributes:
         broadcast: What the server sends.
@@ -32,7 +35,7 @@ class Parcel:
 
     @cached_property
     def arrived(self) -> Broadcast:
-        """What a client makes of the bytes; shared by all clients of the plan, so nobody may change it."""
+        """What a client makes of the bytes; shared by all it is for, so nobody may change it."""
         return decode_broadcast(self.packet) if self.came_as is None else self.broadcast
 
 
@@ -47,7 +50,8 @@ class RoundOrder:
         wire_dtype: Dtype of the factors on their way, in both directions.
         uplink: The steps whose client ends run on each update before it is encoded.
         cohort: Who trains.
-        parcels: What the clients of each rank plan are sent.
+        parcels: What clients are sent: one for each rank plan, or one for each client if all get their own.
+        kept: Client id -> the factor that it kept of an earlier round; those that have none are missing.
     """
 
     server_round: int
@@ -56,7 +60,16 @@ class RoundOrder:
     wire_dtype: WireDtype
     uplink: Sequence[UplinkStep]
     cohort: Sequence[ClientSpec]
-    parcels: Mapping[RankPlan, Parcel]
+    parcels: Mapping[ParcelKey, Parcel]
+    kept: Mapping[str, KeptFactors] = field(default_factory=dict)
+
+    def key_of(self, client: ClientSpec) -> ParcelKey:
+        """Return the key of the parcel that a client is sent."""
+        return client.client_id if client.client_id in self.parcels else client.plan
+
+    def parcel_of(self, client: ClientSpec) -> Parcel:
+        """Return what a client is sent: its own parcel, or that of its rank plan."""
+        return self.parcels[self.key_of(client)]
 
 
 @runtime_checkable

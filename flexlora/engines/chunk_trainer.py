@@ -7,17 +7,17 @@ process and the trainers that it has started itself.
 import dataclasses
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from flexlora.data.prompts import EncodedExample
-from flexlora.engines.base import Parcel, RoundOrder
+from flexlora.engines.base import Parcel, ParcelKey, RoundOrder
 from flexlora.engines.shared_model import attach
 from flexlora.engines.simulation import SimulationEngine
-from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import ClientFailure, Update
+from flexlora.federation.clients import ClientSpec
+from flexlora.federation.messages import ClientFailure, KeptFactors, Update
 from flexlora.lora.factors import LoraFactors
 from flexlora.uplink.wire import decode_broadcast
 
@@ -52,17 +52,19 @@ class TrainTask:
         call: Number of the call of ``Engine.train``; packets of an earlier call are no longer needed.
         clients: Who trains.
         examples: Client id -> training examples.
-        packets: Encoded broadcasts that the trainer still lacks in this call, by rank plan.
+        packets: Encoded broadcasts that the trainer still lacks in this call, by whom they are for.
         order: What ``pickled_order`` returned.
         engine: What ``pickled_settings`` returned.
+        kept: Client id -> the factor that it kept of an earlier round, where it has one.
     """
 
     call: int
     clients: Sequence[ClientSpec]
     examples: Mapping[str, Sequence[EncodedExample]]
-    packets: Mapping[RankPlan, bytes]
+    packets: Mapping[ParcelKey, bytes]
     order: bytes
     engine: bytes
+    kept: Mapping[str, KeptFactors] = field(default_factory=dict)
 
 
 def start_like_here(description: bytes, device: str, num_threads: int) -> Start:
@@ -83,40 +85,48 @@ def pickled_settings(engine: SimulationEngine) -> bytes:
 
 
 def pickled_order(order: RoundOrder) -> bytes:
-    """Return an order without clients and parcels, which follow chunk by chunk."""
-    return pickle.dumps(dataclasses.replace(order, cohort=(), parcels={}))
+    """Return an order without clients, parcels and what clients kept, which follow chunk by chunk."""
+    return pickle.dumps(dataclasses.replace(order, cohort=(), parcels={}, kept={}))
+
+
+# A tensor as the name of its dtype and its bits.
+_Bits = tuple[str, np.ndarray]
 
 
 def packed(outcome: Update | ClientFailure) -> bytes:
     """Return an outcome as bytes, its factors in the dtype in which they travelled from the client."""
     if isinstance(outcome, ClientFailure):
         return pickle.dumps((outcome, None))
-    # As integers of the same width: numpy arrays pickle quickly, but numpy lacks some of the dtypes.
-    factors = {
-        module: (
-            str(one.A.dtype).removeprefix("torch."),
-            *(_as_integers(factor) for factor in (one.A, one.B)),
-            one.scaling,
-        )
-        for module, one in outcome.payload.items()
-    }
-    return pickle.dumps((dataclasses.replace(outcome, payload={}), factors), protocol=5)
+    factors = {module: (_bits(one.A), _bits(one.B), one.scaling) for module, one in outcome.payload.items()}
+    others = [None if parts is None else _all_bits(parts) for parts in (outcome.cores, outcome.kept)]
+    bare = dataclasses.replace(outcome, payload={}, cores=None, kept=None)
+    return pickle.dumps((bare, (factors, *others)), protocol=5)
 
 
 def unpacked(data: bytes) -> Update | ClientFailure:
     """Return the outcome that ``packed`` wrote."""
-    outcome, factors = pickle.loads(data)
-    if factors is None:
+    outcome, tensors = pickle.loads(data)
+    if tensors is None:
         return outcome
-    payload: dict[str, LoraFactors] = {}
-    for module, (name, A, B, scaling) in factors.items():
-        dtype = getattr(torch, name)
-        payload[module] = LoraFactors(torch.from_numpy(A).view(dtype), torch.from_numpy(B).view(dtype), scaling)
-    return dataclasses.replace(outcome, payload=payload)
+    factors, *others = tensors
+    payload = {module: LoraFactors(_tensor(A), _tensor(B), scaling) for module, (A, B, scaling) in factors.items()}
+    cores, kept = (None if parts is None else {name: _tensor(one) for name, one in parts.items()} for parts in others)
+    return dataclasses.replace(outcome, payload=payload, cores=cores, kept=kept)
 
 
-def _as_integers(factor: torch.Tensor) -> np.ndarray:
-    return factor.view(torch.int16 if factor.element_size() == 2 else torch.int32).numpy()
+def _all_bits(parts: Mapping[str, torch.Tensor]) -> dict[str, _Bits]:
+    return {module: _bits(part) for module, part in parts.items()}
+
+
+def _bits(tensor: torch.Tensor) -> _Bits:
+    """Return a tensor as integers of the same width: numpy arrays pickle quickly, but numpy lacks some dtypes."""
+    bits = tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    return str(tensor.dtype).removeprefix("torch."), bits.numpy()
+
+
+def _tensor(bits: _Bits) -> torch.Tensor:
+    name, values = bits
+    return torch.from_numpy(values).view(getattr(torch, name))
 
 
 class ChunkTrainer:
@@ -130,7 +140,7 @@ class ChunkTrainer:
         self._model = attach(memory, start.description, start.device)
         self._task: TrainTask | None = None
         self._engine: SimulationEngine | None = None
-        self._parcels: dict[RankPlan, Parcel] = {}
+        self._parcels: dict[ParcelKey, Parcel] = {}
 
     def begin(self, task: TrainTask) -> Iterator[bytes]:
         """Prepare a task and return the packed outcomes of its clients, each trained when it is asked for."""
@@ -141,11 +151,14 @@ class ChunkTrainer:
                 model=self._model, examples_of=self._examples_of, **pickle.loads(task.engine)
             )
         order: RoundOrder = pickle.loads(task.order)
-        for plan in task.packets.keys() - self._parcels.keys():
-            packet = task.packets[plan]
-            self._parcels[plan] = Parcel(decode_broadcast(packet), order.wire_dtype, packet)
+        # Those of single clients served the chunk before this one.
+        self._parcels = {key: parcel for key, parcel in self._parcels.items() if not isinstance(key, str)}
+        for key in task.packets.keys() - self._parcels.keys():
+            packet = task.packets[key]
+            self._parcels[key] = Parcel(decode_broadcast(packet), order.wire_dtype, packet)
         self._task = task
-        return map(packed, self._engine.train(dataclasses.replace(order, cohort=task.clients, parcels=self._parcels)))
+        order = dataclasses.replace(order, cohort=task.clients, parcels=self._parcels, kept=task.kept)
+        return map(packed, self._engine.train(order))
 
     def _examples_of(self, client_id: str) -> Sequence[EncodedExample]:
         assert self._task is not None

@@ -101,7 +101,7 @@ class OpenRound:
         """Add a failure for each client of a chunk whose outcome is missing."""
         clients = chunk.chunk.clients
         for client in clients[len(clients) - chunk.num_left :]:
-            down_bytes = len(self.order.parcels[client.plan].packet)
+            down_bytes = len(self.order.parcel_of(client).packet)
             self.put(chunk, ClientFailure(client.client_id, "train", reason, down_bytes))
 
     def can_be_sent(self, chunk: Chunk) -> bool:
@@ -109,7 +109,7 @@ class OpenRound:
         if self._pickled is None or len(chunk.examples) < len(chunk.clients):
             return False
         try:
-            return all(self.order.parcels[client.plan].packet for client in chunk.clients)
+            return all(self.order.parcel_of(client).packet for client in chunk.clients)
         except Exception:
             return False
 
@@ -121,7 +121,8 @@ class OpenRound:
             call=self._number,
             clients=chunk.clients,
             examples={client_id: list(examples) for client_id, examples in chunk.examples.items()},
-            packets={client.plan: self.order.parcels[client.plan].packet for client in chunk.clients},
+            packets={self.order.key_of(client): self.order.parcel_of(client).packet for client in chunk.clients},
+            kept={one.client_id: kept for one in chunk.clients if (kept := self.order.kept.get(one.client_id))},
             order=order,
             engine=engine,
         )

@@ -22,14 +22,13 @@ from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import IO
 
-from flexlora.engines.base import RoundOrder
+from flexlora.engines.base import ParcelKey, RoundOrder
 from flexlora.engines.chunk_trainer import Start, TrainTask, start_like_here, unpacked
 from flexlora.engines.dispatch import ChunkLostError, Dispatcher, TrainerPool
 from flexlora.engines.process_child import READY
 from flexlora.engines.shared_model import SharedModel, SharingError, share
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.errors import FlexLoraError
-from flexlora.federation.clients import RankPlan
 from flexlora.federation.messages import ClientFailure, Update
 from flexlora.training.adapted_model import AdaptedModel
 
@@ -210,7 +209,7 @@ class _Child:
 
     def __init__(self, memory: IO[bytes]) -> None:
         self.has_trained = self.is_stopped = False
-        self._call, self._plans = -1, set[RankPlan]()
+        self._call, self._keys = -1, set[ParcelKey]()
         with ExitStack() as stack:
             self._errors = stack.enter_context(tempfile.TemporaryFile())
             ours, theirs = map(stack.enter_context, socket.socketpair())
@@ -237,12 +236,12 @@ class _Child:
         if self.connection.recv_bytes() != READY:
             raise OSError("the process answered out of turn")
 
-    def lacking(self, task: TrainTask) -> dict[RankPlan, bytes]:
+    def lacking(self, task: TrainTask) -> dict[ParcelKey, bytes]:
         """Return the packets of a task that the child has not been sent in this call."""
         if task.call != self._call:
-            self._call, self._plans = task.call, set()
-        packets = {plan: packet for plan, packet in task.packets.items() if plan not in self._plans}
-        self._plans |= packets.keys()
+            self._call, self._keys = task.call, set()
+        packets = {key: packet for key, packet in task.packets.items() if key not in self._keys}
+        self._keys |= packets.keys()
         return packets
 
     def kill(self) -> None:

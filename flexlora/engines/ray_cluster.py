@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from flexlora.engines.base import RoundOrder
+from flexlora.engines.base import ParcelKey, RoundOrder
 from flexlora.engines.chunk_trainer import ChunkTrainer, Start, TrainTask, start_like_here, unpacked
 from flexlora.engines.dispatch import ChunkLostError, Dispatcher, TrainerPool
 from flexlora.engines.shared_model import share
 from flexlora.engines.simulation import SimulationEngine, reason_of
 from flexlora.errors import FlexLoraError
-from flexlora.federation.clients import RankPlan
 from flexlora.federation.messages import ClientFailure, Update
 from flexlora.training.adapted_model import AdaptedModel
 
@@ -70,9 +69,9 @@ class Actor:
         """Return the number of the actor's process."""
         return os.getpid()
 
-    def train(self, task: bytes, plans: Sequence[RankPlan], *packets: bytes) -> list[bytes]:
+    def train(self, task: bytes, keys: Sequence[ParcelKey], *packets: bytes) -> list[bytes]:
         """Return the packed outcome of each client of a task."""
-        packets_of = dict(zip(plans, packets, strict=True))
+        packets_of = dict(zip(keys, packets, strict=True))
         return list(self._trainer.begin(replace(pickle.loads(task), packets=packets_of)))
 
 
@@ -190,19 +189,19 @@ class _Queues:
         self._handles, self._make = handles, make
         self._loads = [0] * len(handles)
         self._lock, self._is_closed = threading.Lock(), False
-        self._call, self._packets = -1, dict[RankPlan, Any]()
+        self._call, self._packets = -1, dict[ParcelKey, Any]()
 
     def submit(self, task: TrainTask) -> tuple[int, Any, Any]:
         """Give a task to the actor that has the fewest; return its number, its handle and the future."""
         with self._lock:
             if task.call != self._call:
                 self._call, self._packets = task.call, {}
-            for plan, packet in task.packets.items():
-                if plan not in self._packets:
-                    self._packets[plan] = self.ray.put(packet)
+            for key, packet in task.packets.items():
+                if key not in self._packets:
+                    self._packets[key] = self.ray.put(packet)
             index = min(range(len(self._loads)), key=self._loads.__getitem__)
             self._loads[index] += 1
-            packets = [self._packets[plan] for plan in task.packets]
+            packets = [self._packets[key] for key in task.packets]
             handle = self._handles[index]
             data = pickle.dumps(replace(task, packets={}))
             return index, handle, handle.train.remote(data, list(task.packets), *packets)

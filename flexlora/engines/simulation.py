@@ -14,15 +14,16 @@ from flexlora.data.prompts import EncodedExample
 from flexlora.engines.base import RoundOrder
 from flexlora.errors import FlexLoraError
 from flexlora.federation.clients import ClientSpec
-from flexlora.federation.messages import ClientFailure, Update
+from flexlora.federation.kept_factors import kept_of, with_kept, without_kept
+from flexlora.federation.messages import Broadcast, ClientFailure, Update
 from flexlora.federation.streams import stream_seed
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.group import TrainedClient, train_group
-from flexlora.training.group_layers import reason_against_groups
+from flexlora.training.group_layers import reason_against_groups, trains_alone
 from flexlora.training.group_passes import GroupJob
 from flexlora.training.one_client import LocalTraining, TrainClient, train_client
 from flexlora.uplink.base import send
-from flexlora.uplink.wire import encoded_size, received
+from flexlora.uplink.wire import received_update
 
 _LONGEST_REASON = 300
 
@@ -34,6 +35,7 @@ class _Received:
     """What a client has received and will train on."""
 
     client: ClientSpec
+    sent: Broadcast
     job: GroupJob
     down_bytes: int
 
@@ -82,22 +84,24 @@ class SimulationEngine:
     def _receive(self, order: RoundOrder, client: ClientSpec) -> _Received | ClientFailure:
         stage, down_bytes = "broadcast", 0
         try:
-            parcel = order.parcels[client.plan]
-            broadcast, down_bytes = parcel.arrived, len(parcel.packet)
+            parcel = order.parcel_of(client)
+            sent, down_bytes = parcel.arrived, len(parcel.packet)
             stage = "train"
             job = GroupJob(
-                broadcast,
+                with_kept(sent, order.kept.get(client.client_id)),
                 self.examples_of(client.client_id),
                 order.learning_rate,
                 stream_seed(order.seed, "train", order.server_round, client.client_id),
             )
         except Exception as error:
             return ClientFailure(client.client_id, stage, reason_of(error), down_bytes)
-        return _Received(client, job, down_bytes)
+        return _Received(client, sent, job, down_bytes)
 
     def _trained(self, jobs: Iterable[GroupJob], order: RoundOrder) -> Iterator[TrainedClient | Exception]:
         train_one = self.train_one
-        if train_one is None and self._objection(order) is None:
+        sent = [order.parcels[key].broadcast for key in map(order.key_of, order.cohort) if key in order.parcels]
+        in_groups = train_one is None and not any(trains_alone(broadcast) for broadcast in sent)
+        if in_groups and self._objection(order) is None:
             return train_group(self.model, jobs, self.settings, self.clients_per_group)
         return (self._train_alone(train_one or train_client, job) for job in jobs)
 
@@ -125,7 +129,7 @@ class SimulationEngine:
             )
         except Exception as error:
             return error
-        return TrainedClient(adapter, metrics, time.perf_counter() - start)
+        return TrainedClient(adapter, metrics, time.perf_counter() - start, self.model.read_cores())
 
     def _send(
         self, order: RoundOrder, arrival: _Received, outcome: TrainedClient | Exception
@@ -137,19 +141,14 @@ class SimulationEngine:
             # Besides its factors, only these two numbers leave the client.
             told = {key: outcome.metrics[key] for key in ("loss", "steps") if key in outcome.metrics}
             rng = torch.Generator().manual_seed(stream_seed(order.seed, "uplink", order.server_round, client.client_id))
-            update = send(
-                order.uplink, Update(client.client_id, outcome.adapter, float(client.num_examples), told), rng
-            )
-            payload = received(update.payload, order.wire_dtype)
-            up_bytes = encoded_size(payload, order.wire_dtype)
+            sent, weight = arrival.sent, float(client.num_examples)
+            own = Update(client.client_id, without_kept(outcome.adapter, sent), weight, told, cores=outcome.cores)
+            update = received_update(send(order.uplink, own, rng), sent, order.wire_dtype)
+            kept = kept_of(outcome.adapter, sent.kept)
         except Exception as error:
             return ClientFailure(client.client_id, "upload", reason_of(error), arrival.down_bytes)
         return dataclasses.replace(
-            update,
-            payload=payload,
-            up_bytes=up_bytes,
-            down_bytes=arrival.down_bytes,
-            train_seconds=outcome.train_seconds,
+            update, down_bytes=arrival.down_bytes, train_seconds=outcome.train_seconds, kept=kept
         )
 
 

@@ -55,9 +55,9 @@ class Broadcast:
     travels to it; of an update, what was trained and does not stay with the client.
 
     Attributes:
-        trainable: Where the client starts. Modules and scalings are those of its rank plan, ranks too, or lower ones if
-            the method has the trait ``fewer_directions``; only under ``mask`` may they be higher. What the client
-            returns has the same modules, ranks and scalings.
+        trainable: Where the client starts. Modules and ranks are those of its rank plan; ranks may be lower if the
+            method has the trait ``fewer_directions``, and higher only under ``mask``. What the client returns has the
+            same modules, ranks and scalings.
         frozen: Low-rank branch that the client adds to its base during the round and does not train (tail folding,
             stacking, residual methods). Its modules and ranks are free, and it may name modules that ``trainable`` does
             not. It shapes activations and gradients, and scores too: it is part of the model. None adds nothing.
@@ -66,11 +66,12 @@ class Broadcast:
             ``B`` in the next. ``core`` moves ``cores`` and leaves both factors (Fed-SB). What is not trained has no
             gradient and no weight decay; it does not travel back, and the server puts it in from what it sent, so that
             an update always arrives whole. Beware of training ``A`` while ``B`` is zero: its gradient is zero too.
-        cores: Module -> ``[rank, rank]``, for exactly the modules of ``trainable``; None is no core, which means the
-            identity. ``train_factors="core"`` needs them.
-        kept: A factor that is the client's own (FedSA-LoRA keeps ``B``). It is trained, stays with the client between
-            rounds and does not travel back. The client starts from what it kept last time; the factor of ``trainable``
-            is for those that have kept nothing yet. On arrival an update has the broadcast's value in its place.
+        cores: Module -> ``[rank, rank]``, for exactly the modules of ``trainable``; there if, and only if,
+            ``train_factors`` is ``core``.
+        kept: A factor that is the client's own (FedSA-LoRA keeps ``B``). Both are trained; this one stays with the
+            client between rounds and does not travel back. The client starts from what it kept last time; the factor of
+            ``trainable`` is for those that have kept nothing yet. On arrival an update has the broadcast's value in its
+            place.
         known_A: Says that ``A`` need not be sent because the client can make it: in every module it is
             ``known_rows.known_rows(known_A, module, rank, in_features)``, drawn from this seed, or the ``identity``.
             ``trainable`` holds ``A`` all the same, in float32, and these very values. None sends ``A``.

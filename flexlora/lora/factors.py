@@ -100,6 +100,10 @@ class LoraFactors:
             return self
         return LoraFactors(self.A, self.B * (self.scaling / scaling), scaling)
 
+    def with_core(self, core: Float[Tensor, "rank rank"]) -> "LoraFactors":
+        """Return the change ``scaling * B @ core @ A`` as two factors; ``A`` stays, ``B`` takes up the core."""
+        return LoraFactors(self.A, self.B @ core.to(self.B.dtype), self.scaling)
+
     def to(self, dtype: torch.dtype) -> "LoraFactors":
         """Return a copy in ``dtype``, stored row by row, detached from any graph and sharing no memory."""
         A, B = (

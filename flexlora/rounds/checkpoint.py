@@ -19,7 +19,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from flexlora.errors import FlexLoraError
-from flexlora.federation.messages import Broadcast
+from flexlora.federation.messages import Broadcast, KeptFactors, SparseMask, TailPenalty
 from flexlora.files import appearing_whole, write_whole
 from flexlora.lora.factors import LoraFactors
 
@@ -35,7 +35,7 @@ TENSORS_FILE = "state.safetensors"
 TREE_FILE = "state.json"
 
 
-SENT_TYPES = {kind.__name__: kind for kind in (Broadcast, LoraFactors)}
+SENT_TYPES = {kind.__name__: kind for kind in (Broadcast, LoraFactors, SparseMask, TailPenalty)}
 
 
 class CheckpointError(FlexLoraError, ValueError):
@@ -51,19 +51,23 @@ class Checkpoint:
         state: The aggregator's state.
         progress: What else the loop must remember, as plain JSON values.
         sent: What clients that are still training were sent, by a name that the loop chose.
+        kept: Client id -> the factor that it keeps between rounds.
     """
 
     server_round: int
     state: Any
     progress: Mapping[str, Any]
     sent: Mapping[str, Broadcast] = field(default_factory=dict)
+    kept: Mapping[str, KeptFactors] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     """Write ``folder/round-NNNN`` atomically, then drop all but the newest ``keep`` checkpoints."""
     tensors: dict[str, Tensor] = {}
     tree = _encode(checkpoint.state, tensors, "state")
-    sent = _encode(checkpoint.sent, tensors, "sent")
+    others = {"sent": _encode(checkpoint.sent, tensors, "sent")}
+    if checkpoint.kept:
+        others["kept"] = _encode(checkpoint.kept, tensors, "kept")
     for leftover in folder.glob(".round-*"):
         shutil.rmtree(leftover)
     with appearing_whole(_folder_of(folder, checkpoint.server_round)) as partial:
@@ -73,7 +77,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
             "sha256": _write_tensors(partial / TENSORS_FILE, tensors),
             "progress": dict(checkpoint.progress),
             "state": tree,
-            "sent": sent,
+            **others,
         }
         (partial / TREE_FILE).write_text(json.dumps(description), encoding="utf-8")
     for old in _folders(folder)[keep:]:
@@ -123,7 +127,8 @@ def _read(folder: Path, types: Mapping[str, type]) -> Checkpoint:
     state = _decode(description["state"], tensors, types)
     # Checkpoints of earlier versions have none.
     sent = _decode(description.get("sent", {"items": {}}), tensors, SENT_TYPES)
-    return Checkpoint(description["server_round"], state, description["progress"], sent)
+    kept = _decode(description.get("kept", {"items": {}}), tensors, {})
+    return Checkpoint(description["server_round"], state, description["progress"], sent, kept)
 
 
 def _folder_of(folder: Path, server_round: int) -> Path:

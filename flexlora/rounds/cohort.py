@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexlora.engines.base import Parcel, RoundOrder
+from flexlora.aggregators.base import broadcasts_to_each, checked_broadcast
+from flexlora.engines.base import Parcel, ParcelKey, RoundOrder
 from flexlora.federation.clients import ClientSpec, RankPlan, sample_cohort
 from flexlora.federation.messages import Broadcast, ClientFailure
 from flexlora.rounds.buffer import FilledBuffer, fill_buffer, still_needed
 from flexlora.rounds.clock import Clock, ClockState, Trip, close_round, open_round, start_trip
 from flexlora.rounds.loop_parts import Loop, Progress, Stopwatch
-from flexlora.uplink.wire import encoded_size
+from flexlora.uplink.wire import update_size
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def _sampled_work(loop: Loop, server_round: int, state: Any, progress: Progress,
     settings = loop.settings
     cohort = sample_cohort(loop.federation.clients, settings.cohort_size, settings.seed, server_round)
     parcels = _parcels(loop, state, cohort, watch)
-    return Work(_by_id(cohort), [_order(loop, server_round, cohort, parcels)], progress)
+    return Work(_by_id(cohort), [_order(loop, server_round, cohort, parcels, progress)], progress)
 
 
 def _timed_work(loop: Loop, clock: Clock, server_round: int, state: Any, progress: Progress, watch: Stopwatch) -> Work:
@@ -57,14 +58,15 @@ def _timed_work(loop: Loop, clock: Clock, server_round: int, state: Any, progres
     cohort_size = loop.settings.cohort_size
     begins, cohort = open_round(clock, loop.federation.clients, cohort_size, server_round, progress.clock.now)
     parcels = _parcels(loop, state, cohort, watch)
-    sizes = {plan: _sizes(parcel) for plan, parcel in parcels.items()}
-    trips = [start_trip(clock, client, server_round, begins, *sizes[client.plan]) for client in cohort]
+    order = _order(loop, server_round, cohort, parcels, progress)
+    sizes = {key: _sizes(parcel) for key, parcel in parcels.items()}
+    trips = [start_trip(clock, client, server_round, begins, *sizes[order.key_of(client)]) for client in cohort]
     closed = close_round(clock.policy, trips, cohort_size, begins)
     arrived = set(closed.arrived)
     in_time = [client for client in cohort if client.client_id in arrived]
     return Work(
         clients=_by_id(cohort),
-        orders=[_order(loop, server_round, in_time, parcels)],
+        orders=[dataclasses.replace(order, cohort=in_time)],
         progress=dataclasses.replace(progress, clock=ClockState(closed.ends)),
         lost=closed.lost,
         trips={trip.client_id: trip for trip in trips},
@@ -81,7 +83,7 @@ def _buffered_work(
     def sizes_of(plan: RankPlan) -> tuple[int, int]:
         """Make a plan's broadcast when its first client starts."""
         if plan not in fresh:
-            fresh[plan] = _parcel(loop, state, plan, watch)
+            fresh[plan] = _parcel(loop, state, plan, None, watch)
         return _sizes(fresh[plan])
 
     filled = fill_buffer(clock, clients, loop.settings.cohort_size, server_round, progress.clock, sizes_of)
@@ -93,7 +95,7 @@ def _buffered_work(
     sent = {**progress.sent, **{_sent_name(server_round, plan): parcel.arrived for plan, parcel in fresh.items()}}
     return Work(
         clients=_by_id(client for client in clients if client.client_id in trips),
-        orders=_buffered_orders(loop, filled, parcels),
+        orders=_buffered_orders(loop, filled, parcels, progress),
         progress=dataclasses.replace(
             progress, clock=filled.state, sent=_still_needed(loop, clock, filled, server_round, sent)
         ),
@@ -103,7 +105,9 @@ def _buffered_work(
     )
 
 
-def _buffered_orders(loop: Loop, filled: FilledBuffer, parcels: Mapping[str, Parcel]) -> list[RoundOrder]:
+def _buffered_orders(
+    loop: Loop, filled: FilledBuffer, parcels: Mapping[str, Parcel], progress: Progress
+) -> list[RoundOrder]:
     """Return one order per round in which clients that came back were sent off, oldest first.
 
     Args:
@@ -114,8 +118,8 @@ def _buffered_orders(loop: Loop, filled: FilledBuffer, parcels: Mapping[str, Par
     for number in sorted({trip.server_round for trip in filled.arrived}):
         ids = sorted(trip.client_id for trip in filled.arrived if trip.server_round == number)
         cohort = [clients[client_id] for client_id in ids]
-        plans = {client.plan for client in cohort}
-        orders.append(_order(loop, number, cohort, {plan: parcels[_sent_name(number, plan)] for plan in plans}))
+        own = {plan: parcels[_sent_name(number, plan)] for plan in {client.plan for client in cohort}}
+        orders.append(_order(loop, number, cohort, own, progress))
     return orders
 
 
@@ -140,7 +144,11 @@ def _by_id(clients: Iterable[ClientSpec]) -> dict[str, ClientSpec]:
 
 
 def _order(
-    loop: Loop, server_round: int, cohort: Sequence[ClientSpec], parcels: Mapping[RankPlan, Parcel]
+    loop: Loop,
+    server_round: int,
+    cohort: Sequence[ClientSpec],
+    parcels: Mapping[RankPlan, Parcel] | Mapping[ParcelKey, Parcel],
+    progress: Progress,
 ) -> RoundOrder:
     """Return the order to train a cohort from the broadcasts of ``server_round``."""
     return RoundOrder(
@@ -150,21 +158,24 @@ def _order(
         wire_dtype=loop.federation.wire_dtype,
         uplink=loop.uplink,
         cohort=cohort,
-        parcels=parcels,
+        parcels=dict(parcels),
+        kept=progress.kept,
     )
 
 
-def _parcels(loop: Loop, state: Any, cohort: Sequence[ClientSpec], watch: Stopwatch) -> dict[RankPlan, Parcel]:
-    """Return what each rank plan of a cohort is sent."""
-    return {plan: _parcel(loop, state, plan, watch) for plan in dict.fromkeys(client.plan for client in cohort)}
+def _parcels(loop: Loop, state: Any, cohort: Sequence[ClientSpec], watch: Stopwatch) -> dict[ParcelKey, Parcel]:
+    """Return what a cohort is sent: a parcel for each rank plan, or for each client if the method makes its own."""
+    if broadcasts_to_each(loop.aggregator):
+        return {client.client_id: _parcel(loop, state, client.plan, client.client_id, watch) for client in cohort}
+    return {plan: _parcel(loop, state, plan, None, watch) for plan in dict.fromkeys(client.plan for client in cohort)}
 
 
-def _parcel(loop: Loop, state: Any, plan: RankPlan, watch: Stopwatch) -> Parcel:
+def _parcel(loop: Loop, state: Any, plan: RankPlan, client_id: str | None, watch: Stopwatch) -> Parcel:
     with watch.stage("broadcast"):
-        broadcast = loop.aggregator.broadcast(state, plan.resolve(loop.federation.shapes))
+        broadcast = checked_broadcast(loop.aggregator, state, plan.resolve(loop.federation.shapes), client_id)
     return Parcel(broadcast, loop.federation.wire_dtype)
 
 
 def _sizes(parcel: Parcel) -> tuple[int, int]:
     """Return the bytes of a broadcast and of the update that it will come back as."""
-    return len(parcel.packet), encoded_size(parcel.broadcast.trainable, parcel.wire_dtype)
+    return len(parcel.packet), update_size(None, parcel.broadcast, parcel.wire_dtype)

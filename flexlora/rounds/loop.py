@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from flexlora.aggregators.base import check_state
+from flexlora.federation.messages import KeptFactors
 from flexlora.rounds.checkpoint import Checkpoint, load_latest, replace_progress, save_checkpoint
 from flexlora.rounds.cohort import cohort_work
 from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER, Loop, Outcome, Progress, RoundEvent, Stopwatch
@@ -33,10 +34,11 @@ def run_rounds(loop: Loop) -> Outcome:
             work = cohort_work(loop, server_round, state, progress, watch)
             loop.notify(RoundEvent("cohort", server_round, len(work.clients)))
             clients: list[ClientRecord] = []
-            updates = checked(loop, server_round, work, trained(loop.engine, work.orders, watch), clients)
+            kept: dict[str, KeptFactors] = {}
+            updates = checked(loop, server_round, work, trained(loop.engine, work.orders, watch), clients, kept)
             state, problem = aggregated(loop, server_round, work, state, updates, watch)
             num_ok = sum(client.outcome == "ok" for client in clients) if problem is None else 0
-            progress = work.progress.after_updates(num_ok, settings.max_failed_rounds)
+            progress = work.progress.keeping(kept).after_updates(num_ok, settings.max_failed_rounds)
             # What clients were sent is freed before the next round's broadcasts are made.
             del work, updates
             record = round_record(loop, server_round, state, clients, problem, watch)
@@ -64,7 +66,7 @@ def _resumed(loop: Loop) -> tuple[int, Any, Progress] | None:
     if checkpoint is None:
         return None
     server_round, state, records = checkpoint.server_round, checkpoint.state, loop.folder / RECORDS_FILE
-    progress = Progress.from_json(checkpoint.progress["loop"], checkpoint.sent)
+    progress = Progress.from_json(checkpoint.progress["loop"], checkpoint.sent, checkpoint.kept)
     record = RoundRecord.model_validate_json(checkpoint.progress["record"])
     if record.evaluation is None and _is_scored(loop, server_round, progress):
         keep_rounds(records, server_round - 1)
@@ -140,7 +142,8 @@ def _is_scored(loop: Loop, server_round: int, progress: Progress) -> bool:
 
 
 def _save(loop: Loop, state: Any, progress: Progress, record: RoundRecord) -> None:
-    checkpoint = Checkpoint(record.server_round, state, _remembered(loop, progress, record), progress.sent)
+    remembered = _remembered(loop, progress, record)
+    checkpoint = Checkpoint(record.server_round, state, remembered, progress.sent, progress.kept)
     save_checkpoint(loop.folder / CHECKPOINTS_FOLDER, checkpoint, loop.settings.keep_checkpoints)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from flexlora.aggregators.base import Aggregator
 from flexlora.engines.base import Engine
 from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import Broadcast
+from flexlora.federation.messages import Broadcast, KeptFactors
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.rounds.clock import Breakdown, Clock, ClockState, Trip
 from flexlora.rounds.records import ClientRecord, EvaluationRecord, RankGroupRecord, RoundRecord
@@ -64,6 +64,7 @@ class Progress:
     Attributes:
         clock: Virtual time, if it is simulated.
         sent: Round and plan name -> what clients still at work were sent; checkpointed as tensors.
+        kept: Client id -> the factor that it keeps between rounds; checkpointed as tensors.
     """
 
     best_validation_loss: float | None = None
@@ -73,6 +74,11 @@ class Progress:
     stopped: str | None = None
     clock: ClockState = field(default_factory=ClockState)
     sent: Mapping[str, Broadcast] = field(default_factory=dict)
+    kept: Mapping[str, KeptFactors] = field(default_factory=dict)
+
+    def keeping(self, kept: Mapping[str, KeptFactors]) -> "Progress":
+        """Return the progress after clients have trained the factors that they keep."""
+        return dataclasses.replace(self, kept={**self.kept, **kept}) if kept else self
 
     def after_updates(self, num_updates: int, max_failed_rounds: int) -> "Progress":
         """Return the progress after a round that aggregated so many updates; stopped after too many without any."""
@@ -101,10 +107,14 @@ class Progress:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the tensors as plain values."""
-        return dataclasses.asdict(dataclasses.replace(self, sent={}))
+        values = dataclasses.asdict(dataclasses.replace(self, sent={}, kept={}))
+        del values["kept"]
+        return values
 
     @staticmethod
-    def from_json(values: Mapping[str, Any], sent: Mapping[str, Broadcast]) -> "Progress":
+    def from_json(
+        values: Mapping[str, Any], sent: Mapping[str, Broadcast], kept: Mapping[str, KeptFactors]
+    ) -> "Progress":
         """Return the progress whose plain values these are; values that earlier versions lack have their defaults."""
         clock = dict(values.get("clock", {}))
         trips = []
@@ -112,7 +122,7 @@ class Progress:
             breakdown = trip["breakdown"] and Breakdown(**trip["breakdown"])
             trips.append(Trip(**{**trip, "breakdown": breakdown}))
         state = ClockState(**clock, trips=tuple(trips))
-        return Progress(**{**values, "clock": state, "sent": sent})
+        return Progress(**{**values, "clock": state, "sent": sent, "kept": kept})
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Turns what the clients of a round come back with into the next state: trained, checked, recorded, aggregated."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -12,7 +14,8 @@ from flexlora.aggregators.base import AggregationError, ChangeAggregator
 from flexlora.engines.base import Engine, RoundOrder
 from flexlora.errors import FlexLoraError
 from flexlora.federation.clients import ClientSpec, compact_ranks
-from flexlora.federation.messages import Change, ClientFailure, Update
+from flexlora.federation.message_checks import UpdateError, check_update
+from flexlora.federation.messages import Broadcast, Change, ClientFailure, KeptFactors, Update
 from flexlora.federation.streams import stream_seed
 from flexlora.lora.spectrum import share_inside
 from flexlora.rounds.clock import Policy, Trip
@@ -20,7 +23,6 @@ from flexlora.rounds.cohort import Work
 from flexlora.rounds.loop_parts import Federation, Loop, RoundEvent, Stopwatch
 from flexlora.rounds.records import ClientRecord, RoundRecord, SpectrumRecord, rounded
 from flexlora.uplink.base import receive
-from flexlora.uplink.wire import UpdateError, check_update
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +45,30 @@ def checked(
     work: Work,
     outcomes: Iterable[Update | ClientFailure],
     records: list[ClientRecord],
+    kept: dict[str, KeptFactors],
 ) -> Iterator[Update]:
     """Yield the updates that the server can use; append a record of every client, lost ones first, to ``records``.
+
+    What clients keep goes into ``kept`` and no further.
 
     What a client sent is checked before any uplink step receives it: a step may fold the cohort into one update, in
     which nobody could tell a broken one. What the steps make of it is for the aggregator to check.
     """
     federation, due = loop.federation, dict(work.clients)
-    ranks = {plan: plan.resolve(federation.shapes) for plan in {client.plan for client in due.values()}}
+    order_of = _order_of(work)
+
+    @cache
+    def ranks_of(client: ClientSpec) -> dict[str, int]:
+        """Return the ranks that a client was sent, those of its plan if it was sent nothing."""
+        order = order_of.get(client.client_id)
+        if order is None:
+            return client.plan.resolve(federation.shapes)
+        return {module: own.rank for module, own in order.parcel_of(client).broadcast.trainable.items()}
 
     def record(client: ClientSpec, outcome: Update | ClientFailure) -> None:
         """Append a client's record and tell the display."""
-        known = _known(client, ranks[client.plan], federation.shapes, work.trips.get(client.client_id), server_round)
+        trip = work.trips.get(client.client_id)
+        known = _known(client, ranks_of(client), federation.shapes, trip, server_round)
         records.append(_client_record(known, outcome))
         loop.notify(RoundEvent("client", server_round, len(work.clients), client=records[-1]))
 
@@ -64,10 +78,12 @@ def checked(
             log.warning("round %d: dropped an outcome of %r, who is not due", server_round, outcome.client_id)
             continue
         if isinstance(outcome, Update):
-            outcome = _validated(outcome, ranks[client.plan], federation)
+            outcome = _validated(outcome, order_of[client.client_id].parcel_of(client).arrived, federation)
         record(client, outcome)
         if isinstance(outcome, Update):
-            yield outcome
+            if outcome.kept is not None:
+                kept[client.client_id] = outcome.kept
+            yield dataclasses.replace(outcome, kept=None)
     for client_id, client in sorted(due.items()):
         record(client, ClientFailure(client_id, "train", "the engine gave no outcome for this client"))
 
@@ -112,7 +128,7 @@ def _changes(policy: Policy, server_round: int, work: Work, updates: Iterable[Up
     Raises:
         AggregationError: If an update is not that of one client.
     """
-    order_of = {client.client_id: order for order in work.orders for client in order.cohort}
+    order_of = _order_of(work)
     for update in updates:
         client_id = str(update.client_id)
         if client_id not in order_of:
@@ -120,17 +136,27 @@ def _changes(policy: Policy, server_round: int, work: Work, updates: Iterable[Up
                 "clock.policy=async must know whose an update is, but an uplink step folded several into one; "
                 "leave the step out or choose another clock.policy"
             )
+        if update.cores is not None:
+            raise AggregationError("clock.policy=async adds up changes of factors, but clients train cores here")
         order = order_of[client_id]
-        start = order.parcels[work.clients[client_id].plan].arrived.trainable
+        start = order.parcel_of(work.clients[client_id]).arrived.trainable
         yield Change(update, start, policy.discount(server_round - order.server_round))
 
 
-def _validated(update: Update, ranks: Mapping[str, int], federation: Federation) -> Update | ClientFailure:
+def _order_of(work: Work) -> dict[str, RoundOrder]:
+    """Return client id -> the order under which it trains; those who never reach the server have none."""
+    return {client.client_id: order for order in work.orders for client in order.cohort}
+
+
+def _validated(update: Update, sent: Broadcast, federation: Federation) -> Update | ClientFailure:
     """Return the update, or a failure if the server cannot use it."""
     try:
-        check_update(update.payload, ranks, federation.shapes, federation.scaling, federation.wire_dtype)
+        check_update(update, sent, federation.shapes, federation.wire_dtype)
         if not (math.isfinite(update.weight) and update.weight > 0):
             raise UpdateError(f"weight must be positive and finite; got {update.weight}")
+        for module, factor in sorted((update.kept or {}).items()):
+            if not factor.isfinite().all():
+                raise UpdateError(f"{module}: the {sent.kept} that the client keeps must be finite")
     except UpdateError as error:
         return ClientFailure(str(update.client_id), "validate", str(error), update.down_bytes, update.up_bytes)
     return update

@@ -122,6 +122,10 @@ class AdaptedModel:
             adapter[path] = LoraFactors(_to_cpu(A), _to_cpu(B), loaded.scaling)
         return adapter
 
+    def read_cores(self) -> dict[str, Tensor] | None:
+        """Return the cores as they are now, detached float32 copies on the CPU; None if the broadcast has none."""
+        return None
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters to train, always in the same order."""
         factors = {"both": ("A", "B"), "A": ("A",), "B": ("B",)}[self._broadcast.train_factors]

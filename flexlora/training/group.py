@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flexlora.lora.factors import AdapterState
 from flexlora.training.adapted_model import AdaptedModel
@@ -42,11 +43,13 @@ class TrainedClient:
         adapter: The trained factors, as ``train_client`` returns them.
         metrics: What was measured, as ``train_client`` returns it.
         train_seconds: The client's share, by tokens, of the time its group took.
+        cores: The trained cores, if the broadcast said to train those.
     """
 
     adapter: AdapterState
     metrics: Mapping[str, float]
     train_seconds: float
+    cores: Mapping[str, Tensor] | None = None
 
 
 def train_group(

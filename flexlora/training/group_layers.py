@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from flexlora.federation.messages import Broadcast
 from flexlora.training.factor_bank import FactorBank
 
 # Rows and length of the probe.
@@ -210,6 +211,11 @@ def base_linear(network: nn.Module, path: str) -> nn.Module:
 def without_lora(module: nn.Module) -> nn.Module:
     """Return the module inside a PEFT layer; any other module as it is."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def trains_alone(broadcast: Broadcast) -> bool:
+    """Return whether a client trains something that groups cannot: cores, or chosen entries of ``B``."""
+    return broadcast.train_factors == "core" or broadcast.mask is not None
 
 
 def reason_against_groups(network: nn.Module, paths: Iterable[str], *, base_drops_out: bool) -> str | None:

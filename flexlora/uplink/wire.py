@@ -1,24 +1,36 @@
-"""Turns factors into one safetensors blob and back, and checks what arrived.
+"""Turns broadcasts and updates into bytes and back.
 
-Tensors are named ``<branch>/<module>.A`` and ``.B``. The one metadata entry is JSON with the scalings (written so that
-they read back exactly) and a checksum over everything, because safetensors itself notices a cut blob but not a flipped
-bit. Equal content gives equal bytes.
+Tensors are named ``<branch>/<module>.A``, ``.B`` and ``.core``. Only what the other end does not have travels. A known
+``A`` stays at home; a masked ``B`` travels as a list of its chosen values, row by row; an update holds what its client
+trained and does not keep, and the server puts the rest in from what it sent.
 """
 
-import json
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, cast
+from typing import Any, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from flexlora.errors import FlexLoraError
-from flexlora.federation.messages import Broadcast
-from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
+from flexlora.federation.known_rows import known_rows, mask_of, num_chosen
+from flexlora.federation.messages import Broadcast, SparseMask, TailPenalty, Update
+from flexlora.lora.factors import AdapterState, LoraFactors
+from flexlora.uplink.blob import Blob, WireError, pack, unpack
+
+__all__ = [
+    "WireDtype",
+    "WireError",
+    "decode",
+    "decode_broadcast",
+    "decode_update",
+    "encode",
+    "encode_broadcast",
+    "encode_update",
+    "received_update",
+    "update_size",
+]
 
 WireDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -27,43 +39,26 @@ _DTYPES: dict[WireDtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_METADATA_KEY = "flexlora"
-_VERSION = 1
+_SHAPES = "shapes"
+"""Field of a broadcast: module -> ``[out_features, rank, in_features]``, where the tensors do not tell."""
 
 
-class WireError(FlexLoraError, ValueError):
-    """Bytes that are not what ``encode`` wrote."""
+@dataclass(frozen=True)
+class _Parts:
+    """Which parts of each module travel in one direction.
 
+    Attributes:
+        names: Of ``A``, ``B`` and ``core``.
+        mask: The entries of ``B`` that travel; None is all.
+    """
 
-class UpdateError(FlexLoraError, ValueError):
-    """An update that is not what its client was asked for."""
+    names: tuple[str, ...] = ("A", "B")
+    mask: SparseMask | None = None
 
 
 def encode(adapter: AdapterState, dtype: WireDtype) -> bytes:
     """Return ``adapter`` as bytes with both factors in ``dtype``; beyond 65504 a float16 becomes infinite."""
-    return _pack({"adapter": adapter}, dtype, {})
-
-
-def encoded_size(adapter: AdapterState, dtype: WireDtype) -> int:
-    """Return the number of bytes that ``encode`` takes: they depend on modules, shapes and scalings, not on values."""
-    return _size_of(tuple((name, *one.shape, one.rank, one.scaling) for name, one in sorted(adapter.items())), dtype)
-
-
-@lru_cache
-def _size_of(modules: tuple[tuple[str, int, int, int, float], ...], dtype: WireDtype) -> int:
-    adapter = {
-        name: LoraFactors(torch.zeros(rank, in_features), torch.zeros(out_features, rank), scaling)
-        for name, out_features, in_features, rank, scaling in modules
-    }
-    return len(encode(adapter, dtype))
-
-
-def received(adapter: AdapterState, dtype: WireDtype) -> AdapterState:
-    """Return what ``decode`` makes of what ``encode`` makes of ``adapter``, without the bytes in between."""
-    return {
-        name: LoraFactors(_on_wire(one.A, dtype), _on_wire(one.B, dtype), float(one.scaling))
-        for name, one in sorted(adapter.items())
-    }
+    return _packed(adapter, {}, _Parts(), dtype)
 
 
 def decode(data: bytes) -> AdapterState:
@@ -72,165 +67,273 @@ def decode(data: bytes) -> AdapterState:
     Raises:
         WireError: If ``data`` was cut off, altered or written by something else.
     """
-    branches, _ = _unpack(data)
-    if branches.keys() != {"adapter"}:
-        raise WireError(f"an adapter was expected, but the payload holds {sorted(branches)}; it is another message")
-    return branches["adapter"]
+    blob = unpack(data)
+    _require_update(blob)
+    return _whole_branch(blob, "adapter")
+
+
+def encode_update(update: Update, sent: Broadcast, dtype: WireDtype) -> bytes:
+    """Return what travels of an update, every tensor in ``dtype``: what its client trained and does not keep.
+
+    Args:
+        update: Of the client; what it may have changed besides is left out.
+        sent: What the client was sent, as it arrived there.
+        dtype: Of the tensors on their way.
+    """
+    return _packed(update.payload, update.cores or {}, _returned(sent), dtype)
+
+
+def decode_update(data: bytes, update: Update, sent: Broadcast) -> Update:
+    """Return ``update`` with the payload and cores that ``encode_update`` wrote, whole again.
+
+    Args:
+        data: What arrived.
+        update: Everything else that is known of it.
+        sent: What the client was sent, as it arrived there.
+
+    Raises:
+        WireError: If ``data`` was cut off, altered or written by something else, or does not fit ``sent``.
+    """
+    blob, parts = unpack(data), _returned(sent)
+    _require_update(blob)
+    if parts == _Parts():
+        return replace(update, payload=_whole_branch(blob, "adapter"), up_bytes=len(data))
+    payload: dict[str, LoraFactors] = {}
+    cores: dict[str, Tensor] = {}
+    for module, scaling in sorted(blob.scalings["adapter"].items()):
+        found = {name: blob.tensors.get(f"adapter/{module}.{name}") for name in parts.names}
+        if module not in sent.trainable or not _fits(module, found, sent, parts):
+            raise WireError(
+                f"{module}: the payload must hold {' and '.join(parts.names)} in the shapes that the client was sent"
+            )
+        B = found.get("B")
+        if parts.mask is not None and B is not None:
+            found["B"] = _unmasked(B, parts.mask, module, sent.trainable[module].B)
+        payload[module] = _put_back(found, sent.trainable[module], scaling)
+        if (core := found.get("core")) is not None:
+            cores[module] = core
+    return replace(update, payload=payload, cores=cores or None, up_bytes=len(data))
+
+
+def received_update(update: Update, sent: Broadcast, dtype: WireDtype) -> Update:
+    """Return what ``decode_update`` makes of what ``encode_update`` makes of it, without the bytes in between.
+
+    A module that does not fit what was sent is passed on as it is, for ``check_update`` to name.
+    """
+    parts = _returned(sent)
+    payload: dict[str, LoraFactors] = {}
+    for module, one in sorted(update.payload.items()):
+        own = sent.trainable.get(module)
+        if parts == _Parts() or own is None or (one.A.shape, one.B.shape) != (own.A.shape, own.B.shape):
+            payload[module] = LoraFactors(_on_wire(one.A, dtype), _on_wire(one.B, dtype), float(one.scaling))
+            continue
+        found = {name: _on_wire(getattr(one, name), dtype) for name in parts.names if name != "core"}
+        if parts.mask is not None and "B" in found:
+            chosen = mask_of(parts.mask, module, (own.B.shape[0], own.B.shape[1]))
+            found["B"] = found["B"] * chosen
+        payload[module] = _put_back(found, own, float(one.scaling))
+    cores = None
+    if "core" in parts.names:
+        cores = {module: _on_wire(core, dtype) for module, core in sorted((update.cores or {}).items())}
+    return replace(update, payload=payload, cores=cores, up_bytes=update_size(update, sent, dtype))
+
+
+def update_size(update: Update | None, sent: Broadcast, dtype: WireDtype) -> int:
+    """Return the number of bytes that ``encode_update`` takes: they depend on names, shapes and scalings alone.
+
+    Args:
+        update: None is one as it should be, in the shapes that were sent.
+        sent: What the client was sent.
+        dtype: Of the tensors on their way.
+    """
+    payload = sent.trainable if update is None else update.payload
+    cores = (sent.cores if update is None else update.cores) or {}
+    modules = tuple((name, *one.shape, one.rank, one.scaling) for name, one in sorted(payload.items()))
+    sizes = tuple((name, *core.shape) for name, core in sorted(cores.items()))
+    return _size_of(modules, sizes, _returned(sent), dtype)
+
+
+@lru_cache
+def _size_of(
+    modules: tuple[tuple[str, int, int, int, float], ...],
+    cores: tuple[tuple[str, int, int], ...],
+    parts: _Parts,
+    dtype: WireDtype,
+) -> int:
+    adapter = {
+        name: LoraFactors(torch.zeros(rank, in_features), torch.zeros(out_features, rank), scaling)
+        for name, out_features, in_features, rank, scaling in modules
+    }
+    return len(_packed(adapter, {name: torch.zeros(height, width) for name, height, width in cores}, parts, dtype))
 
 
 def encode_broadcast(broadcast: Broadcast, dtype: WireDtype) -> bytes:
-    """Return what the server sends to one client as bytes, every factor in ``dtype``."""
-    branches = {"trainable": broadcast.trainable}
+    """Return what the server sends to one client as bytes, every tensor in ``dtype``."""
+    parts = _dispatched(broadcast)
+    tensors = dict(_tensors("trainable", broadcast.trainable, broadcast.cores or {}, parts, dtype))
+    scalings = {"trainable": _scalings(broadcast.trainable)}
     if broadcast.frozen is not None:
-        branches["frozen"] = broadcast.frozen
-    return _pack(branches, dtype, {"train_factors": broadcast.train_factors})
+        tensors = {**dict(_tensors("frozen", broadcast.frozen, {}, _Parts(), dtype)), **tensors}
+        scalings["frozen"] = _scalings(broadcast.frozen)
+    return pack(Blob(tensors, scalings, _fields(broadcast)))
 
 
 def decode_broadcast(data: bytes) -> Broadcast:
-    """Return the broadcast that ``encode_broadcast`` wrote, in the dtype that travelled.
+    """Return the broadcast that ``encode_broadcast`` wrote, in the dtype that travelled; a known ``A`` in float32.
 
     Raises:
         WireError: If ``data`` was cut off, altered or written by something else.
     """
-    branches, fields = _unpack(data)
-    train_factors = fields.get("train_factors")
-    if "trainable" not in branches or train_factors not in ("both", "A", "B"):
-        raise WireError(f"a broadcast was expected, but the payload holds {sorted(branches)}; it is another message")
-    return Broadcast(branches["trainable"], branches.get("frozen"), train_factors)
-
-
-def check_update(
-    adapter: AdapterState,
-    expected_ranks: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, int]],
-    scaling: Scaling,
-    dtype: WireDtype = "float32",
-) -> None:
-    """Raise unless ``adapter`` is what a client of these ranks had to return, and small enough to be sent on.
-
-    The Frobenius norm of each factor must stay below the square root of the largest float32 (1.8e19) and that of each
-    change below the square root of the largest ``dtype`` (256 for float16). One finite but huge update would otherwise
-    make every later broadcast infinite; the root leaves as much room again for what the change is multiplied by on its
-    way out, such as ``1 / scaling``. The limit is what numbers can hold, not what is plausible.
-
-    Args:
-        adapter: What arrived.
-        expected_ranks: Rank per module; the modules must be exactly these.
-        shapes: ``(out_features, in_features)`` of each of these modules.
-        scaling: The rule that gives the scaling for a rank.
-        dtype: Type in which the server will send what it makes of the update.
-
-    Raises:
-        UpdateError: Naming the module, the rule and the value.
-    """
-    for module in sorted(expected_ranks.keys() - adapter.keys()):
-        raise UpdateError(f"{module}: every module of the rank plan must be returned; this one is missing")
-    for module in sorted(adapter.keys() - expected_ranks.keys()):
-        raise UpdateError(f"{module}: only modules of the rank plan may be returned; this one is surplus")
-    for module, rank in sorted(expected_ranks.items()):
-        factors = adapter[module]
-        if factors.rank != rank:
-            raise UpdateError(f"{module}: rank must be {rank}, as in the rank plan; got {factors.rank}")
-        if factors.B.shape[1] != rank or factors.shape != shapes[module]:
-            raise UpdateError(
-                f"{module}: B @ A must have shape {shapes[module]}; got B {tuple(factors.B.shape)}, "
-                f"A {tuple(factors.A.shape)}"
-            )
-        if factors.scaling != scaling(rank):
-            raise UpdateError(
-                f"{module}: scaling must be {scaling(rank)} ({scaling.policy} at rank {rank}); got {factors.scaling}"
-            )
-        for name, factor in (("A", factors.A), ("B", factors.B)):
-            num_bad = int((~factor.isfinite()).sum())
-            if num_bad:
-                raise UpdateError(
-                    f"{module}: {name} must be finite; got {num_bad} NaN or infinite values of {factor.numel()}"
-                )
-        _check_norms(module, factors, dtype)
-
-
-def _check_norms(module: str, factors: LoraFactors, dtype: WireDtype) -> None:
-    """Raise unless finite factors and their change are below the norms that ``check_update`` allows."""
-    norms = {
-        name: float(factor.to(torch.float64).square().sum().sqrt())
-        for name, factor in (("A", factors.A), ("B", factors.B))
-    }
-    limit = torch.finfo(torch.float32).max ** 0.5
-    for name, norm in norms.items():
-        if norm >= limit:
-            raise UpdateError(
-                f"{module}: the norm of {name} must be below {limit:.4g}, the root of the largest float32; "
-                f"got {norm:.4g}"
-            )
-    limit = torch.finfo(_DTYPES[dtype]).max ** 0.5
-    # The product of norms bounds the norm of the product; only where that does not settle it is the QR worth its time.
-    if abs(factors.scaling) * norms["A"] * norms["B"] >= limit and (norm := factors.norm()) >= limit:
-        raise UpdateError(
-            f"{module}: the norm of the change must be below {limit:.4g}, the root of the largest {dtype}; "
-            f"got {norm:.4g}"
+    blob = unpack(data)
+    if "trainable" not in blob.scalings or blob.fields.get("train_factors") not in ("both", "A", "B", "core"):
+        raise WireError(
+            f"a broadcast was expected, but the payload holds {sorted(blob.scalings)}; it is another message"
         )
+    try:
+        return _broadcast(blob)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, FlexLoraError):
+            raise
+        raise WireError(
+            f"the payload of {len(data)} bytes is no broadcast that this version of flexlora knows; "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
-def _pack(branches: Mapping[str, AdapterState], dtype: WireDtype, fields: Mapping[str, str]) -> bytes:
-    """Return named adapters and text fields as one safetensors blob."""
-    tensors: dict[str, Tensor] = {}
-    scalings: dict[str, dict[str, float]] = {}
-    for branch, adapter in sorted(branches.items()):
-        scalings[branch] = {module: float(adapter[module].scaling) for module in sorted(adapter)}
-        for module in sorted(adapter):
-            for name, factor in (("A", adapter[module].A), ("B", adapter[module].B)):
-                tensors[f"{branch}/{module}.{name}"] = _on_wire(factor, dtype)
-    content: dict[str, object] = {"version": _VERSION, "scalings": scalings, "fields": dict(sorted(fields.items()))}
-    content["checksum"] = _checksum(content, tensors)
-    # One entry only: safetensors writes several metadata entries in an order that changes from run to run.
-    return safetensors.torch.save(tensors, {_METADATA_KEY: json.dumps(content, sort_keys=True)})
+def _broadcast(blob: Blob) -> Broadcast:
+    fields, mask, penalty = blob.fields, blob.fields.get("mask"), blob.fields.get("tail_penalty")
+    broadcast = Broadcast(
+        trainable={},
+        frozen=_whole_branch(blob, "frozen") if "frozen" in blob.scalings else None,
+        train_factors=fields["train_factors"],
+        kept=fields.get("kept"),
+        known_A=fields.get("known_A"),
+        mask=None if mask is None else SparseMask(float(mask[0]), int(mask[1])),
+        tail_penalty=None if penalty is None else TailPenalty(float(penalty[0]), float(penalty[1])),
+    )
+    if broadcast.known_A is None and broadcast.mask is None:
+        trainable = _whole_branch(blob, "trainable")
+    else:
+        trainable = {
+            module: _made(module, blob, broadcast, scaling)
+            for module, scaling in sorted(blob.scalings["trainable"].items())
+        }
+    cores = None
+    if broadcast.train_factors == "core":
+        cores = {module: blob.tensors[f"trainable/{module}.core"] for module in trainable}
+    return replace(broadcast, trainable=trainable, cores=cores)
+
+
+def _made(module: str, blob: Blob, broadcast: Broadcast, scaling: float) -> LoraFactors:
+    """Return the factors of a module of which not all travelled."""
+    out_features, rank, in_features = blob.fields[_SHAPES][module]
+    if broadcast.known_A is None:
+        A = blob.tensors[f"trainable/{module}.A"]
+    else:
+        A = known_rows(broadcast.known_A, module, rank, in_features)
+    B = blob.tensors[f"trainable/{module}.B"]
+    if broadcast.mask is not None:
+        B = _unmasked(B, broadcast.mask, module, torch.zeros(out_features, rank, dtype=B.dtype))
+    if tuple(A.shape) != (rank, in_features) or tuple(B.shape) != (out_features, rank):
+        raise WireError(f"{module}: the payload must hold A [rank, in_features] and B [out_features, rank]")
+    return LoraFactors(A, B, scaling)
+
+
+def _returned(sent: Broadcast) -> _Parts:
+    """Return what travels back of a broadcast."""
+    trained = {"both": ("A", "B"), "A": ("A",), "B": ("B",), "core": ("core",)}[sent.train_factors]
+    return _Parts(tuple(name for name in trained if name != sent.kept), sent.mask)
+
+
+def _dispatched(broadcast: Broadcast) -> _Parts:
+    """Return what travels of the trainable branch of a broadcast."""
+    names = ("B",) if broadcast.known_A is not None else ("A", "B")
+    return _Parts((*names, "core") if broadcast.train_factors == "core" else names, broadcast.mask)
+
+
+def _fields(broadcast: Broadcast) -> dict[str, Any]:
+    """Return what is no tensor; fields that have their default are left out."""
+    fields: dict[str, Any] = {"train_factors": broadcast.train_factors}
+    for name in ("kept", "known_A"):
+        if (value := getattr(broadcast, name)) is not None:
+            fields[name] = value
+    if broadcast.mask is not None:
+        fields["mask"] = [broadcast.mask.density, broadcast.mask.seed]
+    if broadcast.tail_penalty is not None:
+        fields["tail_penalty"] = [broadcast.tail_penalty.weight, broadcast.tail_penalty.share]
+    if broadcast.known_A is not None or broadcast.mask is not None:
+        fields[_SHAPES] = {
+            module: [one.shape[0], one.rank, one.shape[1]] for module, one in sorted(broadcast.trainable.items())
+        }
+    return fields
+
+
+def _packed(adapter: AdapterState, cores: Mapping[str, Tensor], parts: _Parts, dtype: WireDtype) -> bytes:
+    tensors = dict(_tensors("adapter", adapter, cores, parts, dtype))
+    return pack(Blob(tensors, {"adapter": _scalings(adapter)}, {}))
+
+
+def _tensors(
+    branch: str, adapter: AdapterState, cores: Mapping[str, Tensor], parts: _Parts, dtype: WireDtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and value of every tensor of a branch that travels."""
+    for module, factors in sorted(adapter.items()):
+        found = {"A": factors.A, "B": factors.B} | ({"core": cores[module]} if module in cores else {})
+        for name in parts.names:
+            if name not in found:
+                continue
+            tensor = _on_wire(found[name], dtype)
+            if name == "B" and parts.mask is not None:
+                tensor = tensor[mask_of(parts.mask, module, (tensor.shape[0], tensor.shape[1]))]
+            yield f"{branch}/{module}.{name}", tensor
+
+
+def _scalings(adapter: AdapterState) -> dict[str, float]:
+    return {module: float(factors.scaling) for module, factors in adapter.items()}
 
 
 def _on_wire(factor: Tensor, dtype: WireDtype) -> Tensor:
     return factor.detach().to(device="cpu", dtype=_DTYPES[dtype]).contiguous()
 
 
-def _unpack(data: bytes) -> tuple[dict[str, dict[str, LoraFactors]], dict[str, str]]:
-    """Return the adapters and text fields of a blob after checking it."""
-    try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        content = json.loads(header["__metadata__"][_METADATA_KEY])
-        checksum = content.pop("checksum")
-        intact = content["version"] == _VERSION and checksum == _checksum(content, tensors)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+def _unmasked(values: Tensor, mask: SparseMask, module: str, like: Tensor) -> Tensor:
+    """Return a ``B`` that is zero but for the values at the chosen entries."""
+    chosen = mask_of(mask, module, (like.shape[0], like.shape[1]))
+    if values.ndim != 1 or values.shape[0] != int(chosen.sum()):
+        raise WireError(f"{module}: a masked B must hold {int(chosen.sum())} values; got {tuple(values.shape)}")
+    B = torch.zeros(like.shape, dtype=values.dtype)
+    B[chosen] = values
+    return B
+
+
+def _fits(module: str, found: Mapping[str, Tensor | None], sent: Broadcast, parts: _Parts) -> bool:
+    """Return whether what travelled of a module has the shapes that were sent."""
+    own = sent.trainable[module]
+    shapes = {"A": tuple(own.A.shape), "B": tuple(own.B.shape), "core": (own.rank, own.rank)}
+    if parts.mask is not None:
+        shapes["B"] = (num_chosen(parts.mask, (own.B.shape[0], own.B.shape[1])),)
+    return all(tensor is not None and tuple(tensor.shape) == shapes[name] for name, tensor in found.items())
+
+
+def _put_back(found: Mapping[str, Tensor | None], sent: LoraFactors, scaling: float) -> LoraFactors:
+    """Return factors with what did not travel as it was sent."""
+    A, B = found.get("A"), found.get("B")
+    return LoraFactors(sent.A if A is None else A, sent.B if B is None else B, scaling)
+
+
+def _require_update(blob: Blob) -> None:
+    if blob.scalings.keys() != {"adapter"}:
         raise WireError(
-            f"the payload of {len(data)} bytes cannot be read; it was cut off, altered or not written by flexlora "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if not intact:
-        raise WireError(
-            f"the payload of {len(data)} bytes does not match its checksum or version; it was altered on the way or "
-            "written by another version of flexlora"
+            f"an adapter was expected, but the payload holds {sorted(blob.scalings)}; it is another message"
         )
-    return _branches(tensors, content["scalings"]), cast("dict[str, str]", content["fields"])
 
 
-def _branches(
-    tensors: Mapping[str, Tensor], scalings: Mapping[str, Mapping[str, float]]
-) -> dict[str, dict[str, LoraFactors]]:
-    """Return the adapters that the tensors belong to, checked to be whole."""
-    branches: dict[str, dict[str, LoraFactors]] = {}
-    for branch, by_module in scalings.items():
-        branches[branch] = {}
-        for module, scaling in sorted(by_module.items()):
-            A, B = tensors.get(f"{branch}/{module}.A"), tensors.get(f"{branch}/{module}.B")
-            if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-                raise WireError(f"{module}: the payload must hold A [rank, in_features] and B [out_features, rank]")
-            branches[branch][module] = LoraFactors(A, B, scaling)
-    return branches
-
-
-def _checksum(content: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
-    """Return the CRC-32 of the metadata and of name, dtype, shape and bytes of every tensor."""
-    checksum = zlib.crc32(json.dumps(content, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
-        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), checksum)
-    # Of fixed width, so that the size of a message depends on its shapes alone.
-    return f"{checksum:08x}"
+def _whole_branch(blob: Blob, branch: str) -> dict[str, LoraFactors]:
+    """Return an adapter of which both factors travelled."""
+    adapter: dict[str, LoraFactors] = {}
+    for module, scaling in sorted(blob.scalings[branch].items()):
+        A, B = blob.tensors.get(f"{branch}/{module}.A"), blob.tensors.get(f"{branch}/{module}.B")
+        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            raise WireError(f"{module}: the payload must hold A [rank, in_features] and B [out_features, rank]")
+        adapter[module] = LoraFactors(A, B, scaling)
+    return adapter

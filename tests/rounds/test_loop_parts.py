@@ -27,7 +27,7 @@ def test_the_first_reason_to_stop_is_kept() -> None:
 def test_progress_comes_back_from_plain_values() -> None:
     trip = Trip("a", 1, 0.0, 1.0, 2.0, 1.0, 10, 5, Breakdown(0.5, "dropped out"))
     progress = Progress(2.0, 1, clock=ClockState(3.0, 4, (trip,)))
-    assert Progress.from_json(progress.to_json(), {}) == progress
+    assert Progress.from_json(progress.to_json(), {}, {}) == progress
     # An earlier version wrote less.
     assert Progress.from_json({"num_updates": 3}, {}) == Progress(num_updates=3)
 
