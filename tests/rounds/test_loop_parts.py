@@ -29,7 +29,7 @@ def test_progress_comes_back_from_plain_values() -> None:
     progress = Progress(2.0, 1, clock=ClockState(3.0, 4, (trip,)))
     assert Progress.from_json(progress.to_json(), {}, {}) == progress
     # An earlier version wrote less.
-    assert Progress.from_json({"num_updates": 3}, {}) == Progress(num_updates=3)
+    assert Progress.from_json({"num_updates": 3}, {}, {}) == Progress(num_updates=3)
 
 
 def test_a_stage_that_comes_twice_counts_twice() -> None:
