@@ -90,6 +90,13 @@ class Broadcast:
     mask: SparseMask | None = None
     tail_penalty: TailPenalty | None = None
 
+    @property
+    def adapter(self) -> AdapterState:
+        """The trainable part as a plain adapter: cores are multiplied into ``B``."""
+        if self.cores is None:
+            return self.trainable
+        return {module: own.with_core(self.cores[module]) for module, own in self.trainable.items()}
+
 
 @dataclass(frozen=True)
 class Update:

@@ -7,6 +7,7 @@ more than that; the base weights are never touched.
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -26,6 +27,19 @@ from flexlora.training.randomness import torch_seeded
 _TRAINABLE, _FROZEN = "trainable", "frozen"
 
 
+@dataclass(frozen=True, eq=False)
+class LoadedCore:
+    """A core between the factors of a module.
+
+    Attributes:
+        core: [rank, rank], on the device of the model.
+        B: As it was sent, there too; the layer holds ``B @ core`` in its place.
+    """
+
+    core: nn.Parameter
+    B: Tensor
+
+
 class AdaptedModel:
     """A base model whose linear modules carry, at any time, the factors of one broadcast and no others.
 
@@ -35,6 +49,7 @@ class AdaptedModel:
         dropout: Probability that an input of the trained factors is dropped while training.
         base_drops_out: Whether the base has dropout of its own.
         takes_positions: Whether the base can be told the position of each token.
+        cores: Module path -> the core that is loaded there; empty where the broadcast has none.
     """
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, dropout: float = 0.0) -> None:
@@ -46,6 +61,7 @@ class AdaptedModel:
         self.base_drops_out = has_dropout(network)
         self._layers: dict[str, LoraLayer] = {}
         self._broadcast = Broadcast(trainable={})
+        self.cores: dict[str, LoadedCore] = {}
         self._drops_out = dropout > 0 or self.base_drops_out
         self._head = separate_head(network)
         self._refusal: str | None = None
@@ -100,15 +116,25 @@ class AdaptedModel:
         self.check(broadcast.trainable)
         self.check(branches[_FROZEN])
         self._wrap(sorted((branches[_TRAINABLE].keys() | branches[_FROZEN].keys()) - self._layers.keys()))
-        self._broadcast = broadcast
+        self._broadcast, self.cores = broadcast, {}
         for path, layer in self._layers.items():
             active = [branch for branch, adapter in branches.items() if path in adapter]
             if layer.active_adapters != active:
                 layer.set_adapter(active, inference_mode=True)
             for branch in active:
                 _set_factors(layer, branch, branches[branch][path])
+        for path, core in sorted((broadcast.cores or {}).items()):
+            self._set_core(path, core)
         for parameter in self.trained_parameters():
             parameter.requires_grad_(True)
+
+    def _set_core(self, path: str, core: Tensor) -> None:
+        """Put a core between the factors that are loaded, ``B`` as a new parameter."""
+        layer = _linear(self._layers[path], "B", _TRAINABLE)
+        B = layer.weight.detach()
+        own = nn.Parameter(core.detach().to(B.device, torch.float32, copy=True), requires_grad=False)
+        layer.weight = nn.Parameter(B @ own, requires_grad=False)
+        self.cores[path] = LoadedCore(own, B)
 
     def refuse(self, reason: str) -> None:
         """Load nothing from now on, because the base is no longer what it was; ``reason`` becomes the error."""
@@ -118,17 +144,25 @@ class AdaptedModel:
         """Return the trainable factors as they are now: detached float32 copies on the CPU."""
         adapter: dict[str, LoraFactors] = {}
         for path, loaded in sorted(self._broadcast.trainable.items()):
-            A, B = (_linear(self._layers[path], name, _TRAINABLE).weight for name in ("A", "B"))
+            A, B = self.loaded_factors(path)
+            B = self.cores[path].B if path in self.cores else B
             adapter[path] = LoraFactors(_to_cpu(A), _to_cpu(B), loaded.scaling)
         return adapter
 
     def read_cores(self) -> dict[str, Tensor] | None:
         """Return the cores as they are now, detached float32 copies on the CPU; None if the broadcast has none."""
-        return None
+        if self._broadcast.train_factors != "core":
+            return None
+        return {path: _to_cpu(loaded.core) for path, loaded in self.cores.items()}
+
+    def loaded_factors(self, path: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return ``A`` and ``B`` of the trainable branch as a layer uses them, the core multiplied into ``B``."""
+        A, B = (cast("nn.Parameter", _linear(self._layers[path], name, _TRAINABLE).weight) for name in ("A", "B"))
+        return A, B
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters to train, always in the same order."""
-        factors = {"both": ("A", "B"), "A": ("A",), "B": ("B",)}[self._broadcast.train_factors]
+        """Return the parameters that get gradients, always in the same order; a core gets its own through ``B``."""
+        factors = {"both": ("A", "B"), "A": ("A",), "B": ("B",), "core": ("B",)}[self._broadcast.train_factors]
         return [
             cast("nn.Parameter", _linear(self._layers[path], name, _TRAINABLE).weight)
             for path in sorted(self._broadcast.trainable)

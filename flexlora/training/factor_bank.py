@@ -28,14 +28,17 @@ class FactorBank:
         gradients: Of the trained columns; backward passes add to them.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], trained: Trained, device: torch.device) -> None:
-        """Start without a slot."""
+    def __init__(
+        self, shapes: Mapping[str, Shape], trained: Trained, device: torch.device, *, keeps_starts: bool = False
+    ) -> None:
+        """Start without a slot; with ``keeps_starts``, remember what each client enters with."""
         self.shapes = dict(sorted(shapes.items()))
         self.trained: Trained = trained
         self._size_of_A = sum(rank * in_features for rank, in_features, _ in self.shapes.values())
         self.num_columns = sum(rank * (width + height) for rank, width, height in self.shapes.values())
         self._free: list[int] = []
         self._scalings = {path: torch.zeros(0, 1, 1, device=device) for path in self.shapes}
+        self._starts = torch.zeros(0, self.num_columns, device=device) if keeps_starts else None
         self._resize(torch.zeros(0, self.num_columns, device=device))
 
     @property
@@ -62,6 +65,7 @@ class FactorBank:
         if not self._free:
             self._free = list(range(self.num_slots, max(1, 2 * self.num_slots)))[::-1]
             self._resize(_doubled(self.weights))
+            self._starts = None if self._starts is None else _doubled(self._starts)
             self._scalings = {path: _doubled(scalings) for path, scalings in self._scalings.items()}
         slot = self._free.pop()
         self.weights[slot].zero_()
@@ -70,6 +74,8 @@ class FactorBank:
             A[slot, : factors.rank] = factors.A.to(A.device)
             B[slot, :, : factors.rank] = factors.B.to(B.device)
             self._scalings[path][slot] = factors.scaling
+        if self._starts is not None:
+            self._starts[slot] = self.weights[slot]
         return slot
 
     def leave(self, slot: int, like: AdapterState) -> AdapterState:
@@ -92,19 +98,32 @@ class FactorBank:
             self._size_of_A if self.trained == "B" else 0, self._size_of_A if self.trained == "A" else self.num_columns
         )
 
+    def start_factors(self, path: str) -> tuple[Tensor, Tensor]:
+        """Return the ``A`` and ``B`` of a module with which the client of each slot entered."""
+        assert self._starts is not None, "the bank was made with keeps_starts"
+        return self._views(self._starts, path)
+
+    def _views(self, weights: Tensor, path: str) -> tuple[Tensor, Tensor]:
+        """Return views of [slots, columns] as [slots, rank, in_features] and [slots, out_features, rank]."""
+        rank, in_features, out_features = self.shapes[path]
+        start_A, start_B = self._offsets[path]
+        return (
+            weights[:, start_A : start_A + rank * in_features].unflatten(1, (rank, in_features)),
+            weights[:, start_B : start_B + rank * out_features].unflatten(1, (out_features, rank)),
+        )
+
     def _resize(self, weights: Tensor) -> None:
         self.weights = weights
         self.gradients = torch.zeros_like(self.trained_weights, memory_format=torch.contiguous_format)
         start_A, start_B = 0, self._size_of_A
         of_B = start_B if self.trained == "B" else 0
+        self._offsets: dict[str, tuple[int, int]] = {}
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.factor_gradients: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for path, (rank, in_features, out_features) in self.shapes.items():
             end_A, end_B = start_A + rank * in_features, start_B + rank * out_features
-            self.factors[path] = (
-                weights[:, start_A:end_A].unflatten(1, (rank, in_features)),
-                weights[:, start_B:end_B].unflatten(1, (out_features, rank)),
-            )
+            self._offsets[path] = (start_A, start_B)
+            self.factors[path] = self._views(weights, path)
             self.factor_gradients[path] = (
                 self.gradients[:, start_A:end_A].unflatten(1, (rank, in_features))
                 if self.trained in ("both", "A")

@@ -22,6 +22,7 @@ from flexlora.training.group_backward import GroupBackward
 from flexlora.training.group_optimizer import clip_gradients, num_moments, update_factors
 from flexlora.training.group_passes import GroupJob, PassRow, PooledClient, cut_into_passes
 from flexlora.training.group_room import has_room
+from flexlora.training.group_terms import add_terms
 from flexlora.training.one_client import (
     DivergedError,
     LocalTraining,
@@ -99,7 +100,9 @@ class _Pool:
     def enter(self, index: int, job: GroupJob) -> None:
         """Store the factors of a client and let it take part in the next turn."""
         check_trainable(job.broadcast, job.examples)
-        branches: list[tuple[AdapterState, Trained]] = [(job.broadcast.trainable, job.broadcast.train_factors)]
+        trained = job.broadcast.train_factors
+        assert trained != "core" and job.broadcast.mask is None, "trains_alone says so"
+        branches: list[tuple[AdapterState, Trained]] = [(job.broadcast.trainable, trained)]
         if job.broadcast.frozen:
             branches.append((job.broadcast.frozen, "none"))
         for adapter, _ in branches:
@@ -127,7 +130,8 @@ class _Pool:
             bank = min(fitting, key=lambda bank: bank.num_columns)
         else:
             shapes = {path: (ranks[path], factors.shape[1], factors.shape[0]) for path, factors in adapter.items()}
-            bank = FactorBank(shapes, trained, self._model.device)
+            keeps_starts = trained != "none" and self._settings.proximal > 0
+            bank = FactorBank(shapes, trained, self._model.device, keeps_starts=keeps_starts)
             self._banks.append(bank)
         return bank, bank.enter(adapter)
 
@@ -173,12 +177,13 @@ class _Pool:
         losses = torch.zeros(len(self.clients), device=self._model.device)
         for part in cut_into_passes(rows, self._model.device.type):
             losses += self._backward(part, len(self.clients))
+        # A step without an answer token has no gradient; nothing moves, not even by momentum.
+        moving = [client for client, count in zip(self.clients, answers, strict=True) if count]
+        add_terms(moving, self._banks, self._settings.proximal)
         norms = clip_gradients(self.clients, self._banks, self._settings.max_grad_norm)
         for client, loss, norm in zip(self.clients, losses.unbind(), norms, strict=True):
             client.losses.append(loss)
             client.norms.append(norm)
-        # A step without an answer token has no gradient; nothing moves, not even by momentum.
-        moving = [client for client, count in zip(self.clients, answers, strict=True) if count]
         update_factors(moving, self._settings)
 
 

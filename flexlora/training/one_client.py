@@ -20,6 +20,7 @@ from flexlora.lora.factors import AdapterState
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.logits import answer_losses
 from flexlora.training.randomness import torch_seeded
+from flexlora.training.trained_parts import TrainedParts
 
 # What one more forward and backward pass costs before its first token, in tokens: measured with a small model on a CPU,
 # estimated for GPUs, where launching kernels takes longer and a token takes less time.
@@ -48,6 +49,8 @@ class LocalTraining:
         weight_decay: Decoupled for AdamW, added to the gradient for SGD.
         momentum: Of SGD.
         betas: Of AdamW.
+        proximal: FedProx's mu: ``mu / 2 * ||s B A - s B0 A0||_F^2`` is added to the loss for each module, ``A0`` and
+            ``B0`` being where the client started.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -59,6 +62,7 @@ class LocalTraining:
     weight_decay: float = 0.0
     momentum: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    proximal: float = 0.0
 
     def num_steps(self, num_examples: int) -> int:
         """Return the number of optimiser steps for this many examples; the last step of an epoch may be smaller."""
@@ -94,6 +98,8 @@ def train_client(
 ) -> tuple[AdapterState, dict[str, float]]:
     """Return the trained factors, at the ranks of ``broadcast``, and what was measured.
 
+    Trained cores are in ``model.read_cores()`` until something else is loaded; the factors are then as they were sent.
+
     The loss of a step is the mean over all answer tokens of its examples, however these are split into passes. The
     result depends on the arguments alone: global random generators are neither used nor changed.
 
@@ -115,17 +121,21 @@ def train_client(
     """
     check_trainable(broadcast, examples)
     model.load(broadcast)
-    parameters = model.trained_parameters()
-    optimizer = _optimizer(parameters, settings, learning_rate)
+    trained = TrainedParts(model, broadcast, settings.proximal)
+    optimizer = _optimizer(trained.parameters, settings, learning_rate)
     padding = padding_token(model.tokenizer)
     losses, norms, num_tokens, num_answers = [], [], 0, 0
     with torch_seeded(seed, model.device), model.dropping_out():
         for batch in step_batches(examples, settings, np.random.default_rng(seed)):
             answer_tokens = num_answer_tokens(batch)
             losses.append(_backward(model, batch, answer_tokens, settings.batch_size, padding))
-            norms.append(nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
+            # A step without an answer token has no gradient, and terms that are added to the loss move nothing either.
+            if answer_tokens:
+                trained.complete_gradients()
+            norms.append(nn.utils.clip_grad_norm_(trained.parameters, settings.max_grad_norm or math.inf))
             optimizer.step()
             optimizer.zero_grad()
+            trained.after_step()
             num_tokens += sum(len(example.input_ids) for example in batch)
             num_answers += answer_tokens
     return model.read(), training_metrics(losses, norms, num_tokens, num_answers)

@@ -41,6 +41,8 @@ class TrainingSettings:
         weight_decay: Decoupled for AdamW, added to the gradient for SGD.
         momentum: Of SGD.
         betas: Of AdamW.
+        proximal: FedProx's mu, the weight of ``mu / 2 * ||s B A - s B0 A0||_F^2`` for each module, ``A0`` and ``B0``
+            being what the client received; 0 for none. The function has to add the term itself.
     """
 
     learning_rate: float
@@ -53,6 +55,7 @@ class TrainingSettings:
     weight_decay: float
     momentum: float
     betas: tuple[float, float]
+    proximal: float = 0.0
 
     def num_steps(self, num_examples: int) -> int:
         """Return the number of optimiser steps that the built-in loop makes on this many examples."""
@@ -119,6 +122,7 @@ class OwnLoop:
             DivergedError: If the loss or a factor is not finite.
         """
         check_trainable(broadcast, examples)
+        _require_plain(broadcast)
         model.load(broadcast)
         received, own = broadcast.trainable, _settings(settings, learning_rate)
         snapshot = NetworkSnapshot(model.network, model.trained_parameters())
@@ -167,6 +171,25 @@ def rows_of(examples: Sequence[EncodedExample]) -> list[TrainingRow]:
         }
         for example in examples
     ]
+
+
+def _require_plain(broadcast: Broadcast) -> None:
+    """Raise if the method asks for something that a function that knows only factors cannot do.
+
+    Raises:
+        TrainingError: Naming it.
+    """
+    asked = {
+        "trains cores between the factors": broadcast.train_factors == "core",
+        "trains chosen entries of B": broadcast.mask is not None,
+        "adds a penalty to the loss": broadcast.tail_penalty is not None,
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise TrainingError(
+                f"a training function of your own moves factors, but the method {what}; leave trainer out or choose "
+                "another method"
+            )
 
 
 def _settings(settings: LocalTraining, learning_rate: float) -> TrainingSettings:

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from flexlora.data.prompts import EncodedExample
-from flexlora.federation.messages import Broadcast
+from flexlora.federation.messages import Broadcast, TailPenalty
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.base_model import ModelError, target_modules
@@ -87,6 +87,31 @@ def test_one_factor_can_be_trained_beside_clients_that_train_both(model, make_br
     kept = "B" if train_factors == "A" else "A"
     for path, factors in outcomes[0].adapter.items():
         assert torch.equal(getattr(factors, kept), getattr(broadcasts[0].trainable[path], kept))
+
+
+def test_added_terms_of_the_loss_count_in_a_group_as_they_do_alone(model, make_broadcast, make_examples):
+    broadcasts = [
+        dataclasses.replace(make_broadcast(4, 3), tail_penalty=TailPenalty(0.5, 0.5)),
+        make_broadcast(4, 2, seed=1),
+        dataclasses.replace(make_broadcast(3, train_factors="A", seed=2), tail_penalty=TailPenalty(2.0, 0.0)),
+        dataclasses.replace(make_broadcast(2, train_factors="B", seed=3), tail_penalty=TailPenalty(1.0, 0.7)),
+        make_broadcast(3, frozen=(2, 4), seed=4),
+    ]
+    jobs = [GroupJob(broadcast, make_examples(5, seed), 0.004, seed) for seed, broadcast in enumerate(broadcasts)]
+    for proximal in (0.0, 2.0):
+        settings = LocalTraining("sgd", batch_size=2, momentum=0.5, proximal=proximal)
+        assert_as_alone(model, jobs, list(train_group(model, jobs, settings)), settings)
+    plain = [dataclasses.replace(job, broadcast=dataclasses.replace(job.broadcast, tail_penalty=None)) for job in jobs]
+    for job, other in zip(jobs, plain, strict=True):
+        adapters = [alone(model, one, SGD)[0] for one in (job, other)]
+        assert (distance(*adapters) > 1e-4) == (job.broadcast.tail_penalty is not None)
+
+
+def test_clients_that_enter_later_have_starts_of_their_own(model, make_broadcast, make_examples):
+    settings = LocalTraining("sgd", batch_size=2, proximal=2.0)
+    jobs = [GroupJob(make_broadcast(3, seed=seed), make_examples(4 + seed, seed), 0.004, seed) for seed in range(5)]
+    outcomes = list(train_group(model, jobs, settings, clients_per_group=2))
+    assert_as_alone(model, jobs, outcomes, settings)
 
 
 def test_frozen_branches_of_any_rank_are_added_and_stay(model, make_broadcast, make_examples):
