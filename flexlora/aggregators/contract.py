@@ -43,6 +43,8 @@ def it_describes_itself(case: Case) -> None:
     require(isinstance(case.aggregator, Aggregator), f"{name} must have init, aggregate, broadcast and spectra")
     adds = hasattr(case.aggregator, "add_changes")
     require(adds or not case.traits.adds_changes, f"{name} needs add_changes, as its traits say adds_changes")
+    sends = hasattr(case.aggregator, "broadcast_to")
+    require(sends or not case.traits.per_client, f"{name} needs broadcast_to, as its traits say per_client")
 
 
 def its_states_can_be_saved(case: Case) -> None:

@@ -90,15 +90,18 @@ def _local_only(loaded: LoadedRun, loop: Loop, state: Any, notify: Notify) -> Lo
 def _alone(loaded: LoadedRun, loop: Loop, state: Any, client: ClientSpec) -> LocalClientRecord:
     config, ranks, own = loaded.config, client.plan.resolve(loaded.shapes), own_tests(loaded, [client])
     epochs = config.evaluation.local_only_epochs
+    start = loop.aggregator.broadcast(loop.aggregator.init(loop.federation.initial_adapter), ranks)
     adapter, _ = (loaded.train_one or train_client)(
         loaded.model,
-        loop.aggregator.broadcast(loop.aggregator.init(loop.federation.initial_adapter), ranks),
+        start,
         loaded.training_examples(client.client_id),
         dataclasses.replace(local_training(config), num_epochs=epochs, max_steps=None),
         config.training.learning_rate,
         stream_seed(config.seed, "local-only", client.client_id),
     )
-    alone, together = Broadcast(adapter), loop.aggregator.broadcast(state, ranks)
+    cores = loaded.model.read_cores()
+    alone = Broadcast(adapter, train_factors="both" if cores is None else "core", cores=cores)
+    together = loop.aggregator.broadcast(state, ranks)
     return LocalClientRecord(
         client_id=client.client_id,
         plan=client.plan.name,

@@ -101,7 +101,10 @@ class LoraConfig(Section):
 class TrainingConfig(Section):
     """Local training of one client in one round."""
 
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="Fresh for each client in each round.")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw",
+        description=("Fresh for each client in each round; a method that prescribes one (FedAvg: SGD) overrides this."),
+    )
     learning_rate: float = Field(default=1e-3, gt=0, description="Learning rate of round 1 (after warm-up).")
     schedule: Literal["constant", "linear", "cosine", "halve"] = Field(
         default="constant", description="Learning rate over rounds; `halve` divides by two at each of `halve_at`."
@@ -118,6 +121,14 @@ class TrainingConfig(Section):
     momentum: float = Field(default=0.0, ge=0, lt=1, description="Momentum of SGD.")
     max_grad_norm: float | None = Field(
         default=1.0, gt=0, description="Norm at which gradients are clipped; null never."
+    )
+    proximal: float = Field(
+        default=0.0,
+        ge=0,
+        description=(
+            "FedProx's mu: adds mu / 2 times the squared distance of each module's change from where the client "
+            "started; a training loop of your own has to add it itself."
+        ),
     )
 
 

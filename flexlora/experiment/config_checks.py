@@ -19,7 +19,8 @@ DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 def disagreements(config: Config) -> Iterator[str]:
     """Yield a sentence for each setting that does not fit the others."""
-    if config.training.optimizer == "adamw" and config.training.momentum:
+    optimizer = config.method.traits().local_optimizer or config.training.optimizer
+    if optimizer == "adamw" and config.training.momentum:
         yield (
             f"training.momentum is {config.training.momentum} but only training.optimizer=sgd has momentum; "
             "set training.momentum=0 or training.optimizer=sgd"
@@ -140,6 +141,22 @@ def _clock_disagreements(config: Config) -> Iterator[str]:
             f"clock.policy=async adds up late changes, which method.name={config.method.name} cannot do; set "
             f"method.name={DEFAULT_METHOD} or another clock.policy"
         )
+    elif clock.policy == "async":
+        yield from _late_disagreements(config)
+
+
+def _late_disagreements(config: Config) -> Iterator[str]:
+    """Yield why a method whose clients differ in more than their ranks cannot take late changes."""
+    traits, name = config.method.traits(), config.method.name
+    reasons = {
+        "remembers one broadcast per rank plan and round for clients that come back late, but "
+        f"method.name={name} sends every client its own": traits.per_client,
+        f"adds up changes against what a client was sent, but clients of method.name={name} start from a factor that "
+        "they keep themselves": traits.personal,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            yield f"clock.policy=async {reason}; set another clock.policy or another method.name"
 
 
 def _unchanged(section: BaseModel) -> set[str]:

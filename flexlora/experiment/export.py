@@ -125,7 +125,7 @@ def adapter_spectra(adapter: Broadcast) -> dict[str, Spectrum]:
     """Return the singular value decomposition of each module's change, trained and frozen part together."""
     frozen = adapter.frozen or {}
     spectra = {}
-    for module, factors in adapter.trainable.items():
+    for module, factors in adapter.adapter.items():
         total = add_product(ProductSum(*factors.shape), factors, 1.0)
         if module in frozen:
             total = add_product(total, frozen[module], 1.0)

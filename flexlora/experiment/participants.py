@@ -147,7 +147,7 @@ def policy_of(config: Config, traits: Traits, cohort_size: int) -> Policy:
     """
     settings = config.clock.model_dump(exclude={"policy", "buffer_size"})
     name = config.clock.policy
-    if name == "async" and not traits.adds_changes:
+    if name == "async" and (traits.per_client or traits.personal or not traits.adds_changes):
         name = "wait"
     return Policy(name=name, buffer_size=config.clock.buffer_size or max(1, cohort_size // 2), **settings)
 

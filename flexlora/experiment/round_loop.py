@@ -55,7 +55,7 @@ def round_loop(
             SimulationEngine(
                 loaded.model,
                 loaded.training_examples,
-                local_training(loaded.config),
+                local_training(loaded.config, traits),
                 loaded.train_one,
                 clients_per_group=loaded.config.model.clients_per_group,
             )
@@ -84,7 +84,9 @@ def aggregator_of(method: MethodConfig, scaling: Scaling) -> Aggregator[Any]:
         MethodError: If its code cannot be loaded, or lacks a function that every method has.
     """
     made = method.make(method_class(method.name, method.path), scaling)
-    required = ["init", "aggregate", "broadcast", "spectra"] + ["add_changes"] * traits_of(made).adds_changes
+    traits = traits_of(made)
+    required = ["init", "aggregate", "broadcast", "spectra"]
+    required += ["add_changes"] * traits.adds_changes + ["broadcast_to"] * traits.per_client
     if missing := [name for name in required if not callable(getattr(made, name, None))]:
         raise MethodError(f"method.name: {method.name} needs {', '.join(missing)}; see docs/own-method.md")
     return made

@@ -86,11 +86,15 @@ class Scorer:
     def rank_groups(self, broadcast: Callable[[RankPlan], Broadcast]) -> dict[str, RankGroupRecord]:
         """Return, per plan, the adapter cut to its ranks on the unseen tasks and on its clients' own test data."""
         per_plan = self.loaded.config.evaluation.rank_group_clients
+        # Methods that restart the trained part in every round have their model in the frozen branch.
+        keeps_directions = self.loaded.config.method.traits().keeps_directions
         groups = {}
         for name, clients in sampled_clients(self.loaded, per_plan, "rank-groups").items() if per_plan else ():
             plan = self.loaded.participants.plans[name]
-            # Without the frozen branch of methods that send one: what a device of these ranks can keep.
-            adapter, own = Broadcast(broadcast(plan).trainable), own_tests(self.loaded, clients)
+            adapter, own = broadcast(plan), own_tests(self.loaded, clients)
+            if keeps_directions:
+                # Without the frozen branch of methods that send one: what a device of these ranks can keep.
+                adapter = Broadcast(adapter.adapter)
             groups[name] = RankGroupRecord(
                 ranks=compact_ranks(plan.resolve(self.loaded.shapes), self.loaded.shapes),
                 num_clients=len(own),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flexlora.aggregators.settings import Traits
 from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.prompts import IGNORED, encode_many
 from flexlora.experiment.base import load_empty
@@ -81,11 +82,16 @@ class Workload:
         return tail_bytes(ranks, server_ranks, self.shapes, self.wire_bytes)
 
 
-def local_training(config: Config) -> LocalTraining:
-    """Return the settings of one client's training."""
-    training = config.training
+def local_training(config: Config, traits: Traits | None = None) -> LocalTraining:
+    """Return the settings of one client's training.
+
+    Args:
+        config: The run.
+        traits: Of the method, which may prescribe the optimiser; None takes the method of the run.
+    """
+    training, prescribed = config.training, (traits or config.method.traits()).local_optimizer
     return LocalTraining(
-        optimizer=training.optimizer,
+        optimizer=prescribed or training.optimizer,
         batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         num_epochs=training.num_epochs,
@@ -93,6 +99,7 @@ def local_training(config: Config) -> LocalTraining:
         max_grad_norm=training.max_grad_norm,
         weight_decay=training.weight_decay,
         momentum=training.momentum,
+        proximal=training.proximal,
     )
 
 
