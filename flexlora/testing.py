@@ -8,7 +8,8 @@ import torch
 
 from flexlora.aggregators.base import state_types
 from flexlora.aggregators.contract import CHECKS
-from flexlora.aggregators.contract_case import SCALINGS, Case, ContractError, require, tensors_of
+from flexlora.aggregators.contract_case import SCALINGS, Case
+from flexlora.aggregators.contract_compare import ContractError, require, tensors_of
 from flexlora.rounds.checkpoint import Checkpoint, load_latest, save_checkpoint
 
 __all__ = ["ContractError", "check_method"]

@@ -1,105 +1,80 @@
 """Checks what every aggregation method must do, on any method, inside the package or outside.
 
 Expected numbers come from numpy, from what went in, or from the method itself asked in another way (another order of
-clients, other units of weight). No check knows a method by name: traits say what it may demand.
+clients, other units of weight). No check knows a method by name: traits say what it may demand. Models are compared
+whole, what clients train and what they do not together, because methods differ in where they put a change.
+
+This file has the rules of averaging; what is sent and what is kept are in ``contract_messages`` and ``contract_state``.
+What holds of some methods only is in ``identities``.
 """
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from flexlora.aggregators.base import Aggregator, check_state, state_types
-from flexlora.aggregators.contract_case import (
-    SERVER_RANK,
-    SHAPES,
-    Case,
-    OneShot,
-    all_modules,
-    as_type,
+from flexlora.aggregators.contract_case import Case
+from flexlora.aggregators.contract_client import as_type, in_another_gauge, ran, reply, travelling, with_own_factors
+from flexlora.aggregators.contract_compare import (
+    Deltas,
     change_of,
-    in_another_gauge,
-    initial_adapter,
-    is_frozen,
     require,
+    require_best,
     require_equal,
     require_refused,
-    tensors_of,
-    trained,
 )
-from flexlora.aggregators.settings import options_of
+from flexlora.aggregators.contract_messages import (
+    a_client_receives_the_same_whenever_it_asks,
+    broadcasts_have_the_ranks_asked_for,
+    frozen_branches_fit,
+    require_alive,
+    what_clients_can_make_is_what_they_would_make,
+    what_clients_train_is_there,
+)
+from flexlora.aggregators.contract_state import (
+    gradients_do_not_reach_the_state,
+    it_describes_itself,
+    its_states_can_be_saved,
+    nothing_is_changed_or_shared,
+    spectra_are_those_of_the_change,
+    updates_are_read_once,
+)
 from flexlora.federation.messages import Broadcast, Change, Update
 from flexlora.lora.factors import LoraFactors
 
 
-def it_describes_itself(case: Case) -> None:
-    """A method is a frozen dataclass with described options, and keeps the protocol."""
-    name = case.method.__name__
-    require(dataclasses.is_dataclass(case.method), f"{name} must be a dataclass")
-    require(is_frozen(case.method), f"{name} must be frozen: write @dataclass(frozen=True)")
-    require((case.method.__doc__ or "").strip(), f"{name} needs a docstring that says what it does, with its source")
-    for option_name, option in options_of(case.method).items():
-        require(option.description, f"{name}.{option_name} needs a description: write option(DEFAULT, DESCRIPTION)")
-    require(isinstance(case.aggregator, Aggregator), f"{name} must have init, aggregate, broadcast and spectra")
-    adds = hasattr(case.aggregator, "add_changes")
-    require(adds or not case.traits.adds_changes, f"{name} needs add_changes, as its traits say adds_changes")
-    sends = hasattr(case.aggregator, "broadcast_to")
-    require(sends or not case.traits.per_client, f"{name} needs broadcast_to, as its traits say per_client")
-
-
-def its_states_can_be_saved(case: Case) -> None:
-    """A state holds nothing but what a checkpoint saves: frozen dataclasses, tensors as they lie in a file."""
-    types = state_types(case.aggregator)
-    for kind in types:
-        require(is_frozen(kind), f"{kind.__name__}, part of a state, must be a frozen dataclass")
-    by_columns = {
-        module: LoraFactors(factors.A.T.contiguous().T, factors.B.T.contiguous().T, factors.scaling)
-        for module, factors in trained(Broadcast(initial_adapter(case.scaling)), seed=1).items()
-    }
-    for make in (case.start, lambda: case.aggregator.init(by_columns), case.after_a_round):
-        state = make()
-        check_state(state, types)
-        for name, tensor in tensors_of(state):
-            require(not tensor.requires_grad, f"{name} of a state must not require a gradient")
-            rows = torch.empty(tensor.shape).stride()
-            require(
-                tensor.stride() == rows, f"{name} of a state must be contiguous, or it rounds differently when resumed"
-            )
-
-
-def broadcasts_have_the_ranks_asked_for(case: Case) -> None:
-    """A broadcast has exactly the modules, ranks, shapes and scalings asked for, in float32, and can learn."""
-    state = case.after_a_round()
-    for rank in [SERVER_RANK] if case.traits.needs_one_rank else range(1, SERVER_RANK + 1):
-        trainable = case.aggregator.broadcast(state, all_modules(rank)).trainable
-        require(list(trainable) == sorted(SHAPES), f"modules must be {sorted(SHAPES)}, sorted; got {list(trainable)}")
-        for module, factors in trainable.items():
-            shapes = (tuple(factors.A.shape), tuple(factors.B.shape))
-            expected = ((rank, SHAPES[module][1]), (SHAPES[module][0], rank))
-            require(
-                shapes == expected, f"{module}: A and B at rank {rank} must have the shapes {expected}; got {shapes}"
-            )
-            scaling = case.scaling(rank)
-            require(factors.scaling == scaling, f"{module}: scaling must be {scaling}; got {factors.scaling}")
-            require(factors.A.dtype == factors.B.dtype == torch.float32, f"{module}: factors must be float32")
-            alive = factors.A.any(dim=1) | factors.B.any(dim=0)
-            require(alive.all(), f"{module}: a direction that is zero in A and B can never learn")
-
-
 def one_client_is_a_fixed_point(case: Case) -> None:
-    """With one client, the next broadcast is what it sent, and stays so when it only echoes."""
-    if case.traits.server_optimizer:
-        return
+    """With one client, everybody gets what it sent, as far as ranks allow, and its echo changes nothing."""
+    aggregator, traits = case.aggregator, case.traits
     for plan in case.plans():
-        aggregator, state = case.aggregator, case.start()
-        sent = aggregator.broadcast(state, plan)
-        payload = trained(sent, seed=1)
-        state = aggregator.aggregate(state, [Update("only", payload, weight=3.0)])
-        expected = change_of(Broadcast(payload, sent.frozen))
-        require_equal(case.deltas(state, plan), expected, "one client must get back what it sent")
-        echo = aggregator.broadcast(state, plan).trainable
-        state = aggregator.aggregate(state, [Update("only", echo, weight=3.0)])
-        require_equal(case.deltas(state, plan), expected, "an echo of one client must change nothing")
+        state = case.start()
+        sent = case.broadcast(state, plan, "only")
+        update = reply(sent, "only", 3.0, seed=1)
+        state = aggregator.aggregate(state, [update])
+        if traits.folds_tail or not traits.per_client:  # A client of a sketch runs a part of the model, made larger.
+            expected = change_of(with_own_factors(ran(sent, update)))
+            require_kept(case, sent, case.deltas(state, plan), expected, "one client must get back what it sent")
+            require_kept(case, sent, case.deltas(state), expected, "what one client sends must be what all get")
+        for ranks in (plan, case.all_modules()):
+            before, part = case.deltas(state, ranks), _trained_part(case, state, plan)
+            echo = case.update(state, plan, "only", 3.0, seed=0, step=0.0)
+            after = aggregator.aggregate(state, [echo])
+            require_kept(case, sent, case.deltas(after, ranks), before, "an echo of one client must change nothing")
+            if traits.keeps_directions:
+                rule = "keeps_directions: an echo must give the trained part again"
+                require_kept(case, sent, _trained_part(case, after, plan), part, rule)
+            state = after
+
+
+def clients_that_agree_are_one_client(case: Case) -> None:
+    """If all clients send the same at the server's rank, that is the mean, whatever their number and weights."""
+    state = case.start()
+    plan, aggregator = case.all_modules(), case.aggregator
+    updates = [case.update(state, plan, f"client-{i}", 10.0 * (i + 1), seed=1) for i in range(4)]
+    sent = case.broadcast(state, plan, "client-0")
+    expected = change_of(with_own_factors(ran(sent, updates[0])))
+    found = case.deltas(aggregator.aggregate(state, updates))
+    require_kept(case, sent, found, expected, "clients that agree must count as one")
 
 
 def the_order_of_clients_does_not_matter(case: Case) -> None:
@@ -117,21 +92,42 @@ def only_ratios_of_weights_matter(case: Case) -> None:
     updates = case.updates(state, seed=1)
     first = case.deltas(case.aggregator.aggregate(state, updates))
     for factor in (1e-6, 1e6):
-        scaled = [Update(update.client_id, update.payload, factor * update.weight) for update in updates]
+        scaled = [replace(update, weight=factor * update.weight) for update in updates]
         rule = "only the ratios of weights must matter"
         require_equal(case.deltas(case.aggregator.aggregate(state, scaled)), first, rule)
-    ghost = Update("ghost", trained(case.aggregator.broadcast(state, case.plans()[0]), seed=99), weight=0.0)
+    ghost = case.update(state, case.plans()[0], "ghost", 0.0, seed=99)
     found = case.deltas(case.aggregator.aggregate(state, [*updates, ghost]))
     require_equal(found, first, "a client of weight 0 must change nothing")
+
+
+def two_halves_are_one_client(case: Case) -> None:
+    """An update that comes twice with half its weight counts as it does once."""
+    state = case.after_a_round()
+    updates = case.updates(state, seed=1)
+    first = case.deltas(case.aggregator.aggregate(state, updates))
+    half = replace(updates[-1], weight=updates[-1].weight / 2)
+    found = case.deltas(case.aggregator.aggregate(state, [*updates[:-1], half, half]))
+    require_equal(found, first, "an update must count as much as two of half its weight")
+
+
+def large_changes_that_cancel_leave_the_small_ones(case: Case) -> None:
+    """Two clients that pull hard in opposite ways do not hide the others, in whatever order they come."""
+    state = case.after_a_round()
+    updates = case.updates(state, seed=1)
+    pulls = [_pull(case.broadcast(state, None, f"large{size:+}"), size) for size in (1e4, -1e4)]
+    first = case.deltas(case.aggregator.aggregate(state, [*pulls, *updates]))
+    again = case.deltas(case.aggregator.aggregate(state, [pulls[0], *updates, pulls[1]]))
+    require_equal(again, first, "large changes that cancel must not hide small ones: add up in float64")
 
 
 def payloads_of_any_precision_are_taken(case: Case) -> None:
     """Payloads of low precision are averaged without further loss."""
     state = case.after_a_round()
     updates = case.updates(state, seed=1)
+    travels = travelling(case.broadcast(state))
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        low = [Update(one.client_id, as_type(one.payload, dtype), one.weight) for one in updates]
-        exact = [Update(one.client_id, as_type(one.payload, torch.float64), one.weight) for one in low]
+        low = [as_type(one, dtype, travels) for one in updates]
+        exact = [as_type(one, torch.float64, travels) for one in low]
         found, expected = case.aggregator.aggregate(state, low), case.aggregator.aggregate(state, exact)
         rule = f"payloads in {dtype} must be averaged as their float64 copies are"
         require_equal(case.deltas(found), case.deltas(expected), rule, rtol=1e-6)
@@ -139,120 +135,117 @@ def payloads_of_any_precision_are_taken(case: Case) -> None:
 
 def missing_modules_are_served_or_refused(case: Case) -> None:
     """A client that lacks modules is served those it has, or refused by an error of the package."""
-    state = case.after_a_round()
+    state, aggregator = case.after_a_round(), case.aggregator
+    module, other = sorted(case.shapes)[-1], sorted(case.shapes)[0]
     full = case.updates(state, seed=1)
-    partial = Update("partial", {"mlp.down_proj": full[1].payload["mlp.down_proj"]}, weight=100.0)
+    rank = case.server_rank if case.traits.needs_one_rank else 4
     if case.traits.needs_one_rank:
-        require_refused(lambda: case.aggregator.aggregate(state, [*full, partial]), "an update that lacks modules")
+        whole = case.update(state, case.all_modules(), "partial", 100.0, seed=5)
+        partial = replace(whole, payload={module: whole.payload[module]})
+        require_refused(lambda: aggregator.aggregate(state, [*full, partial]), "an update that lacks modules")
         return
-    after = case.aggregator.aggregate(state, [*full, partial])
-    served = list(case.aggregator.broadcast(after, {"mlp.down_proj": 2}).trainable)
-    require(served == ["mlp.down_proj"], f"a client with one module must be sent that module alone; got {served}")
-    only = [Update(one.client_id, {"mlp.down_proj": one.payload["mlp.down_proj"]}, one.weight) for one in full]
-    factors = case.aggregator.broadcast(case.aggregator.aggregate(state, only), all_modules(3)).trainable["attn.q_proj"]
-    alive = factors.A.any(dim=1) | factors.B.any(dim=0)
-    require(alive.all(), "a module that nobody sent must still be able to learn")
-
-
-def spectra_are_those_of_the_change(case: Case) -> None:
-    """Spectra are sorted by module, and none before round 1; their product is what the largest rank receives."""
-    state = case.after_a_round()
-    spectra = case.aggregator.spectra(state)
-    require(list(spectra) == sorted(SHAPES), f"spectra must have the modules {sorted(SHAPES)}; got {list(spectra)}")
-    rank = SERVER_RANK if case.traits.needs_one_rank or case.traits.server_rank is None else case.traits.server_rank
-    expected = case.deltas(state, all_modules(rank))
-    require_equal(
-        {module: spectrum.delta().numpy() for module, spectrum in spectra.items()},
-        expected,
-        "spectra must be those of what a client of the server's rank receives",
-    )
-
-
-def updates_are_read_once(case: Case) -> None:
-    """Updates arrive as a stream: they are read once, one at a time, and not counted beforehand."""
-    state = case.after_a_round()
-    updates = case.updates(state, seed=1)
-    expected = case.deltas(case.aggregator.aggregate(state, updates))
-    stream = OneShot(updates)
-    found = case.deltas(case.aggregator.aggregate(state, stream))
-    require_equal(found, expected, "a stream of updates must give what a list gives", rtol=0.0)
-    require(stream.num_readers == 1, f"updates must be read once; they were read {stream.num_readers} times")
-
-
-def nothing_is_changed_or_shared(case: Case) -> None:
-    """A state shares no memory with what came in or goes out, and nothing that came in is changed."""
-    aggregator, adapter = case.aggregator, initial_adapter(case.scaling)
-    state = aggregator.init(adapter)
-    updates = case.updates(state)
-    copies = [as_type(update.payload, torch.float32) for update in updates]
-    before = case.deltas(state)
-    after = aggregator.aggregate(state, updates)
-    expected = case.deltas(after)
-    for update, copy in zip(updates, copies, strict=True):
-        for module, factors in update.payload.items():
-            same = torch.equal(factors.A, copy[module].A) and torch.equal(factors.B, copy[module].B)
-            require(same, f"{module}: aggregate must not change the updates it is given")
-    broadcast: Broadcast = aggregator.broadcast(after, all_modules(SERVER_RANK))
-    adapters = [adapter, broadcast.trainable, broadcast.frozen or {}, *(update.payload for update in updates)]
-    for factors in (factors for adapter in adapters for factors in adapter.values()):
-        factors.A.fill_(7)
-        factors.B.fill_(7)
-    require_equal(case.deltas(state), before, "a state must not share memory with what came in or went out", rtol=0.0)
-    require_equal(case.deltas(after), expected, "a state must not share memory with what came in or went out", rtol=0.0)
-
-
-def gradients_do_not_reach_the_state(case: Case) -> None:
-    """Factors that still require a gradient leave none behind."""
-    state = case.start()
-    updates = case.updates(state)
-    for update in updates:
-        for factors in update.payload.values():
-            factors.A.requires_grad_()
-            factors.B.requires_grad_()
-    after = case.aggregator.aggregate(state, updates)
-    sent = case.aggregator.broadcast(after, all_modules(SERVER_RANK)).trainable
-    require(not any(factors.A.requires_grad for factors in sent.values()), "a state must not require a gradient")
+    partial = case.update(state, {module: rank}, "partial", 100.0, seed=5)
+    after = aggregator.aggregate(state, [*full, partial])
+    served = list(case.broadcast(after, {module: 2}, "partial").trainable)
+    require(served == [module], f"a client with one module must be sent that module alone; got {served}")
+    only = [
+        case.update(state, {module: plan[module]}, f"client-{i}", 10.0, seed=i) for i, plan in enumerate(case.plans())
+    ]
+    require_alive(case.broadcast(aggregator.aggregate(state, only), case.all_modules(3)), other)
 
 
 def unusable_rounds_are_refused(case: Case) -> None:
     """A round without usable weights, or with modules that the server lacks, is refused; ``weighed`` does that."""
     aggregator, state = case.aggregator, case.start()
-    payload = aggregator.broadcast(state, all_modules(SERVER_RANK)).trainable
+    usual = case.update(state, case.all_modules(), "client-0", 1.0, seed=1)
     require_refused(lambda: aggregator.aggregate(state, iter([])), "a round without updates")
     for weight in (0.0, -1.0, float("nan"), float("inf")):
-        only = Update("a", payload, weight)
+        only = replace(usual, weight=weight)
         require_refused(lambda only=only: aggregator.aggregate(state, [only]), f"a round whose only weight is {weight}")
-    strange = Update("a", {**payload, "other.proj": payload["mlp.down_proj"]}, 1.0)
+    strange = replace(usual, payload={**usual.payload, "other.proj": next(iter(usual.payload.values()))})
     require_refused(lambda: aggregator.aggregate(state, [strange]), "an update with a module that the server lacks")
 
 
 def traits_are_true(case: Case) -> None:
     """What traits claim holds: one rank, gauge invariance, a folded tail, changes that add up."""
     aggregator, traits, state = case.aggregator, case.traits, case.after_a_round()
-    updates = case.updates(state, seed=1)
     if traits.needs_one_rank:
-        require_refused(lambda: aggregator.broadcast(state, all_modules(2)), "a rank that is not the server's")
+        require_refused(lambda: aggregator.broadcast(state, case.all_modules(2)), "a rank that is not the server's")
     if traits.linear_in_products:
-        # A mixing of its own for each client: one that all share would cancel in a mean of factors too.
-        turned = [Update(u.client_id, in_another_gauge(u.payload, i), u.weight) for i, u in enumerate(updates)]
-        expected = case.deltas(aggregator.aggregate(state, updates))
-        rule = "linear_in_products: factors (B M, M^-1 A) must give what (B, A) give"
-        require_equal(case.deltas(aggregator.aggregate(state, turned)), expected, rule, rtol=1e-4)
+        _require_products_alone_to_matter(case)
     if traits.folds_tail:
-        require(aggregator.broadcast(state, all_modules(1)).frozen, "folds_tail: a small rank must get a frozen branch")
-    if traits.adds_changes and not traits.server_optimizer:
-        echo = aggregator.broadcast(state, all_modules(SERVER_RANK)).trainable
-        after = aggregator.add_changes(state, [Change(Update("echo", echo, 1.0), echo)])
+        require(case.broadcast(state, case.all_modules(1)).frozen, "folds_tail: a small rank must get a frozen branch")
+    if traits.adds_changes:
+        echo = case.update(state, case.all_modules(), "echo", 1.0, seed=0, step=0.0)
+        after = aggregator.add_changes(state, [Change(echo, case.broadcast(state, None, "echo").trainable)])
         require_equal(case.deltas(after), case.deltas(state), "adds_changes: an echo must change nothing")
+
+
+def require_kept(case: Case, sent: Broadcast, found: Deltas, expected: Deltas, rule: str) -> None:
+    """Raise unless a change is what was expected; its best approximation is enough where directions may be left out.
+
+    That is so with the trait ``fewer_directions``, and where a sparse change of full rank is cut to a rank.
+
+    Raises:
+        ContractError: Naming the rule and the module.
+    """
+    if case.traits.fewer_directions or sent.mask is not None:
+        require_best(found, expected, rule)
+    else:
+        require_equal(found, expected, rule)
+
+
+def _require_products_alone_to_matter(case: Case) -> None:
+    """Raise unless other factors of the same weighted sum of products give the same."""
+    aggregator, state = case.aggregator, case.after_a_round()
+    updates = case.updates(state, seed=1)
+    travels = travelling(case.broadcast(state))
+    rule = "linear_in_products: factors (B M, M^-1 A) must give what (B, A) give"
+    if travels == {"A", "B"}:
+        # A mixing of its own for each client: one that all share would cancel in a mean of factors too.
+        other = [replace(u, payload=in_another_gauge(u.payload, i)) for i, u in enumerate(updates)]
+    else:
+        rule = "linear_in_products: two clients must give what two of their mean give"
+        pair = [replace(case.update(state, case.all_modules(), "client-8", 10.0, seed=seed)) for seed in (8, 9)]
+        updates, other = [*updates, *pair], [*updates, *_both_in_the_middle(*pair)]
+    expected = case.deltas(aggregator.aggregate(state, updates))
+    require_equal(case.deltas(aggregator.aggregate(state, other)), expected, rule, rtol=1e-4)
+
+
+def _both_in_the_middle(one: Update, other: Update) -> tuple[Update, Update]:
+    payload = {
+        module: LoraFactors((f.A + other.payload[module].A) / 2, (f.B + other.payload[module].B) / 2, f.scaling)
+        for module, f in one.payload.items()
+    }
+    cores = one.cores and {module: (core + (other.cores or {})[module]) / 2 for module, core in one.cores.items()}
+    return replace(one, payload=payload, cores=cores), replace(other, payload=payload, cores=cores)
+
+
+def _pull(broadcast: Broadcast, size: float) -> Update:
+    """Return an update with one large change of what travels: of ``B`` where both factors do."""
+    if travelling(broadcast) == {"A", "B"}:
+        broadcast = replace(broadcast, train_factors="B")
+    return reply(broadcast, f"large{size:+}", 10.0, seed=7, step=size)
+
+
+def _trained_part(case: Case, state: object, plan: dict[str, int]) -> Deltas:
+    return change_of(with_own_factors(replace(case.broadcast(state, plan, "only"), frozen=None)))
 
 
 CHECKS: tuple[Callable[[Case], None], ...] = (
     it_describes_itself,
     its_states_can_be_saved,
     broadcasts_have_the_ranks_asked_for,
+    frozen_branches_fit,
+    what_clients_train_is_there,
+    what_clients_can_make_is_what_they_would_make,
+    a_client_receives_the_same_whenever_it_asks,
     one_client_is_a_fixed_point,
+    clients_that_agree_are_one_client,
     the_order_of_clients_does_not_matter,
     only_ratios_of_weights_matter,
+    two_halves_are_one_client,
+    large_changes_that_cancel_leave_the_small_ones,
     payloads_of_any_precision_are_taken,
     missing_modules_are_served_or_refused,
     spectra_are_those_of_the_change,

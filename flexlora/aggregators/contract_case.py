@@ -1,41 +1,42 @@
-"""Sets a method up to be checked, with four clients of mixed ranks, and compares changes."""
+"""Sets a method up to be checked, with four clients of mixed ranks."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
+from flexlora.aggregators.contract_client import reply, with_own_factors
+from flexlora.aggregators.contract_compare import Deltas, change_of
 from flexlora.aggregators.settings import Traits, traits_of
-from flexlora.errors import FlexLoraError
 from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 
-SHAPES = {"attn.k_proj": (6, 20), "attn.q_proj": (20, 20), "mlp.down_proj": (20, 31)}
+SHAPES: Mapping[str, tuple[int, int]] = {"attn.k_proj": (6, 20), "attn.q_proj": (20, 20), "mlp.down_proj": (20, 31)}
+"""Module path -> ``(out_features, in_features)``: wide, square and wide, none with the same sides as another."""
+
 SERVER_RANK = 5
 SCALINGS = (Scaling("constant_alpha", 16.0), Scaling("constant_ratio", 2.0), Scaling("rslora", 4.0))
-Deltas = Mapping[str, np.ndarray]
-
-
-class ContractError(FlexLoraError, AssertionError):
-    """A method breaks a rule that the rest of the package relies on; the message names the rule and what was found."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A method with its options, and four clients to try it on.
+    """A method with its options, and clients to try it on.
 
     Attributes:
         method: The class.
         options: As a configuration would give them.
         scaling: The scaling rule.
+        shapes: Module path -> ``(out_features, in_features)``.
+        client_ranks: The rank of each client in every module; the largest is the server's. Empty is four clients whose
+            ranks also differ between modules. Methods for one rank get the largest for all.
     """
 
     method: type[Any]
     options: Mapping[str, Any]
     scaling: Scaling = SCALINGS[0]
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=lambda: SHAPES)
+    client_ranks: tuple[int, ...] = ()
 
     @property
     def aggregator(self) -> Any:
@@ -47,21 +48,46 @@ class Case:
         """The traits of the method."""
         return traits_of(self.aggregator)
 
+    @property
+    def server_rank(self) -> int:
+        """The rank that the server starts with."""
+        return max(self.client_ranks, default=SERVER_RANK)
+
+    def all_modules(self, rank: int | None = None) -> dict[str, int]:
+        """Return one rank for every module, the server's unless another is given."""
+        return dict.fromkeys(self.shapes, self.server_rank if rank is None else rank)
+
     def plans(self) -> list[dict[str, int]]:
-        """Return the ranks of four clients: mixed, and not the same in every module, where the method can do that."""
+        """Return the ranks of the clients: mixed, and not the same in every module, where the method can do that."""
+        num_clients = len(self.client_ranks) or 4
         if self.traits.needs_one_rank:
-            return [all_modules(SERVER_RANK)] * 4
-        mixed = {"attn.k_proj": 1, "attn.q_proj": 2, "mlp.down_proj": 4}
-        return [all_modules(2), mixed, all_modules(SERVER_RANK), all_modules(1)]
+            return [self.all_modules()] * num_clients
+        if self.client_ranks:
+            return [self.all_modules(rank) for rank in self.client_ranks]
+        mixed = {module: 2**index for index, module in enumerate(sorted(self.shapes))}
+        return [self.all_modules(2), mixed, self.all_modules(), self.all_modules(1)]
 
     def start(self) -> Any:
         """Return the first state."""
-        return self.aggregator.init(initial_adapter(self.scaling))
+        return self.aggregator.init(initial_adapter(self.scaling, self.server_rank, self.shapes))
 
-    def updates(self, state: Any, seed: int = 0) -> list[Update]:
-        """Return what four clients with weights 10, 20, 30 and 40 send after training from ``state``."""
+    def broadcast(self, state: Any, ranks: Mapping[str, int] | None = None, client_id: str = "client-0") -> Broadcast:
+        """Return what a client receives: its own broadcast if the method makes one for each; the server's rank."""
+        ranks = ranks or self.all_modules()
+        if self.traits.per_client:
+            return self.aggregator.broadcast_to(state, ranks, client_id)
+        return self.aggregator.broadcast(state, ranks)
+
+    def update(
+        self, state: Any, ranks: Mapping[str, int], client_id: str, weight: float, seed: int, step: float = 0.3
+    ) -> Update:
+        """Return what a client sends after training from ``state``; with step 0 it returns what it was sent."""
+        return reply(self.broadcast(state, ranks, client_id), client_id, weight, seed, step)
+
+    def updates(self, state: Any, seed: int = 0, step: float = 0.3) -> list[Update]:
+        """Return what clients with weights 10, 20, 30, ... send after training from ``state``."""
         return [
-            Update(f"client-{i}", trained(self.aggregator.broadcast(state, plan), 10 * seed + i), weight=10.0 * (i + 1))
+            self.update(state, plan, f"client-{i}", 10.0 * (i + 1), 10 * seed + i, step)
             for i, plan in enumerate(self.plans())
         ]
 
@@ -71,97 +97,27 @@ class Case:
         return self.aggregator.aggregate(state, self.updates(state, seed))
 
     def deltas(self, state: Any, ranks: Mapping[str, int] | None = None) -> Deltas:
-        """Return the change that a client of these ranks runs, trained and frozen part together."""
-        return change_of(self.aggregator.broadcast(state, ranks or all_modules(SERVER_RANK)))
+        """Return the change of a model of these ranks, trained and frozen part together, as it is scored and exported.
+
+        A factor that clients keep is always the same one here.
+        """
+        return change_of(with_own_factors(self.aggregator.broadcast(state, ranks or self.all_modules())))
 
 
 def all_modules(rank: int) -> dict[str, int]:
-    """Return one rank for every module."""
+    """Return one rank for every module of ``SHAPES``."""
     return dict.fromkeys(SHAPES, rank)
 
 
-def initial_adapter(scaling: Scaling = SCALINGS[0], rank: int = SERVER_RANK) -> AdapterState:
+def initial_adapter(
+    scaling: Scaling = SCALINGS[0], rank: int = SERVER_RANK, shapes: Mapping[str, tuple[int, int]] = SHAPES
+) -> AdapterState:
     """Return an adapter as PEFT would start it: random ``A``, zero ``B``."""
     rng = torch.Generator().manual_seed(0)
     return {
         module: LoraFactors(torch.rand(rank, shape[1], generator=rng) - 0.5, torch.zeros(shape[0], rank), scaling(rank))
-        for module, shape in SHAPES.items()
+        for module, shape in sorted(shapes.items())
     }
-
-
-def trained(broadcast: Broadcast, seed: int) -> AdapterState:
-    """Return factors as if trained from a broadcast: noise on the factors that it lets clients train."""
-    rng = torch.Generator().manual_seed(seed)
-    adapter: dict[str, LoraFactors] = {}
-    for module, factors in broadcast.trainable.items():
-        noise = [0.3 * torch.randn(factor.shape, generator=rng) for factor in (factors.A, factors.B)]
-        A = factors.A + noise[0] * (broadcast.train_factors != "B")
-        B = factors.B + noise[1] * (broadcast.train_factors != "A")
-        adapter[module] = LoraFactors(A, B, factors.scaling)
-    return adapter
-
-
-def change_of(broadcast: Broadcast) -> Deltas:
-    """Return ``scaling * B @ A`` of each module that a client trains, the frozen branch added, in float64."""
-    frozen = broadcast.frozen or {}
-    return {
-        module: _product(factors) + (_product(frozen[module]) if module in frozen else 0.0)
-        for module, factors in broadcast.trainable.items()
-    }
-
-
-def require_equal(found: Deltas, expected: Deltas, rule: str, rtol: float = 1e-5) -> None:
-    """Raise unless two changes are equal up to ``rtol`` in the Frobenius norm of each module.
-
-    Raises:
-        ContractError: Naming the rule and the module.
-    """
-    require(list(found) == list(expected), f"{rule}: modules must be {list(expected)}; got {list(found)}")
-    for module, delta in expected.items():
-        error, norm = float(np.linalg.norm(found[module] - delta)), float(np.linalg.norm(delta))
-        require(error <= rtol * norm, f"{rule}: {module} is off by {error:.3g}, its norm is {norm:.3g}")
-
-
-def require(condition: object, rule: str) -> None:
-    """Raise ContractError with the rule unless the condition holds."""
-    if not condition:
-        raise ContractError(rule)
-
-
-def require_refused(call: Callable[[], object], what: str) -> None:
-    """Raise unless ``call`` raises an error of the package.
-
-    Raises:
-        ContractError: If it raises nothing, or an error of another kind.
-    """
-    try:
-        call()
-    except FlexLoraError:
-        return
-    except Exception as error:
-        raise ContractError(
-            f"{what} must be refused with an AggregationError; got {type(error).__name__}: {error}"
-        ) from error
-    raise ContractError(f"{what} must be refused with an AggregationError; it was taken")
-
-
-def tensors_of(state: Any, name: str = "state") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield path and tensor of every tensor in a state."""
-    if isinstance(state, torch.Tensor):
-        yield name, state
-    elif isinstance(state, Mapping):
-        for key in state:  # pyright: ignore[reportUnknownVariableType]
-            yield from tensors_of(state[key], f"{name}/{key}")
-    elif isinstance(state, tuple):
-        for index in range(len(state)):  # pyright: ignore[reportUnknownArgumentType]
-            yield from tensors_of(state[index], f"{name}/{index}")
-    elif dataclasses.is_dataclass(state):
-        for field in dataclasses.fields(state):
-            yield from tensors_of(getattr(state, field.name), f"{name}/{field.name}")
-
-
-def _product(factors: LoraFactors) -> np.ndarray:
-    return factors.scaling * factors.B.detach().double().numpy() @ factors.A.detach().double().numpy()
 
 
 @dataclass
@@ -174,31 +130,3 @@ class OneShot(Iterable[Update]):
     def __iter__(self) -> Iterator[Update]:
         self.num_readers += 1
         yield from self.updates
-
-
-def as_type(adapter: AdapterState, dtype: torch.dtype) -> AdapterState:
-    """Return a copy of the factors in another type."""
-    return {
-        module: LoraFactors(
-            factors.A.detach().to(dtype, copy=True), factors.B.detach().to(dtype, copy=True), factors.scaling
-        )
-        for module, factors in adapter.items()
-    }
-
-
-def in_another_gauge(adapter: AdapterState, seed: int) -> AdapterState:
-    """Return ``(B M, M^-1 A)`` in float64 for a well-conditioned random ``M``: other factors, the same product."""
-    rng = np.random.default_rng(seed)
-    turned: dict[str, LoraFactors] = {}
-    for module, factors in adapter.items():
-        mixing = np.eye(factors.rank) + 0.4 * rng.standard_normal((factors.rank, factors.rank)) / factors.rank
-        A = np.linalg.solve(mixing, factors.A.double().numpy())
-        B = factors.B.double().numpy() @ mixing
-        turned[module] = LoraFactors(torch.tensor(A), torch.tensor(B), factors.scaling)
-    return turned
-
-
-def is_frozen(kind: type[Any]) -> bool:
-    """Return whether a class is a frozen dataclass."""
-    parameters: Any = getattr(kind, "__dataclass_params__", None)
-    return parameters is not None and bool(parameters.frozen)
