@@ -60,11 +60,11 @@ def one_client_is_a_fixed_point(case: Case) -> None:
         for ranks in ([plan] if traits.personal else [plan, case.all_modules()]) if runs_all else []:
             require_kept(case, sent, state, ranks, expected, "what one client sends must be what all get")
         for _ in range(2):
-            before, part = case.deltas(state), _trained_part(case, state, plan)
+            before, part = case.deltas(state, plan), _trained_part(case, state, plan)
             sent = case.broadcast(state, plan, "only")
             state = aggregator.aggregate(state, [reply(sent, "only", 3.0, seed=0, step=0.0)])
             rule = "an echo of one client must change nothing"
-            require_kept(case, sent, state, case.all_modules(), before, rule)
+            require_kept(case, sent, state, plan, before, rule)
             if traits.keeps_directions and not traits.fewer_directions and sent.mask is None:
                 rule = "keeps_directions: an echo must give the trained part again"
                 require_equal(_trained_part(case, state, plan), part, rule)
