@@ -106,16 +106,20 @@ def sent(case: Case, *ranks: int) -> Iterator[tuple[Mapping[str, int], Broadcast
         case: The method.
         ranks: Which ranks, all by default; methods for one rank only have the server's.
     """
-    start, one_round = case.start(), case.after_a_round()
-    two_rounds = case.aggregator.aggregate(one_round, case.updates(one_round, seed=1))
-    smallest = case.aggregator.aggregate(start, [case.update(start, case.plans()[-1], "client-3", 1.0, seed=5)])
-    server = case.server_rank
-    for state in (start, one_round, two_rounds, smallest):
-        for rank in [server] if case.traits.needs_one_rank else ranks or range(1, server + 1):
+    for state in _moments(case):
+        for rank in [case.server_rank] if case.traits.needs_one_rank else ranks or range(1, case.server_rank + 1):
             plan = case.all_modules(rank)
             yield plan, case.aggregator.broadcast(state, plan)
             if case.traits.per_client:
                 yield plan, case.broadcast(state, plan, f"client-{rank}")
+
+
+def _moments(case: Case) -> Iterator[object]:
+    """Yield the states, each before anything is trained from it, so that what is wrong is found where it is sent."""
+    yield (start := case.start())
+    yield (one_round := case.after_a_round())
+    yield case.aggregator.aggregate(one_round, case.updates(one_round, seed=1))
+    yield case.aggregator.aggregate(start, [case.update(start, case.plans()[-1], "client-3", 1.0, seed=5)])
 
 
 def require_alive(broadcast: Broadcast, module: str) -> None:

@@ -31,7 +31,8 @@ def its_states_can_be_saved(case: Case) -> None:
     types = state_types(case.aggregator)
     for kind in types:
         require(is_frozen(kind), f"{kind.__name__}, part of a state, must be a frozen dataclass")
-    adapter = reply(Broadcast(initial_adapter(case.scaling)), "client-0", 1.0, seed=1).payload
+    initial = initial_adapter(case.scaling, case.server_rank, case.shapes)
+    adapter = reply(Broadcast(initial), "client-0", 1.0, seed=1).payload
     by_columns = {
         module: LoraFactors(factors.A.T.contiguous().T, factors.B.T.contiguous().T, factors.scaling)
         for module, factors in adapter.items()
@@ -81,7 +82,7 @@ def updates_are_read_once(case: Case) -> None:
 
 def nothing_is_changed_or_shared(case: Case) -> None:
     """A state shares no memory with what came in or goes out, and nothing that came in is changed."""
-    aggregator, adapter = case.aggregator, initial_adapter(case.scaling)
+    aggregator, adapter = case.aggregator, initial_adapter(case.scaling, case.server_rank, case.shapes)
     state = aggregator.init(adapter)
     updates = case.updates(state)
     copies = [as_type(update, torch.float32) for update in updates]
