@@ -53,6 +53,11 @@ class Case:
         """The rank that the server starts with."""
         return max(self.client_ranks, default=SERVER_RANK)
 
+    @property
+    def global_rank(self) -> int:
+        """The rank of the server's global adapter: that which its traits name, or the one that it starts with."""
+        return self.server_rank if self.traits.needs_one_rank else self.traits.server_rank or self.server_rank
+
     def all_modules(self, rank: int | None = None) -> dict[str, int]:
         """Return one rank for every module, the server's unless another is given."""
         return dict.fromkeys(self.shapes, self.server_rank if rank is None else rank)

@@ -59,8 +59,7 @@ def spectra_are_those_of_the_change(case: Case) -> None:
         for basis in (spectrum.U.T, spectrum.Vh):
             identity = torch.eye(basis.shape[0], dtype=torch.float64)
             require(torch.allclose(basis @ basis.T, identity, atol=1e-9), f"{module}: U and Vh must be orthonormal")
-    rank = case.server_rank if case.traits.needs_one_rank else case.traits.server_rank or case.server_rank
-    found = change_of(case.aggregator.broadcast(state, case.all_modules(rank)))
+    found = change_of(case.aggregator.broadcast(state, case.all_modules(case.global_rank)))
     expected = {module: spectrum.delta().numpy() for module, spectrum in spectra.items()}
     rule = "spectra must be those of what a client of the server's rank receives"
     if case.traits.fewer_directions:

@@ -25,8 +25,8 @@ class Axes:
     Attributes:
         bias: ``||W - W*|| / ||W*||`` of the new model of the server's rank, ``W*`` the mean of what clients ran.
         least_bias: That of the best approximation of ``W*`` at the server's rank, the least without a frozen branch.
-        change_bias: The same with ``W* = G + (mean of the changes that clients made)``: what a method aims at that keeps
-            what it did not send.
+        change_bias: The same with ``W* = G + (mean of the changes that clients made)``: what a method aims at that
+            keeps what it did not send.
         gauge_change: ``||W' - W|| / ||W||`` when every client writes its change as ``(B M, M^-1 A)``; None where
             clients cannot, because they do not return both factors.
         echo_error: ``||G+ - G|| / ||G||`` when every client returns what it was sent.
@@ -52,23 +52,24 @@ def axes(case: Case, step: float = 0.3) -> Axes:
             factors that have nothing in common.
     """
     state = case.after_a_round()
+    whole, aggregate = case.all_modules(case.global_rank), case.aggregator.aggregate
     sent, updates = exchange(case, state, seed=1, step=step)
     wanted = mean_of_models(sent, updates)
-    found = case.deltas(case.aggregator.aggregate(state, updates))
+    found = case.deltas(aggregate(state, updates), whole)
     _, echoes = exchange(case, state, seed=0, step=0.0)
-    before, were_sent = case.deltas(state), mean_of_models(sent, echoes)
+    before, were_sent = case.deltas(state, whole), mean_of_models(sent, echoes)
     moved = {module: before[module] + delta - were_sent[module] for module, delta in wanted.items()}
-    best = {module: best_approximation(delta, case.server_rank) for module, delta in wanted.items()}
+    best = {module: best_approximation(delta, case.global_rank) for module, delta in wanted.items()}
     gauge_change = None
     if travelling(sent[0]) == {"A", "B"}:
         turned = [replace(update, payload=in_another_gauge(update.payload, i)) for i, update in enumerate(updates)]
-        gauge_change = distance(case.deltas(case.aggregator.aggregate(state, turned)), found)
+        gauge_change = distance(case.deltas(aggregate(state, turned), whole), found)
     return Axes(
         bias=distance(found, wanted),
         least_bias=distance(best, wanted),
         change_bias=distance(found, moved),
         gauge_change=gauge_change,
-        echo_error=distance(case.deltas(case.aggregator.aggregate(state, echoes)), before),
+        echo_error=distance(case.deltas(aggregate(state, echoes), whole), before),
         floats_down=float(np.mean([floats_down(one) for one in sent])),
         floats_up=float(np.mean([floats_up(one) for one in sent])),
     )
