@@ -50,7 +50,7 @@ class FedExLoraState:
 @aggregation_method("fedex_lora")
 @dataclass(frozen=True)
 class FedExLora:
-    """Mean factors, the residual to the mean of products in a frozen branch (arXiv:2410.09432).
+    """Mean factors, and what their product misses of the mean of products as a frozen branch (arXiv:2410.09432).
 
     Attributes:
         scaling: The scaling rule of the clients.
@@ -80,7 +80,7 @@ class FedExLora:
         Raises:
             AggregationError: If an update lacks a module or has another rank than the server's adapter.
         """
-        # A weight of 1 for an adapter of no modules is never added: the sum of weights travels in this list.
+        # The stream is read once, by mean_factors; what else is needed of it is noted on the way.
         weights: list[float] = []
         sums = {module: ProductSum(*factors.shape) for module, factors in state.adapter.items()}
         adapter = mean_factors(state.adapter, adding_products(sums, self._at_one_rank(state, updates, weights)))

@@ -13,17 +13,22 @@ the stack of one round, rank ``sum r_i``. Ours remember nothing and receive all 
 rank grows by up to ``sum r_i`` a round and ends at the shorter side of the module, where both factors together are up to
 twice as large as the weight. What is sent is what is counted.
 
+The paper draws ``A`` anew each round (``redraw_seed``: from a seed that the client gets in its place, so that ``A`` does
+not travel); by default each round starts from the initial rows.
+
 Known flaws: the downlink; every client sees the whole round; a fresh ``B`` has to be learned again each round, which
 costs where there are few local steps.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexlora.aggregators.base import weighed
 from flexlora.aggregators.registry import aggregation_method
-from flexlora.aggregators.settings import Traits
+from flexlora.aggregators.settings import Traits, option
+from flexlora.federation.known_rows import known_rows
 from flexlora.federation.messages import Broadcast, Update
+from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.global_change import GlobalChange, branch_factors, folded, global_change_of, sum_products
 from flexlora.lora.product import Spectrum
@@ -34,10 +39,12 @@ class FloraState:
     """What was folded so far.
 
     Attributes:
-        change: ``G`` per module, and the rows that clients start from.
+        change: ``G`` per module, and the rows of the initial ``A``.
+        num_rounds: Rounds that were folded.
     """
 
     change: GlobalChange
+    num_rounds: int
 
 
 @aggregation_method("flora")
@@ -50,22 +57,36 @@ class Flora:
     """
 
     scaling: Scaling
+    redraw_seed: int | None = option(
+        None,
+        "Seed from which A is drawn anew for each round after the first; null takes the initial rows each time.",
+        ge=0,
+    )
 
-    traits = Traits(linear_in_products=True, folds_tail=True)
+    traits = Traits(linear_in_products=True, folds_tail=True, keeps_directions=False)
 
     def init(self, adapter: AdapterState) -> FloraState:
         """Return the state with the change of ``adapter`` folded, none for PEFT's initial one."""
-        return FloraState(global_change_of(adapter))
+        return FloraState(global_change_of(adapter), num_rounds=0)
 
     def aggregate(self, state: FloraState, updates: Iterable[Update]) -> FloraState:
         """Return the state with the mean of products added, every direction of it."""
         change = state.change
         sums, total = sum_products(change.shapes, ((u.payload, u.weight) for u in weighed(change.spectra, updates)))
-        return FloraState(GlobalChange(folded(change.spectra, sums, total), change.initial_rows))
+        folded_change = GlobalChange(folded(change.spectra, sums, total), change.initial_rows)
+        return FloraState(folded_change, state.num_rounds + 1)
 
     def broadcast(self, state: FloraState, ranks: Mapping[str, int]) -> Broadcast:
         """Return fresh factors at these ranks, and all that was folded, also in modules that the client lacks."""
-        return Broadcast(state.change.fresh(ranks, self.scaling), branch_factors(state.change.spectra))
+        fresh, branch = state.change.fresh(ranks, self.scaling), branch_factors(state.change.spectra)
+        if self.redraw_seed is None or state.num_rounds == 0:
+            return Broadcast(fresh, branch)
+        known_A = stream_seed(self.redraw_seed, "redrawn_rows", state.num_rounds)
+        redrawn = {
+            module: replace(factors, A=known_rows(known_A, module, factors.rank, factors.shape[1]))
+            for module, factors in fresh.items()
+        }
+        return Broadcast(redrawn, branch, known_A=known_A)
 
     def spectra(self, state: FloraState) -> Mapping[str, Spectrum]:
         """Return all that was folded; nothing of it was discarded."""
