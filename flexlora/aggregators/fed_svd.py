@@ -1,4 +1,4 @@
-"""FedSVD: clients train ``B`` alone, and the server turns ``B A`` so that ``A`` has orthonormal rows (arXiv:2505.12805).
+"""FedSVD: clients train ``B`` alone, the server decomposes ``B A`` to give ``A`` orthonormal rows (arXiv:2505.12805).
 
 All clients hold the same ``A``, so the mean of ``B`` gives the exact mean of the products. With ``w_i = n_i / sum n``
 
@@ -15,9 +15,9 @@ Without training, direction ``j`` then decays by its coverage ``c_j = sum_{i: r_
 Before anything has been learned clients receive the first rows of the initial ``A`` and a zero ``B``; a direction whose
 ``sigma`` is 0 gets a fresh row orthogonal to the others.
 
-Known flaw: the rows of ``B A`` are sums of those of ``A``, so while no ``sigma`` is 0 the decomposition turns ``A`` within
-the span of the initial rows, and the model never learns a direction outside it. It is FFA-LoRA (arXiv:2403.12313) with a
-better conditioned ``A``.
+Known flaw: the rows of ``B A`` are sums of those of ``A``, so while no ``sigma`` is 0 the decomposition turns ``A``
+within the span of the initial rows, and the model never learns a direction outside it. It is FFA-LoRA
+(arXiv:2403.12313) with a better conditioned ``A``.
 """
 
 from collections.abc import Iterable, Mapping

@@ -10,11 +10,11 @@ mixed. The paper weighs ``A`` alone and adds the stack to the base weights at on
 
 The base weights never change here: ``G`` is a frozen branch. The paper's clients remember what was folded and receive
 the stack of one round, rank ``sum r_i``. Ours remember nothing and receive all that was ever folded, each round: its
-rank grows by up to ``sum r_i`` a round and ends at the shorter side of the module, where both factors together are up to
-twice as large as the weight. What is sent is what is counted.
+rank grows by up to ``sum r_i`` a round and ends at the shorter side of the module, where both factors together are up
+to twice as large as the weight. What is sent is what is counted.
 
-The paper draws ``A`` anew each round (``redraw_seed``: from a seed that the client gets in its place, so that ``A`` does
-not travel); by default each round starts from the initial rows.
+The paper draws ``A`` anew each round (``redraw_seed``: from a seed that the client gets in its place, so that ``A``
+does not travel); by default each round starts from the initial rows.
 
 Known flaws: the downlink; every client sees the whole round; a fresh ``B`` has to be learned again each round, which
 costs where there are few local steps.

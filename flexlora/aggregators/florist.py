@@ -6,9 +6,9 @@ With ``P_i = s_i B_i A_i``, ``w_i = n_i / sum n`` and per module
     G+ = G + U[:, :p] diag(sigma[:p]) Vh[:p],    client i receives G+ and trains from A = initial rows, B = 0
 
 The paper decomposes both stacks of factors and the small core between them; the kernel here finds the same numbers by
-the cheapest way that it can certify. With ``tau`` 1 nothing is left out, and after a round the model is that of FlexLoRA
-before it is cut to the clients' ranks. The paper offers ``tau`` as the way from accurate to small and sets it by
-experiment; the default here is ours.
+the cheapest way that it can certify. With ``tau`` 1 nothing is left out, and after the first round the model is that of
+FlexLoRA before it is cut to the clients' ranks. The paper offers ``tau`` as the way from accurate to small; the default
+here is ours.
 
 The base weights never change here: ``G`` is a frozen branch. The paper's clients remember what was folded and receive
 rank ``p``. Ours remember nothing and receive all that was ever folded, each round, at most the shorter side of the

@@ -15,9 +15,9 @@ paper leaves open. A client that lacks a module is in no part of it: its weight 
 At one rank this is FlexLoRA with balanced factors. At mixed ranks it mends FlexLoRA's rank collapse: if clients return
 what they got, nothing changes.
 
-Known flaws: direction ``j`` of one client need not be direction ``j`` of another. It is, more or less, because all start
-from slices of one decomposition; the more they train, the less. So the result depends on how a client splits its product
-into factors, and it is not the mean of the products. The factors of a round are held until its end, because a
+Known flaws: direction ``j`` of one client need not be direction ``j`` of another. It is, more or less, because all
+start from slices of one decomposition; the more they train, the less. So the result depends on how a client splits its
+product into factors, and it is not the mean of the products. The factors of a round are held until its end, because a
 direction's divisor is known only then.
 """
 
