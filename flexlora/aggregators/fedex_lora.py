@@ -64,7 +64,10 @@ class FedExLora:
         None, "Directions of each round's residual that are kept per module; null keeps all, which is exact.", ge=1
     )
 
-    traits = Traits(needs_one_rank=True, folds_tail=True)
+    @property
+    def traits(self) -> Traits:
+        """What others must know of this method."""
+        return Traits(needs_one_rank=True, folds_tail=True, counts_examples=not self.uniform_weights)
 
     def init(self, adapter: AdapterState) -> FedExLoraState:
         """Return the initial adapter, its scalings taken over by the rule, without a residual."""

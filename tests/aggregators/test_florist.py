@@ -69,28 +69,28 @@ def test_each_round_folds_the_fewest_directions_with_enough_energy(tau: float):
 
 def test_at_tau_one_the_model_is_floras_and_first_that_of_flexlora_at_full_rank():
     updates = cohort(0)
-    found = []
-    for aggregator in (
-        Florist(scaling=SCALING, tau=1.0),
-        Flora(scaling=SCALING),
-        FlexLora(scaling=SCALING, server_rank=max(max(shape) for shape in SHAPES.values())),
-    ):
-        state = aggregator.aggregate(aggregator.init(initial()), updates)
-        found.append({module: s.delta().numpy() for module, s in aggregator.spectra(state).items()})
+    florist, flora = Florist(scaling=SCALING, tau=1.0), Flora(scaling=SCALING)
+    flexlora = FlexLora(scaling=SCALING, server_rank=max(max(shape) for shape in SHAPES.values()))
+    kept = florist.spectra(florist.aggregate(florist.init(initial()), updates))
+    found = [
+        kept,
+        flora.spectra(flora.aggregate(flora.init(initial()), updates)),
+        flexlora.spectra(flexlora.aggregate(flexlora.init(initial()), updates)),
+    ]
     for module in SHAPES:
         W = mean_of_products(updates, module)
-        for deltas in found:
-            np.testing.assert_allclose(deltas[module], W, rtol=0, atol=1e-11)
-    assert all(s.tail < 1e-11 for s in aggregator.spectra(state).values())
+        for spectra in found:
+            np.testing.assert_allclose(spectra[module].delta().numpy(), W, rtol=0, atol=1e-11)
+        assert kept[module].tail < 1e-11
 
 
 def test_at_tau_one_the_smallest_directions_are_kept():
     small = LoraFactors(torch.eye(2, 5, dtype=torch.float64), torch.eye(4, 2, dtype=torch.float64), 1.0)
-    small = LoraFactors(small.A, small.B * torch.tensor([1.0, 1e-9], dtype=torch.float64), 1.0)
+    small = LoraFactors(small.A, small.B * torch.tensor([1.0, 1e-7], dtype=torch.float64), 1.0)
     aggregator = Florist(scaling=Scaling("constant_ratio", 1.0), tau=1.0)
     state = aggregator.init({"m": LoraFactors(torch.rand(2, 5), torch.zeros(4, 2), 1.0)})
     spectrum = aggregator.spectra(aggregator.aggregate(state, [Update("a", {"m": small}, 1.0)]))["m"]
-    np.testing.assert_allclose(spectrum.S.numpy(), [1.0, 1e-9], rtol=1e-6)
+    np.testing.assert_allclose(spectrum.S.numpy(), [1.0, 1e-7], rtol=1e-6)
 
 
 def test_clients_start_afresh_and_echoes_change_nothing():
