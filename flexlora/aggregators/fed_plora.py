@@ -12,8 +12,8 @@ round for each client and each linear module.
 
 A model of a smaller rank is scored and exported as the best approximation of that rank, the rest in its frozen branch.
 
-Known flaws: within a direction the mean of factors has cross terms, ``sum_i w_i (b_i - b)(a_i - a)^T``, and depends on
-how a client's product is split into factors. The paper's bound of this noise needs factors of bounded norm.
+Known flaws: within a direction the mean of factors has cross terms, ``sum_i w_i (b_ij - b_j+)(a_ij - a_j+)^T``, and
+depends on how a client's product is split into factors. The paper's bound of this noise needs factors of bounded norm.
 """
 
 from collections.abc import Iterable, Mapping
