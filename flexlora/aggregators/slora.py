@@ -16,7 +16,7 @@ server's rank cannot hold of ``D`` is lost; clients of small ranks send as much 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -44,6 +44,7 @@ class SLoraState:
         initial: The initial adapter, for shapes, ranks and fresh rows; empty in stage 2.
         values: Module -> the chosen entries of the sparse change, row by row, float64; empty in stage 2.
         second: None in stage 1.
+        lost: Module -> norm of what the server's rank could not hold, after the last round of stage 1; else empty.
     """
 
     num_rounds: int
@@ -51,6 +52,7 @@ class SLoraState:
     initial: Mapping[str, LoraFactors]
     values: Mapping[str, Tensor]
     second: FedItState | FlexLoraState | None = None
+    lost: Mapping[str, float] = field(default_factory=dict)
 
 
 @aggregation_method("slora")
@@ -103,9 +105,14 @@ class SLora:
         after = SLoraState(num_rounds, state.seed, state.initial, values)
         if num_rounds < self.sparse_rounds:
             return after
-        start = self._decomposed(after)
+        spectra = {module: self._spectrum(after, module, own.rank) for module, own in state.initial.items()}
+        start = {
+            module: spectra[module].factors(own.rank, self.scaling(own.rank), spare=own.A)
+            for module, own in state.initial.items()
+        }
+        lost = {module: spectrum.tail for module, spectrum in spectra.items()}
         second = FedIt(self.scaling).init(start) if self.stage_two == "fedit" else FlexLora(self.scaling).init(start)
-        return SLoraState(num_rounds, state.seed, {}, {}, second)
+        return SLoraState(num_rounds, state.seed, {}, {}, second, lost)
 
     def broadcast(self, state: SLoraState, ranks: Mapping[str, int]) -> Broadcast:
         """Return the sparse change over an identity, which everyone trains alike; in stage 2, what its method sends.
@@ -129,11 +136,13 @@ class SLora:
 
     def spectra(self, state: SLoraState) -> Mapping[str, Spectrum]:
         """Return the decomposed change; all its directions in stage 1, those of the server's rank in stage 2."""
+        if state.second is None:
+            return {module: self._spectrum(state, module) for module in state.initial}
         if isinstance(state.second, FedItState):
-            return FedIt(self.scaling).spectra(state.second)
-        if state.second is not None:
-            return FlexLora(self.scaling).spectra(state.second)
-        return {module: self._spectrum(state, module) for module in state.initial}
+            spectra: Mapping[str, Spectrum] = FedIt(self.scaling).spectra(state.second)
+        else:
+            spectra = FlexLora(self.scaling).spectra(state.second)
+        return {module: replace(own, tail=state.lost.get(module, own.tail)) for module, own in spectra.items()}
 
     def _mean_values(self, state: SLoraState, updates: Iterable[Update]) -> dict[str, Tensor]:
         """Return the weighted mean of the chosen entries; a module that an update lacks counts as zero."""
@@ -157,13 +166,6 @@ class SLora:
                 brought.add(module)
         return {
             module: sums[module] / total if module in brought else values for module, values in state.values.items()
-        }
-
-    def _decomposed(self, state: SLoraState) -> dict[str, LoraFactors]:
-        """Return the best approximation of the sparse change at the server's ranks, singular values in ``B``."""
-        return {
-            module: self._spectrum(state, module, own.rank).factors(own.rank, self.scaling(own.rank), spare=own.A)
-            for module, own in state.initial.items()
         }
 
     def _spectrum(self, state: SLoraState, module: str, max_rank: int | None = None) -> Spectrum:

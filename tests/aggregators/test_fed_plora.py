@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from flexlora.aggregators.base import AggregationError
-from flexlora.aggregators.contract_case import change_of, trained
+from flexlora.aggregators.contract_client import reply
+from flexlora.aggregators.contract_compare import change_of
 from flexlora.aggregators.fed_plora import FedPLora, FedPLoraState
 from flexlora.federation.messages import Broadcast, Update
-from flexlora.lora.factors import LoraFactors, Scaling
+from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 
 SHAPES = {"k_proj": (6, 20), "down_proj": (20, 11)}
 R = 6
@@ -22,6 +23,10 @@ def initial(scaling: Scaling) -> dict[str, LoraFactors]:
     return {
         m: LoraFactors(torch.randn(R, s[1], generator=rng), torch.zeros(s[0], R), scaling(R)) for m, s in SHAPES.items()
     }
+
+
+def trained(sent: Broadcast, seed: int) -> AdapterState:
+    return reply(sent, "any", 1.0, seed).payload
 
 
 def uniform(rank: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexlora.aggregators.base import AggregationError
-from flexlora.aggregators.contract_case import trained
+from flexlora.aggregators.contract_client import reply
 from flexlora.aggregators.fed_sb import FedSb, FedSbState
 from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factors import LoraFactors, Scaling
@@ -32,7 +32,7 @@ def uniform(rank: int) -> dict[str, int]:
 
 
 def lora_round(method: FedSb, state: FedSbState, ranks: Mapping[str, int] = {m: R for m in SHAPES}) -> list[Update]:
-    return [Update(c, trained(method.broadcast(state, ranks), seed), 1.0 + seed) for seed, c in enumerate("abc")]
+    return [reply(method.broadcast(state, ranks), c, 1.0 + seed, seed) for seed, c in enumerate("abc")]
 
 
 def with_cores(method: FedSb) -> FedSbState:
@@ -43,12 +43,8 @@ def with_cores(method: FedSb) -> FedSbState:
 
 def core_update(sent: Broadcast, client: str, weight: float, seed: int | None) -> Update:
     """Return an update with noise on the cores, or an echo for no seed."""
-    rng = torch.Generator().manual_seed(seed or 0)
-    assert sent.train_factors == "core" and sent.cores is not None
-    cores = {
-        m: C + (0.3 * torch.randn(C.shape, generator=rng) if seed is not None else 0) for m, C in sent.cores.items()
-    }
-    return Update(client, sent.trainable, weight, cores=cores)
+    assert sent.train_factors == "core"
+    return reply(sent, client, weight, seed or 0, 0.0 if seed is None else 0.3)
 
 
 def product(factors: LoraFactors, core: Tensor) -> np.ndarray:
@@ -166,7 +162,7 @@ def test_the_order_of_clients_does_not_matter_and_who_lacks_a_module_does_not_co
 def test_bases_are_completed_where_the_first_round_brought_fewer_directions():
     method = FedSb(SCALINGS[0])
     state = method.init(initial(SCALINGS[0]))
-    payload = trained(method.broadcast(state, {"k_proj": 1}), 0)
+    payload = reply(method.broadcast(state, {"k_proj": 1}), "small", 1.0, 0).payload
     state = method.aggregate(state, [Update("small", payload, 1.0)])
     sent = method.broadcast(state, uniform(R))
     for module, factors in sent.trainable.items():
@@ -185,8 +181,7 @@ def test_ordinary_lora_is_trained_in_the_first_rounds_and_after_every_so_many_ro
     for seed in range(11):
         sent = method.broadcast(state, uniform(R))
         trains += "L" if sent.train_factors == "both" else "c"
-        update = Update("a", trained(sent, seed), 1.0) if sent.cores is None else core_update(sent, "a", 1.0, seed)
-        state = method.aggregate(state, [update])
+        state = method.aggregate(state, [reply(sent, "a", 1.0, seed)])
     assert trains == "LLcccLcccLc"
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from flexlora.aggregators.base import AggregationError
-from flexlora.aggregators.contract_case import trained
+from flexlora.aggregators.contract_client import reply
 from flexlora.aggregators.fedit import FedIt
 from flexlora.aggregators.flexlora import FlexLora
 from flexlora.aggregators.settings import Traits, traits_of
 from flexlora.aggregators.slora import SLora, SLoraState
 from flexlora.federation.known_rows import mask_of
-from flexlora.federation.messages import Broadcast, Update
+from flexlora.federation.messages import Update
 from flexlora.lora.factors import LoraFactors, Scaling
 
 SHAPES = {"k_proj": (6, 20), "down_proj": (20, 11)}
@@ -35,21 +35,9 @@ def uniform(rank: int) -> dict[str, int]:
     return dict.fromkeys(SHAPES, rank)
 
 
-def sparse(sent: Broadcast, seed: int) -> dict[str, LoraFactors]:
-    """Return factors as if trained: noise on the entries of B that the mask lets through."""
-    rng = torch.Generator().manual_seed(seed)
-    assert sent.mask is not None and sent.train_factors == "B"
-    return {
-        m: LoraFactors(
-            f.A, f.B + torch.randn(f.B.shape, generator=rng) * mask_of(sent.mask, m, tuple(f.B.shape)), f.scaling
-        )
-        for m, f in sent.trainable.items()
-    }
-
-
 def stage_one(method: SLora, state: SLoraState, ranks: Mapping[str, int] = {m: R for m in SHAPES}) -> list[Update]:
     sent = method.broadcast(state, ranks)
-    return [Update(c, sparse(sent, 10 * state.num_rounds + i), w) for i, (c, w) in enumerate(WEIGHTS.items())]
+    return [reply(sent, c, w, 10 * state.num_rounds + i) for i, (c, w) in enumerate(WEIGHTS.items())]
 
 
 def mean_change(updates: list[Update], module: str) -> np.ndarray:
@@ -119,6 +107,7 @@ def test_lora_starts_from_the_truncated_decomposition_of_the_sparse_change(stage
             U, S, Vh = np.linalg.svd(mean_change(updates, module))
             expected = (U[:, :rank] * S[:rank]) @ Vh[:rank]
             np.testing.assert_allclose(factors.delta(), expected, rtol=1e-4, atol=1e-5 * S[0])
+            assert method.spectra(state)[module].tail == pytest.approx(np.linalg.norm(S[R:]))
             # B = U S / s and A = Vh, up to signs.
             np.testing.assert_allclose(factors.A.abs(), np.abs(Vh[:rank]), atol=1e-4)
             np.testing.assert_allclose(
@@ -135,9 +124,7 @@ def test_stage_two_is_the_other_method_unchanged(stage_two: str):
     plain = other.init(method.broadcast(state, uniform(R)).trainable)
     for seed in (1, 2):
         plans = [uniform(R)] * 2 if stage_two == "fedit" else [uniform(2), uniform(R)]
-        updates = [
-            Update(str(i), trained(method.broadcast(state, p), 10 * seed + i), 1.0 + i) for i, p in enumerate(plans)
-        ]
+        updates = [reply(method.broadcast(state, p), str(i), 1.0 + i, 10 * seed + i) for i, p in enumerate(plans)]
         state, plain = method.aggregate(state, updates), other.aggregate(plain, updates)
         for module in SHAPES:
             found = method.broadcast(state, uniform(R)).trainable[module]
@@ -151,7 +138,7 @@ def test_stage_two_is_the_other_method_unchanged(stage_two: str):
 def test_an_echo_changes_nothing_and_one_client_gets_back_what_it_sent():
     method = SLora(SCALINGS[0], density=0.3, stage_two="flexlora")
     state = method.init(initial())
-    payload = sparse(method.broadcast(state, uniform(2)), 1)
+    payload = reply(method.broadcast(state, uniform(2)), "only", 1.0, 1).payload
     state = method.aggregate(state, [Update("only", payload, 3.0)])
     for _ in range(2):
         sent = method.broadcast(state, uniform(1))
