@@ -39,7 +39,7 @@ def chosen_directions(
         rank: Number of directions to choose.
     """
     order = stream(seed, "directions", server_round, client_id, module).permutation(server_rank)
-    return torch.from_numpy(order[:rank]).sort().values
+    return torch.tensor(sorted(order[:rank].tolist()), dtype=torch.int64)
 
 
 def sender_of(update: Update) -> str:

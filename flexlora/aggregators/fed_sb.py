@@ -170,8 +170,9 @@ def _completed(
     """Return ``rank`` rows that begin with the orthonormal ``rows``, orthonormal as long as there is room."""
     if rows.shape[0] == 0:  # There is no direction to complete from.
         row = rows.new_ones(1, rows.shape[1]) if spare is None else spare[:1].to(rows)
-        rows = row / row.norm()
-    return Spectrum(rows.T, rows.new_ones(rows.shape[0]), rows).factors(rank, 1.0, spare=spare).A.contiguous()
+        rows = torch.nn.functional.normalize(row)
+    ones = torch.ones(rows.shape[0], dtype=rows.dtype)
+    return Spectrum(rows.T, ones, rows).factors(rank, 1.0, spare=spare).A.contiguous()
 
 
 def _factors(subspace: FixedSubspace) -> LoraFactors:

@@ -52,7 +52,7 @@ class SLoraState:
     initial: Mapping[str, LoraFactors]
     values: Mapping[str, Tensor]
     second: FedItState | FlexLoraState | None = None
-    lost: Mapping[str, float] = field(default_factory=dict)
+    lost: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @aggregation_method("slora")
