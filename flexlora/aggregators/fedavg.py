@@ -1,0 +1,55 @@
+"""FedAvg: the mean of ``A`` and the mean of ``B``, clients trained by SGD (arXiv:1602.05629).
+
+``A+ = sum_i w_i A_i``, ``B+ = sum_i w_i B_i`` with ``w_i = n_i / sum n``: on the server it is ``fedit``, with the same
+flaw, that the product of the means is not the mean of the products. What differs is the clients' optimiser.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from flexlora.aggregators.fedit import FedItState
+from flexlora.aggregators.one_rank import at_one_rank, at_server, whole
+from flexlora.aggregators.registry import aggregation_method
+from flexlora.aggregators.settings import Traits
+from flexlora.federation.messages import Broadcast, Update
+from flexlora.lora.factor_mean import mean_factors
+from flexlora.lora.factors import AdapterState, Scaling
+from flexlora.lora.product import Spectrum, spectrum_of
+
+
+@aggregation_method("fedavg")
+@dataclass(frozen=True)
+class FedAvg:
+    """Weighted average of the factors at one rank, after local SGD (arXiv:1602.05629).
+
+    Attributes:
+        scaling: The scaling rule of the clients.
+    """
+
+    scaling: Scaling
+
+    traits = Traits(needs_one_rank=True, local_optimizer="sgd")
+
+    def init(self, adapter: AdapterState) -> FedItState:
+        """Return the initial adapter, its scalings taken over by the rule."""
+        return FedItState(at_server(adapter, self.scaling))
+
+    def aggregate(self, state: FedItState, updates: Iterable[Update]) -> FedItState:
+        """Return the weighted mean of ``A`` and of ``B``, module by module.
+
+        Raises:
+            AggregationError: If an update lacks a module or has another rank than the server's adapter.
+        """
+        return FedItState(mean_factors(state.adapter, at_one_rank(state.adapter, updates)))
+
+    def broadcast(self, state: FedItState, ranks: Mapping[str, int]) -> Broadcast:
+        """Return the averaged adapter in float32; ``ranks`` must be the server's.
+
+        Raises:
+            AggregationError: If they are not.
+        """
+        return Broadcast(whole(state.adapter, ranks))
+
+    def spectra(self, state: FedItState) -> dict[str, Spectrum]:
+        """Return the decomposed product of the averaged factors; nothing of it was discarded."""
+        return {module: spectrum_of(factors) for module, factors in state.adapter.items()}
