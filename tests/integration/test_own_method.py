@@ -35,7 +35,7 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def method(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the page's file, written where its reader would."""
-    path = tmp_path_factory.mktemp("researcher") / "ffa_lora.py"
+    path = tmp_path_factory.mktemp("researcher") / "median_b.py"
     path.write_text(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[0], encoding="utf-8")
     return path
 
@@ -59,7 +59,7 @@ def test_what_the_page_says_of_a_forgotten_check_is_what_happens(method: Path) -
     broken = re.sub(r"\n +require_server_ranks\([^\n]*", "", method.read_text(encoding="utf-8"))
     folder = method.parent / "broken"
     folder.mkdir()
-    (folder / "ffa_lora.py").write_text(broken, encoding="utf-8")
+    (folder / "median_b.py").write_text(broken, encoding="utf-8")
     (check,) = re.findall(r"python -c \"(.*)\"", PAGE)
     done = subprocess.run([sys.executable, "-c", check], cwd=folder, capture_output=True, text=True, check=False)
     (words,) = re.findall(r"answers «(.*?)»", PAGE.replace("\n", " "))
@@ -68,7 +68,7 @@ def test_what_the_page_says_of_a_forgotten_check_is_what_happens(method: Path) -
 
 def test_a_run_with_it_is_killed_and_resumed_to_the_same_bytes_and_reported(method: Path) -> None:
     at = method.parent
-    run = ["run", ROOT / "configs" / "demo.yaml", "method.path=ffa_lora.py", "method.name=ffa_lora", *SMALL]
+    run = ["run", ROOT / "configs" / "demo.yaml", "method.path=median_b.py", "method.name=median_b", *SMALL]
     whole = flexlora(*run, "--out", "whole", "--quiet", "--json", at=at)
     assert whole.returncode == 0, whole.stderr
     command = [sys.executable, "-m", "flexlora.cli", *map(str, run), "--out", "killed", "--quiet"]
@@ -81,8 +81,8 @@ def test_a_run_with_it_is_killed_and_resumed_to_the_same_bytes_and_reported(meth
     assert resumed.returncode == 0, resumed.stderr
     assert bytes_of(at / "killed") == bytes_of(at / "whole")
     manifest = json.loads((at / "killed" / "manifest.json").read_text())
-    assert manifest["method"] == "ffa_lora" and "ffa_lora.py" in manifest["packages"]
-    assert "ffa_lora" in (at / "killed" / "report.html").read_text(encoding="utf-8")
+    assert manifest["method"] == "median_b" and "median_b.py" in manifest["packages"]
+    assert "median_b" in (at / "killed" / "report.html").read_text(encoding="utf-8")
     # Only B has moved: A is as the first round was sent it.
     records = [json.loads(line) for line in (at / "killed" / "records.jsonl").read_text().splitlines()]
     assert len(records) == 7 and records[-1]["num_ok"] == 4
@@ -96,7 +96,7 @@ def test_a_changed_file_is_noticed_when_resuming_and_a_lost_one_is_named(method:
         "run",
         ROOT / "configs" / "demo.yaml",
         "method.path=changing.py",
-        "method.name=ffa_lora",
+        "method.name=median_b",
         *SMALL,
         "rounds.num_rounds=1",
     ]
@@ -114,11 +114,11 @@ def test_a_changed_file_is_noticed_when_resuming_and_a_lost_one_is_named(method:
 
 
 def test_mistakes_in_its_settings_are_told_before_anything_is_loaded(method: Path) -> None:
-    run = ["run", ROOT / "configs" / "demo.yaml", "method.path=ffa_lora.py", "method.name=ffa_lora", "--out", "wrong"]
+    run = ["run", ROOT / "configs" / "demo.yaml", "method.path=median_b.py", "method.name=median_b", "--out", "wrong"]
     wrong = flexlora(*run, "method.momentum=0.5", at=method.parent)
     assert (
         wrong.returncode == 2
         and "method.momentum: there is no such setting; known keys here: name, path" in wrong.stderr
     )
     several = flexlora(*run, "data.num_clients=20", at=method.parent)
-    assert several.returncode == 2 and "method.name=ffa_lora needs one rank for all clients" in several.stderr
+    assert several.returncode == 2 and "method.name=median_b needs one rank for all clients" in several.stderr

@@ -40,21 +40,21 @@ def blocks_of(page: str) -> list[str]:
 
 def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
-    (tmp_path / "ffa_lora.py").write_text(blocks_of("own-method.md")[0], encoding="utf-8")
+    (tmp_path / "median_b.py").write_text(blocks_of("own-method.md")[0], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(flexlora, "run", small_run, raising=False)
     names: dict[str, Any] = {"__name__": "page"}
     for number, block in enumerate(blocks_of("python.md")):
         exec(compile(block, f"python.md, block {number}", "exec"), names)
-    sys.modules.pop("ffa_lora", None)
+    sys.modules.pop("median_b", None)
     runs = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert runs == {"demo-1", "demo-2", "seed-0", "seed-1", "wards", "own-loop", "trainer", "ffa"}
+    assert runs == {"demo-1", "demo-2", "seed-0", "seed-1", "wards", "own-loop", "trainer", "median"}
     for folder in (tmp_path / "runs").iterdir():
         found = flexlora.open_run(folder)
         assert found.has_progress and found.report.is_file(), folder
         assert {record.num_failed for record in found.rounds} == {0}, folder
     assert flexlora.open_run(tmp_path / "runs" / "demo-1").server_round == 3
-    assert flexlora.open_run(tmp_path / "runs" / "ffa").method == "ffa_lora"
+    assert flexlora.open_run(tmp_path / "runs" / "median").method == "median_b"
     assert {factors.rank for factors in read_adapter(names["folder"]).values()} == {4}
     assert {factors.rank for factors in names["adapter"].values()} == {4}
