@@ -5,13 +5,17 @@ import pytest
 import torch
 
 from flexlora.aggregators.base import AggregationError
-from flexlora.aggregators.contract_case import SCALINGS, Case, all_modules
+from flexlora.aggregators.contract_case import SCALINGS, SHAPES, Case
 from flexlora.aggregators.dimension_wise import DimensionWise
 from flexlora.aggregators.fedit import FedIt
 from flexlora.federation.messages import Update
 
 CASES = [Case(DimensionWise, {}, scaling) for scaling in SCALINGS]
 every_scaling = pytest.mark.parametrize("case", CASES, ids=lambda case: case.scaling.policy)
+
+
+def all_modules(rank: int) -> dict[str, int]:
+    return dict.fromkeys(SHAPES, rank)
 
 
 @every_scaling

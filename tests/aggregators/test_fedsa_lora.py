@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, Case, all_modules
+from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, SHAPES, Case
 from flexlora.aggregators.fedsa_lora import FedSaLora
 from flexlora.aggregators.settings import traits_of
 from flexlora.federation.messages import Update
@@ -12,6 +12,10 @@ from flexlora.lora.factors import LoraFactors
 
 CASES = [Case(FedSaLora, {}, scaling) for scaling in SCALINGS]
 every_scaling = pytest.mark.parametrize("case", CASES, ids=lambda case: case.scaling.policy)
+
+
+def all_modules(rank: int) -> dict[str, int]:
+    return dict.fromkeys(SHAPES, rank)
 
 
 @every_scaling

@@ -4,22 +4,27 @@ import numpy as np
 import pytest
 import torch
 
-from flexlora.aggregators.contract_case import (
-    SCALINGS,
-    SERVER_RANK,
-    SHAPES,
-    Case,
-    all_modules,
-    initial_adapter,
-    trained,
-)
+from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, SHAPES, Case, initial_adapter
 from flexlora.aggregators.ffa_lora import FfaLora
 from flexlora.federation.known_rows import known_rows
-from flexlora.federation.messages import Update
-from flexlora.lora.factors import LoraFactors
+from flexlora.federation.messages import Broadcast, Update
+from flexlora.lora.factors import AdapterState, LoraFactors
 
 CASES = [Case(FfaLora, {}, scaling) for scaling in SCALINGS]
 every_scaling = pytest.mark.parametrize("case", CASES, ids=lambda case: case.scaling.policy)
+
+
+def all_modules(rank: int) -> dict[str, int]:
+    return dict.fromkeys(SHAPES, rank)
+
+
+def trained_b(sent: Broadcast, seed: int) -> AdapterState:
+    """Return what was sent with noise on every ``B``."""
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        module: LoraFactors(f.A, f.B + torch.randn(f.B.shape, generator=rng), f.scaling)
+        for module, f in sent.trainable.items()
+    }
 
 
 def mean_of_products(updates: list[Update], module: str) -> np.ndarray:
@@ -34,7 +39,7 @@ def mean_of_products(updates: list[Update], module: str) -> np.ndarray:
 def test_at_one_rank_the_mean_is_that_of_the_products_exactly(case: Case) -> None:
     state = case.after_a_round()
     sent = case.aggregator.broadcast(state, all_modules(SERVER_RANK))
-    updates = [Update(str(i), trained(sent, seed=i), 1.0 + i) for i in range(4)]
+    updates = [Update(str(i), trained_b(sent, seed=i), 1.0 + i) for i in range(4)]
     after = case.aggregator.aggregate(state, updates)
     for module, factors in after.adapter.items():
         W = mean_of_products(updates, module)

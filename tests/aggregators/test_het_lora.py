@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flexlora.aggregators.base import AggregationError
-from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, Case, all_modules, in_another_gauge
+from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, SHAPES, Case
 from flexlora.aggregators.het_lora import HetLora
 from flexlora.aggregators.zero_pad import ZeroPad
 from flexlora.federation.messages import TailPenalty, Update
@@ -14,6 +14,21 @@ from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 SCALING = Scaling("constant_alpha", 16.0)
 PLAIN = {"self_pruning": False}
 every_scaling = pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling.policy)
+
+
+def all_modules(rank: int) -> dict[str, int]:
+    return dict.fromkeys(SHAPES, rank)
+
+
+def in_another_gauge(adapter: AdapterState) -> AdapterState:
+    """Return ``(B M, M^-1 A)`` in float64: other factors, the same product."""
+    rng = np.random.default_rng(0)
+    turned: dict[str, LoraFactors] = {}
+    for module, f in adapter.items():
+        M = np.eye(f.rank) + 0.4 * rng.standard_normal((f.rank, f.rank)) / f.rank
+        A, B = np.linalg.solve(M, f.A.double().numpy()), f.B.double().numpy() @ M
+        turned[module] = LoraFactors(torch.tensor(A), torch.tensor(B), f.scaling)
+    return turned
 
 
 def shrunk(adapter: AdapterState, factor: float) -> AdapterState:
@@ -52,7 +67,7 @@ def test_weights_depend_neither_on_the_amount_of_data_nor_on_how_a_product_is_sp
     case = Case(HetLora, PLAIN, SCALING)
     state = case.after_a_round()
     first, *others = case.updates(state, seed=1)
-    turned = Update(first.client_id, in_another_gauge(first.payload, 0), weight=1e3 * first.weight)
+    turned = Update(first.client_id, in_another_gauge(first.payload), weight=1e3 * first.weight)
     before = case.aggregator.aggregate(state, [first, *others])
     after = case.aggregator.aggregate(state, [turned, *others])
     for module, found in after.adapter.items():

@@ -5,13 +5,17 @@ import pytest
 import torch
 from scipy import linalg
 
-from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, SHAPES, Case, all_modules
+from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, SHAPES, Case
 from flexlora.aggregators.lora_fair import LoraFair
 from flexlora.aggregators.zero_pad import ZeroPad
 from flexlora.federation.messages import Update
 from flexlora.lora.factors import LoraFactors
 
 every_scaling = pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling.policy)
+
+
+def all_modules(rank: int) -> dict[str, int]:
+    return dict.fromkeys(SHAPES, rank)
 
 
 def dense_parts(updates: list[Update], module: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,12 +4,30 @@ import numpy as np
 import pytest
 import torch
 
-from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, SHAPES, Case, all_modules, trained
+from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, SHAPES, Case
 from flexlora.aggregators.rolora import RoLora
-from flexlora.federation.messages import Update
+from flexlora.federation.messages import Broadcast, Update
+from flexlora.lora.factors import AdapterState, LoraFactors
 
 CASES = [Case(RoLora, {}, scaling) for scaling in SCALINGS]
 every_scaling = pytest.mark.parametrize("case", CASES, ids=lambda case: case.scaling.policy)
+
+
+def all_modules(rank: int) -> dict[str, int]:
+    return dict.fromkeys(SHAPES, rank)
+
+
+def trained(sent: Broadcast, seed: int) -> AdapterState:
+    """Return what was sent with noise on the factor that is to be trained."""
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        module: LoraFactors(
+            f.A + (sent.train_factors == "A") * torch.randn(f.A.shape, generator=rng),
+            f.B + (sent.train_factors == "B") * torch.randn(f.B.shape, generator=rng),
+            f.scaling,
+        )
+        for module, f in sent.trainable.items()
+    }
 
 
 def mean_of_products(updates: list[Update], module: str) -> np.ndarray:
