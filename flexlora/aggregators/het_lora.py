@@ -61,7 +61,7 @@ class HetLora:
     @property
     def traits(self) -> Traits:
         """What others must know of this method."""
-        return Traits(per_client=self.self_pruning, fewer_directions=self.self_pruning)
+        return Traits(per_client=True, fewer_directions=self.self_pruning)
 
     def init(self, adapter: AdapterState) -> HetLoraState:
         """Return the initial adapter, whose ranks are the largest a client may have; nobody is pruned."""
