@@ -1,7 +1,8 @@
 """Says which arm of a comparison is first, or which are tied for first.
 
 The arm that looks best is compared with every other contender, and Holm's correction is over all these comparisons on
-all distributions. A winner is named only if each of them has a corrected p below `ALPHA` and the power wanted.
+all distributions. A winner is named only if its difference to the runner-up has a corrected p below `ALPHA` and the
+power wanted. Arms further behind can still be untold from it, because their runs scatter more; they are named too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,14 +54,19 @@ class Verdict:
     left_out: tuple[str, ...] = ()
 
     @property
-    def tied(self) -> tuple[str, ...]:
-        """Rivals that cannot be told from the first."""
-        return tuple(rival.arm for rival in self.rivals if not rival.is_separated)
+    def untold(self) -> tuple[Rival, ...]:
+        """Rivals that cannot be told from the first, best first."""
+        return tuple(rival for rival in self.rivals if not rival.is_separated)
 
     @property
     def winner(self) -> str | None:
-        """The first, if it can be told from every rival."""
-        return self.first if self.rivals and not self.tied else None
+        """The first, if it can be told from the runner-up."""
+        return self.first if self.rivals and self.rivals[0].is_separated else None
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """The rivals that share the first place; none if there is a winner."""
+        return () if self.winner else tuple(rival.arm for rival in self.untold)
 
     @property
     def runner_up(self) -> Rival | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flexlora.rounds.records import (
@@ -181,6 +182,15 @@ class StudyRows:
         """A tuning run with this validation loss."""
         changed = {"unseen": None, "validation_loss": loss, "curve": [], **changed}
         return self(arm, draw, loss, phase="tuning", learning_rate=rate, **changed)
+
+    def study(
+        self, gaps: dict[str, float], draws: int = 8, noise: float = 0.01, seed: int = 7, **changed: Any
+    ) -> list[dict[str, Any]]:
+        """Test runs whose arms lie ``gaps`` above a loss that varies over draws, with noise of their own."""
+        rng = np.random.default_rng(seed)
+        common = rng.normal(1.7, 0.1, draws)
+        own = {arm: rng.normal(gap, noise, draws) for arm, gap in gaps.items()}
+        return [self(arm, d, float(common[d] + own[arm][d]), **changed) for d in range(draws) for arm in gaps]
 
 
 @pytest.fixture

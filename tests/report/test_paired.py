@@ -13,16 +13,6 @@ from flexlora.report.verdicts import OUT_OF_REACH
 MakeRow = Any
 
 
-def study(study_row: MakeRow, gaps: dict[str, float], draws: int = 8, noise: float = 0.01, **changed: Any) -> list[Any]:
-    """Rows whose arms lie ``gaps`` above a common loss that varies over draws, with noise of their own."""
-    rng = np.random.default_rng(7)
-    common = rng.normal(1.7, 0.1, draws)
-    own = {arm: rng.normal(gap, noise, draws) for arm, gap in gaps.items()}
-    return [
-        study_row(arm, draw, float(common[draw] + own[arm][draw]), **changed) for draw in range(draws) for arm in gaps
-    ]
-
-
 def losses(rows: list[Any], arm: str, where: str = "uniform") -> np.ndarray:
     found = {r["draw"]: r["unseen"]["loss"] for r in rows if (r["arm"], r["distribution"]) == (arm, where)}
     return np.array([found[draw] for draw in sorted(found)])
@@ -32,7 +22,7 @@ GAPS = {"fedit_smallest": 0.0, "aligned": -0.05, "flexlora": 0.02, "base": 0.5, 
 
 
 def test_means_and_paired_differences_are_those_of_scipy(study_row: MakeRow) -> None:
-    rows = study(study_row, GAPS)
+    rows = study_row.study(GAPS)
     found = summary(rows)
     cell = found.cells["unseen_loss", "uniform", "aligned"]
     ours, reference = losses(rows, "aligned"), losses(rows, "fedit_smallest")
@@ -48,7 +38,7 @@ def test_means_and_paired_differences_are_those_of_scipy(study_row: MakeRow) -> 
 
 
 def test_holm_runs_over_all_arms_and_distributions_of_a_measure(study_row: MakeRow) -> None:
-    rows = study(study_row, GAPS) + study(study_row, GAPS, noise=0.1, distribution="skewed")
+    rows = study_row.study(GAPS) + study_row.study(GAPS, noise=0.1, distribution="skewed")
     found = summary(rows)
     cells = [cell for cell in found.cells.values() if cell.measure == "unseen_loss" and cell.pairs]
     p_values = [
@@ -64,7 +54,7 @@ def test_holm_runs_over_all_arms_and_distributions_of_a_measure(study_row: MakeR
 
 
 def test_any_arm_can_be_the_reference(study_row: MakeRow) -> None:
-    rows = study(study_row, GAPS)
+    rows = study_row.study(GAPS)
     one = summary(rows).cells["unseen_loss", "uniform", "flexlora"].pairs
     other = summary(rows, "flexlora").cells["unseen_loss", "uniform", "fedit_smallest"].pairs
     assert one is not None and other is not None
@@ -73,7 +63,7 @@ def test_any_arm_can_be_the_reference(study_row: MakeRow) -> None:
 
 
 def test_a_clear_winner_is_named_and_what_is_out_of_reach_cannot_win(study_row: MakeRow) -> None:
-    verdict = summary(study(study_row, GAPS)).verdicts["unseen_loss", "uniform"]
+    verdict = summary(study_row.study(GAPS)).verdicts["unseen_loss", "uniform"]
     assert verdict.winner == "aligned"
     assert verdict.runner_up is not None and verdict.runner_up.arm == "fedit_smallest"
     assert not set(OUT_OF_REACH) & {rival.arm for rival in verdict.rivals}
@@ -81,13 +71,13 @@ def test_a_clear_winner_is_named_and_what_is_out_of_reach_cannot_win(study_row: 
 
 
 def test_scores_that_should_be_high_are_ranked_from_the_top(study_row: MakeRow) -> None:
-    found = summary(study(study_row, GAPS))
+    found = summary(study_row.study(GAPS))
     assert found.verdicts["rouge_l", "uniform"].winner == "aligned"
     assert found.ranked("rouge_l", "uniform")[0].arm == "fedit_largest"
 
 
 def test_a_near_tie_names_no_winner_but_the_draws_it_needs(study_row: MakeRow) -> None:
-    verdict = summary(study(study_row, {**GAPS, "aligned": 0.0}, noise=0.02)).verdicts["unseen_loss", "uniform"]
+    verdict = summary(study_row.study({**GAPS, "aligned": 0.0}, noise=0.02)).verdicts["unseen_loss", "uniform"]
     assert verdict.winner is None
     assert verdict.runner_up is not None
     assert verdict.tied == (verdict.runner_up.arm,)
@@ -108,7 +98,7 @@ def test_significance_without_power_is_a_tie(study_row: MakeRow) -> None:
 
 
 def test_only_test_runs_at_the_chosen_rate_count(study_row: MakeRow) -> None:
-    rows = study(study_row, {"fedit_smallest": 0.0, "aligned": -0.05})
+    rows = study_row.study({"fedit_smallest": 0.0, "aligned": -0.05})
     rows += [{**row, "learning_rate": 0.1, "unseen": {**row["unseen"], "loss": 0.1}} for row in rows]
     rows += [study_row.tuning("aligned", rate, loss) for rate, loss in ((0.001, 2.0), (0.01, 1.6), (0.1, 1.9))]
     found = summary(rows)
@@ -120,7 +110,7 @@ def test_only_test_runs_at_the_chosen_rate_count(study_row: MakeRow) -> None:
 
 @pytest.mark.parametrize("draws", [1, 2, 3])
 def test_few_draws_give_numbers_with_notes_and_no_winner(study_row: MakeRow, draws: int) -> None:
-    found = summary(study(study_row, {"fedit_smallest": 0.0, "aligned": -0.005, "base": 0.5}, draws))
+    found = summary(study_row.study({"fedit_smallest": 0.0, "aligned": -0.005, "base": 0.5}, draws))
     cell = found.cells["unseen_loss", "uniform", "aligned"]
     notes = {1: ("one draw: no interval, no test",), 2: ("two draws: the interval rests on one degree of freedom",)}
     assert cell.notes == notes.get(draws, ())
@@ -128,7 +118,7 @@ def test_few_draws_give_numbers_with_notes_and_no_winner(study_row: MakeRow, dra
 
 
 def test_missing_pairs_are_noted_and_flagged(study_row: MakeRow) -> None:
-    rows = [row for row in study(study_row, GAPS) if row["arm"] != "flexlora" or row["draw"] < 3]
+    rows = [row for row in study_row.study(GAPS) if row["arm"] != "flexlora" or row["draw"] < 3]
     found = summary(rows)
     cell = found.cells["unseen_loss", "uniform", "flexlora"]
     assert cell.pairs is not None and cell.pairs.num_pairs == 3
@@ -137,21 +127,21 @@ def test_missing_pairs_are_noted_and_flagged(study_row: MakeRow) -> None:
 
 
 def test_without_the_reference_there_are_means_and_a_verdict(study_row: MakeRow) -> None:
-    found = summary(study(study_row, {"aligned": -0.05, "flexlora": 0.02}))
+    found = summary(study_row.study({"aligned": -0.05, "flexlora": 0.02}))
     assert found.cells["unseen_loss", "uniform", "aligned"].notes == ("no draw in common with fedit_smallest",)
     assert found.verdicts["unseen_loss", "uniform"].winner == "aligned"
     assert [flag.kind for flag in found.flags] == ["missing"]
 
 
 def test_a_contender_without_enough_draws_is_not_ranked(study_row: MakeRow) -> None:
-    rows = [row for row in study(study_row, GAPS) if row["arm"] != "aligned" or row["draw"] == 5]
+    rows = [row for row in study_row.study(GAPS) if row["arm"] != "aligned" or row["draw"] == 5]
     verdict = summary(rows).verdicts["unseen_loss", "uniform"]
     assert verdict.left_out == ("aligned",)
     assert verdict.first == "fedit_smallest"
 
 
 def test_runs_that_went_wrong_are_marked_everywhere(study_row: MakeRow) -> None:
-    rows = study(study_row, GAPS)
+    rows = study_row.study(GAPS)
     rows += [study_row("wild", draw, None if draw < 2 else 1.7) for draw in range(8)]
     rows[-1] |= {"failure": "out of memory"}
     found = summary(rows)
@@ -164,7 +154,7 @@ def test_runs_that_went_wrong_are_marked_everywhere(study_row: MakeRow) -> None:
 
 
 def test_edges_and_other_rates_are_flagged(study_row: MakeRow) -> None:
-    rows = study(study_row, {"fedit_smallest": 0.0, "aligned": -0.05})
+    rows = study_row.study({"fedit_smallest": 0.0, "aligned": -0.05})
     rows += [study_row.tuning("aligned", rate, loss) for rate, loss in ((0.01, 1.9), (0.02, 1.6))]
     flags = {flag.kind: flag.detail for flag in summary(rows).flags}
     assert flags == {
@@ -187,7 +177,7 @@ def test_the_summary_is_json_without_nan_at_every_stage(study_row: MakeRow, stag
         "one": [study_row("aligned")],
         "equal": [study_row(arm, draw) for arm in ("aligned", "fedit_smallest") for draw in range(4)],
         "diverged": [study_row(arm, draw, None) for arm in ("aligned", "fedit_smallest") for draw in range(4)],
-        "whole": study(study_row, GAPS),
+        "whole": study_row.study(GAPS),
     }[stage]
     found = summary(rows).to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == json.loads(json.dumps(found))
