@@ -28,12 +28,17 @@ MAX_MARKERS = 30
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal axis of a line chart: its name, and how a place on it is called and written."""
+    """The horizontal axis of a line chart: its name, and how a place on it is called and written.
+
+    Attributes:
+        marks: Places with a mark; None chooses round numbers.
+    """
 
     name: str
     heading: NumberText
     write: NumberText
     is_whole: bool = True
+    marks: Sequence[float] | None = None
 
 
 ROUNDS = Axis("rounds", lambda x: f"Round {x:.0f}", lambda x: f"{x:.0f}")
@@ -41,12 +46,19 @@ ROUNDS = Axis("rounds", lambda x: f"Round {x:.0f}", lambda x: f"{x:.0f}")
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart, or one level across it when ``is_level``."""
+    """One line of a chart, or one level across it when ``is_level``.
+
+    Attributes:
+        band: (place, low, high) along the line, shaded.
+        ring: A point to stand out.
+    """
 
     name: str
     style: str
     points: Sequence[tuple[float, float | None]]
     is_level: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
+    ring: tuple[float, float] | None = None
 
     @property
     def present(self) -> list[tuple[float, float]]:
@@ -71,12 +83,14 @@ def line_chart(
         return None
     rounds = sorted({x for line in series if not line.is_level for x, _ in line.present}) or [0.0, 1.0]
     values = [y for line in series for _, y in line.present]
+    values += [end for line in series for _, *ends in line.band for end in ends]
     y_low, y_high = axis_range(min(values), max(values), from_zero)
     x_scale = Scale(rounds[0], rounds[-1], LEFT, RIGHT)
     y_scale = Scale(y_low, y_high, BOTTOM, TOP)
-    x_marks = ticks(rounds[0], rounds[-1], 6, axis.is_whole)
-    x_write = axis.write if axis.is_whole else mark_writer(x_marks)
+    x_marks = ticks(rounds[0], rounds[-1], 6, axis.is_whole) if axis.marks is None else axis.marks
+    x_write = axis.write if axis.is_whole or axis.marks is not None else mark_writer(x_marks)
     body = [*y_axis(ticks(y_low, y_high), y_scale), *x_axis(x_marks, x_scale, x_write)]
+    body += [_band(line, x_scale, y_scale) for line in series if line.band]
     for line in sorted(series, key=lambda line: not line.is_level):
         body.append(_level(line, y_scale) if line.is_level else _line(line, x_scale, y_scale))
     readings = [
@@ -113,7 +127,18 @@ def _line(line: Series, x_scale: Scale, y_scale: Scale) -> Markup:
         body += [
             Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.2"/>').format(line.style, *at) for at in places
         ]
+    if line.ring is not None:
+        x, y = line.ring
+        body.append(
+            Markup('<circle class="ring {}" cx="{:.1f}" cy="{:.1f}" r="7"/>').format(line.style, x_scale(x), y_scale(y))
+        )
     return Markup().join(body)
+
+
+def _band(line: Series, x_scale: Scale, y_scale: Scale) -> Markup:
+    upper = [(x_scale(x), y_scale(high)) for x, _, high in line.band]
+    lower = [(x_scale(x), y_scale(low)) for x, low, _ in reversed(line.band)]
+    return Markup('<path class="band {}" d="{}Z"/>').format(line.style, path_through([*upper, *lower]))
 
 
 def _level(line: Series, y_scale: Scale) -> Markup:

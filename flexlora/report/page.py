@@ -4,31 +4,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from flexlora.files import write_whole
 from flexlora.report import figures
 from flexlora.report.comparison import comparison_notes, timed_runs
 from flexlora.report.dot_row import dot_row
-from flexlora.report.drawing import Chart
 from flexlora.report.headline import headline, notices, status, tiles
 from flexlora.report.participation import device_table, failure_table, plan_table
 from flexlora.report.run_folder import RunFolder, read_run
 from flexlora.report.score_tables import category_table, fairness_table, summary_table, total_rows
-from flexlora.report.scores import finite
 from flexlora.report.spectra import spectra_view
 from flexlora.report.spectra_charts import heat_class
+from flexlora.report.templates import environment
 from flexlora.report.wall_time import time_table
-from flexlora.text import (
-    NONE,
-    bytes_text,
-    count_text,
-    describe_ranks,
-    number_text,
-    percent_text,
-    seconds_text,
-    signed_text,
-)
 
 REPORT_FILE = "report.html"
 
@@ -66,7 +53,7 @@ def render(run: RunFolder, others: Sequence[RunFolder] = (), target: float | Non
     totals = total_rows(run.records, run.references)
     timed, chosen = timed_runs(run, others, target)
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             run=run,
@@ -103,37 +90,6 @@ def render(run: RunFolder, others: Sequence[RunFolder] = (), target: float | Non
             styles=figures.MODEL_STYLES,
         )
     )
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=number_text,
-        rate=_rate_text,
-        signed=signed_text,
-        percent=percent_text,
-        bytes=bytes_text,
-        duration=seconds_text,
-        count=count_text,
-        ranks=describe_ranks,
-        readings=_readings,
-    )
-    return environment
-
-
-def _rate_text(rate: float | None) -> str:
-    return NONE if finite(rate) is None else f"{rate:.3g}"
-
-
-def _readings(chart: Chart) -> list[tuple[float, str, list[tuple[str, str, str]]]]:
-    """Return what the page's script shows where the pointer is, as plain lists."""
-    return [(reading.x, reading.heading, list(reading.lines)) for reading in chart.readings]
 
 
 def _top(values: Sequence[float | None]) -> float:
