@@ -65,6 +65,11 @@ class Series:
         """The points that can be drawn."""
         return [(x, y) for x, y in self.points if y is not None and math.isfinite(y)]
 
+    @property
+    def shown_value(self) -> float:
+        """The value that the legend gives: that of the ring, or else the last one."""
+        return self.ring[1] if self.ring is not None else self.present[-1][1]
+
 
 def line_chart(
     series: Sequence[Series], *, what: str, from_zero: bool, write: NumberText = number_text, axis: Axis = ROUNDS
@@ -101,7 +106,7 @@ def line_chart(
         )
         for x in rounds
     ]
-    legend = [LegendEntry(line.name, line.style, write(line.present[-1][1]), line.is_level) for line in series]
+    legend = [LegendEntry(line.name, line.style, write(line.shown_value), line.is_level) for line in series]
     ends = "; ".join(
         f"{line.name} {write(line.present[-1][1])}"
         if line.is_level or len(line.present) == 1

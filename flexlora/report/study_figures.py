@@ -81,27 +81,32 @@ def line_arms(summary: Summary) -> list[list[str]]:
     return [first, *(others[start : start + MAIN_LINES] for start in range(0, len(others), MAIN_LINES))]
 
 
-def curves(summary: Summary, arms: Sequence[str], name: str) -> list[Figure]:
-    """Return what happened over rounds for some arms and the reference, up to three figures a distribution."""
+def curves(summary: Summary, arms: Sequence[str], name: str) -> list[tuple[str, list[Figure]]]:
+    """Return for each distribution what happened over rounds for some arms and the reference, up to three figures."""
     shown = []
     lines = [(arm, f"c{1 + n}") for n, arm in enumerate(arms)]
     for place, where in enumerate(summary.distributions):
+        figures = []
         for key, title in (("unseen_loss", "Loss on unseen tasks"), ("validation_loss", "Validation loss")):
             styled = [*lines, (summary.reference, REFERENCE_STYLE)]
             series = [_series(arm, style, _by_draw(summary, arm, where, key)) for arm, style in styled]
             chart = line_chart(series, what=f"{title}, {where}", from_zero=False, write=_loss)
-            shown.append(Figure(f"{name}-{place}-{key[:6]}", f"{title}, {where}", NATS, OVER_ROUNDS, chart))
-        reference = _by_draw(summary, summary.reference, where, "validation_loss")
-        series = [
-            _series(arm, style, _minus(_by_draw(summary, arm, where, "validation_loss"), reference))
-            for arm, style in lines
-        ]
-        if any(line.present for line in series):
-            series.append(Series(summary.reference, REFERENCE_STYLE, [(0, 0.0)], is_level=True))
-        title = f"Validation loss minus {summary.reference}, {where}"
-        chart = line_chart(series, what=title, from_zero=True, write=_difference)
-        shown.append(Figure(f"{name}-{place}-paired", title, f"{NATS}, paired by draw", OVER_ROUNDS, chart))
-    return [figure for figure in shown if figure.chart is not None]
+            figures.append(Figure(f"{name}-{place}-{key[:6]}", title, NATS, OVER_ROUNDS, chart))
+        figures.append(_paired_figure(summary, lines, where, f"{name}-{place}-paired"))
+        shown.append((where, [figure for figure in figures if figure.chart is not None]))
+    return [(where, figures) for where, figures in shown if figures]
+
+
+def _paired_figure(summary: Summary, lines: Sequence[tuple[str, str]], where: str, key: str) -> Figure:
+    reference = _by_draw(summary, summary.reference, where, "validation_loss")
+    series = [
+        _series(arm, style, _minus(_by_draw(summary, arm, where, "validation_loss"), reference)) for arm, style in lines
+    ]
+    if any(line.present for line in series):
+        series.append(Series(summary.reference, REFERENCE_STYLE, [(0, 0.0)], is_level=True))
+    title = f"Validation loss minus {summary.reference}"
+    chart = line_chart(series, what=f"{title}, {where}", from_zero=True, write=_difference)
+    return Figure(key, title, f"{NATS}, paired by draw", OVER_ROUNDS, chart)
 
 
 Curves = dict[int, dict[float, float]]
@@ -169,7 +174,8 @@ def _rate_series(choice: ChosenRate, style: str) -> Series:
     ring = None
     if chosen.mean_loss is not None and chosen.learning_rate > 0 and chosen.num_diverged < chosen.num_draws:
         ring = (math.log10(chosen.learning_rate), chosen.mean_loss)
-    return Series(choice.arm, style, points, ring=ring)
+    edge = f", {choice.edge} tried" if choice.edge else ""
+    return Series(f"{choice.arm} at {choice.learning_rate:.2g}{edge}", style, points, ring=ring)
 
 
 def _thinned(marks: list[float]) -> list[float]:

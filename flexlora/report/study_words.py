@@ -26,6 +26,11 @@ def p_text(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else number_text(p, 3)
 
 
+def p_words(p: float | None) -> str:
+    """Return a p-value for a sentence: ``p = 0.012``, ``p < 0.001``."""
+    return "p unknown" if p is None else f"p {'' if p < 0.001 else '= '}{p_text(p)}"
+
+
 def interval_text(pairs: PairStatistics | None, digits: int) -> str:
     """Return the 95 % interval of a mean difference: ``−0.031 to −0.012``."""
     if pairs is None or pairs.low is None:
@@ -88,7 +93,7 @@ def verdict_sentence(verdict: Verdict, measure: Measure, with_place: bool = True
     scatter = f" {_capital(listed(others))} cannot be told from it: the runs scatter too much." if others else ""
     return (
         f"{place}{verdict.first} has {_what(measure)}, {_behind([rival], measure)} {rival.arm}, the next "
-        f"(95 % interval {interval_text(rival.pairs, measure.digits)}, p {p_text(rival.p_holm)}, {draws}).{scatter}"
+        f"(95 % interval {interval_text(rival.pairs, measure.digits)}, {p_words(rival.p_holm)}, {draws}).{scatter}"
     )
 
 

@@ -25,3 +25,13 @@ def test_levels_are_read_at_every_round() -> None:
 
 def test_nothing_to_draw_is_no_chart() -> None:
     assert line_chart([Series("x", "c1", [(0, None), (1, math.inf)])], what="", from_zero=True) is None
+
+
+def test_a_band_widens_the_axis_and_a_ring_marks_its_point() -> None:
+    line = Series("a", "c1", [(1, 1.0), (2, 1.5)], band=[(1, 0.5, 1.5), (2, 1.0, 4.0)], ring=(1, 1.0))
+    chart = line_chart([line], what="Loss", from_zero=False)
+    assert chart is not None
+    assert chart.svg.count('class="band c1"') == 1 and chart.svg.count('class="ring c1"') == 1
+    assert ">4</text>" in chart.svg
+    # The legend gives the value of the ring, not the last one.
+    assert chart.legend[0].value == "1.0"
