@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from flexlora.experiment.config import Config
-from flexlora.experiment.config_data import InMemoryData, InstructionsData, NaturalInstructionsData
+from flexlora.experiment.config_data import InMemoryData, InstructionsData, NaturalInstructionsData, PhoneBookData
 from flexlora.experiment.method_config import DEFAULT_METHOD
 
 NUM_CLIENTS_SHOWN = 5
@@ -72,6 +72,24 @@ def disagreements(config: Config) -> Iterator[str]:
     yield from _type_disagreements(config, known)
     yield from _device_disagreements(config, known)
     yield from _clock_disagreements(config)
+    if isinstance(data, PhoneBookData):
+        yield from _phone_book_disagreements(config, data, known)
+
+
+def _phone_book_disagreements(config: Config, data: PhoneBookData, known: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with who owns how many facts; ``known`` are the client types."""
+    if data.num_facts is not None:
+        for name in sorted({"facts_per_client", "facts_by_type"} & data.model_fields_set):
+            yield f"data.num_facts deals all facts evenly and data.{name} would be ignored; leave one of them out"
+        if data.num_facts < (data.num_clients or 1):
+            yield (
+                f"data.num_facts must be {data.num_clients} or more, one for each client; got {data.num_facts}: raise "
+                "it or lower data.num_clients"
+            )
+    if data.facts_by_type and config.clients.ranks_from == "devices":
+        yield "data.facts_by_type needs client types and clients.ranks_from=devices has none; set data.facts_per_client"
+    elif unknown := sorted(data.facts_by_type.keys() - set(known)):
+        yield f"data.facts_by_type names {', '.join(unknown)}; clients.types has {', '.join(known)}"
 
 
 def _type_disagreements(config: Config, known: Sequence[str]) -> Iterator[str]:

@@ -130,6 +130,30 @@ class InMemoryData(CommonData):
     )
 
 
+class PhoneBookData(CommonData):
+    """Made-up facts, each owned by one client and tested as it was taught: what adapters can store, not generalise."""
+
+    name: Literal["phone_book"]
+    corpus_seed: int = Field(
+        default=0, description="Seed of names and numbers; who owns which of them depends on the seed of the run."
+    )
+    code_length: int = Field(default=4, ge=1, le=16, description="Digits of a number.")
+    facts_per_client: int = Field(default=8, ge=1, description="Facts of each client.")
+    facts_by_type: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description=(
+            "Client type -> facts of each of its clients, for types that hold more or fewer than "
+            "`data.facts_per_client`."
+        ),
+    )
+    num_facts: int | None = Field(
+        default=None,
+        ge=1,
+        description="Facts of all clients together, dealt evenly; null gives each client `data.facts_per_client`.",
+    )
+
+
 DataConfig = Annotated[
-    GeneratedData | NaturalInstructionsData | InstructionsData | InMemoryData, Field(discriminator="name")
+    GeneratedData | NaturalInstructionsData | InstructionsData | InMemoryData | PhoneBookData,
+    Field(discriminator="name"),
 ]

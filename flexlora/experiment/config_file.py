@@ -14,7 +14,13 @@ from flexlora.errors import FlexLoraError
 from flexlora.experiment.config import Config, ConfigError
 from flexlora.experiment.config_checks import disagreements, missing_paths
 from flexlora.experiment.config_clients import RankConfig
-from flexlora.experiment.config_data import GeneratedData, InMemoryData, InstructionsData, NaturalInstructionsData
+from flexlora.experiment.config_data import (
+    GeneratedData,
+    InMemoryData,
+    InstructionsData,
+    NaturalInstructionsData,
+    PhoneBookData,
+)
 from flexlora.experiment.config_section import Section
 from flexlora.experiment.method_config import method_model, method_named
 
@@ -32,6 +38,7 @@ DATA_SECTIONS: Mapping[str, type[Section]] = {
     "natural_instructions": NaturalInstructionsData,
     "instructions": InstructionsData,
     "in_memory": InMemoryData,
+    "phone_book": PhoneBookData,
 }
 
 

@@ -10,13 +10,23 @@ from flexlora.data.generated.tasks import all_tasks, split_of
 from flexlora.data.instructions import load_instructions
 from flexlora.data.natural_instructions import Task, read_tasks
 from flexlora.data.owned_examples import OwnedRow, load_owned_examples
+from flexlora.data.phone_book import PhoneBook, client_names, even_shares, phone_book
 from flexlora.data.pretraining import BASE_FOLDER, INSTANCES_FILE, seen_in_pretraining
 from flexlora.data.row_dealing import InstructionSummary
 from flexlora.data.task_dealing import TaskDealing, deal_tasks
 from flexlora.data.task_hold_out import HoldOut
+from flexlora.experiment.client_plans import group_of_each
 from flexlora.experiment.config import Config, ConfigError
-from flexlora.experiment.config_data import GeneratedData, InMemoryData, InstructionsData, NaturalInstructionsData
+from flexlora.experiment.config_data import (
+    GeneratedData,
+    InMemoryData,
+    InstructionsData,
+    NaturalInstructionsData,
+    PhoneBookData,
+)
 
+# Clients of a phone book whose number is not set.
+PHONE_BOOK_CLIENTS = 100
 # Clients whose first example tells how long texts are.
 LENGTH_SAMPLE = 256
 # Settings of ``data`` that say how examples are used, not which there are.
@@ -45,12 +55,19 @@ def corpus_of(config: Config, examples: Iterable[OwnedRow] | None = None) -> tup
         raise ConfigError([f"data.name must be in_memory for a run with data=; got {data.name}"], "the configuration")
     is_embedded = name == "embedded" or Path(name).expanduser().resolve() == BASE_FOLDER
     decided_by = {"seed": seed, "data": data.model_dump(mode="json", exclude=NOT_IN_CORPUS)}
-    files = None if isinstance(data, GeneratedData) else Path(data.path).expanduser()
+    files = None if isinstance(data, GeneratedData | PhoneBookData) else Path(data.path).expanduser()
     if files is not None and files.exists():
         decided_by["files"] = files_state(files) + files_state(BASE_FOLDER / INSTANCES_FILE)
         decided_by["is_embedded"] = is_embedded
 
+    group_of: dict[str, str] = {}
+    if isinstance(data, PhoneBookData):
+        group_of = group_of_each(client_names(data.num_clients or PHONE_BOOK_CLIENTS), config)
+        decided_by["groups"] = group_of
+
     def _read(file: ExampleFile) -> tuple[FederatedCorpus, tuple[str, ...]]:
+        if isinstance(data, PhoneBookData):
+            return _make_phone_book(data, seed, group_of, file), ()
         if isinstance(data, InstructionsData):
             return _read_rows(data, seed, file)
         return _read_tasks(data, seed, file, base_is_embedded=is_embedded)
@@ -60,11 +77,24 @@ def corpus_of(config: Config, examples: Iterable[OwnedRow] | None = None) -> tup
     return kept_corpus(_cache_folder(data) if can_be_kept else None, decided_by, _read, [Path(__file__)])
 
 
-def _cache_folder(data: GeneratedData | NaturalInstructionsData | InstructionsData) -> Path | None:
-    """Return where corpora are kept between runs; other people's texts only where the configuration says so."""
+def _cache_folder(data: GeneratedData | NaturalInstructionsData | InstructionsData | PhoneBookData) -> Path | None:
+    """Return where corpora are kept between runs; only those that take long to make, unless the configuration says so.
+
+    Other people's texts are private, and a phone book is made at once.
+    """
     if data.cache == "none" or (data.cache == "auto" and not isinstance(data, GeneratedData)):
         return None
     return user_cache_folder() if data.cache in ("auto", "user") else Path(data.cache).expanduser()
+
+
+def _make_phone_book(data: PhoneBookData, seed: int, group_of: Mapping[str, str], file: ExampleFile) -> FederatedCorpus:
+    if data.num_facts is not None:
+        facts_of = even_shares(list(group_of), data.num_facts)
+    else:
+        facts_of = {
+            client_id: data.facts_by_type.get(group, data.facts_per_client) for client_id, group in group_of.items()
+        }
+    return phone_book(facts_of, seed, PhoneBook(data.corpus_seed, data.code_length), group_of, file)
 
 
 def _read_examples(

@@ -9,11 +9,12 @@ import torch
 
 from flexlora.engines.process_layout import choose_processes
 from flexlora.experiment.base import check_length, load_empty, resolve_device
+from flexlora.experiment.client_plans import config_plans
 from flexlora.experiment.config import Config
 from flexlora.experiment.corpora import length_sample
 from flexlora.experiment.device_ranks import Affordable, Budget, exceeded, time_budget
 from flexlora.experiment.loaded import adapted_shapes
-from flexlora.experiment.participants import Participants, config_plans, gather_participants, policy_of
+from flexlora.experiment.participants import Participants, gather_participants, policy_of
 from flexlora.experiment.round_loop import cohort_size
 from flexlora.experiment.workload import Workload, cost_on_device, measure_workload
 from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks, largest_ranks

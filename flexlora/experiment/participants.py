@@ -8,17 +8,16 @@ from flexlora.aggregators.settings import Traits
 from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.owned_examples import OwnedRow
 from flexlora.data.partition import fixed_validation
+from flexlora.experiment.client_plans import devices_of_each, plan_of_each
 from flexlora.experiment.config import Config, ConfigError
-from flexlora.experiment.config_clients import RankConfig
 from flexlora.experiment.corpora import corpus_of
 from flexlora.experiment.device_ranks import Affordable, affordable_plans, left_out_clients, never_there
 from flexlora.experiment.workload import Workload, workload_of
-from flexlora.federation.client_types import TypeRanks, assign_plans, deal_plans, fixed_plans, rank_plans
 from flexlora.federation.clients import ClientError, ClientSpec, RankPlan, count_plans
 from flexlora.federation.streams import stream
 from flexlora.rounds.clock import Clock, Policy
 from flexlora.rounds.costs import ClientCost, matrix_rate
-from flexlora.rounds.devices import DeviceProfile, assign_devices, device_profiles
+from flexlora.rounds.devices import DeviceProfile
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def gather_participants(config: Config, examples: Iterable[OwnedRow] | None = No
     rng = stream(config.seed, "validation")
     validation = fixed_validation(corpus.clients, config.data.validation_examples, rng)
     ids = sorted(corpus.clients)
-    profiles, device_of = _devices_of_each(ids, config)
+    profiles, device_of = devices_of_each(ids, config)
     workload = workload_of(config, corpus) if profiles else None
     chosen: Mapping[str, Affordable] = {}
     if config.clients.ranks_from == "devices":
@@ -75,7 +74,7 @@ def gather_participants(config: Config, examples: Iterable[OwnedRow] | None = No
         plan_of = {client_id: found.plan for client_id, found in chosen.items()}
         warnings = (*warnings, *left_out_clients(chosen, corpus))
     else:
-        plan_of = _plan_of_each(ids, config_plans(config), config, device_of)
+        plan_of = plan_of_each(ids, config, device_of)
     clients = tuple(
         ClientSpec(client_id, plan, len(splits.train), splits.category, device_of[client_id])
         for client_id, splits in sorted(corpus.clients.items())
@@ -103,23 +102,6 @@ def gather_participants(config: Config, examples: Iterable[OwnedRow] | None = No
     return replace(found, warnings=(*warnings, *never))
 
 
-def _devices_of_each(client_ids: Sequence[str], config: Config) -> tuple[Mapping[str, DeviceProfile], dict[str, str]]:
-    """Return the device profiles and client id -> name of its device; no profiles and empty names without devices."""
-    devices = config.devices
-    profiles = device_profiles(devices.profiles)
-    if not profiles:
-        return {}, dict.fromkeys(client_ids, "")
-    device_of = assign_devices(
-        client_ids,
-        profiles,
-        config.seed,
-        distribution=devices.distribution,
-        counts=devices.counts,
-        assigned=devices.assigned,
-    )
-    return profiles, device_of
-
-
 def _require_one_rank(config: Config, used: Mapping[str, RankPlan]) -> None:
     """Raise if the method needs one rank and the clients have several."""
     if config.method.traits().needs_one_rank and len({tuple(sorted(plan.patterns)) for plan in used.values()}) > 1:
@@ -132,12 +114,6 @@ def _require_one_rank(config: Config, used: Mapping[str, RankPlan]) -> None:
             ],
             "the configuration",
         )
-
-
-def config_plans(config: Config) -> dict[str, RankPlan]:
-    """Return type name -> plan of the types that a configuration defines."""
-    types = config.clients.types
-    return rank_plans(types if isinstance(types, str) else {name: _type_ranks(own) for name, own in types.items()})
 
 
 def policy_of(config: Config, traits: Traits, cohort_size: int) -> Policy:
@@ -169,21 +145,3 @@ def clock_of(config: Config, participants: Participants, traits: Traits, cohort_
         return workload.cost(ranks_of(client.plan), client.num_examples, rate)
 
     return Clock(participants.devices, cost_of, policy_of(config, traits, cohort_size), config.seed)
-
-
-def _plan_of_each(
-    client_ids: Sequence[str], plans: Mapping[str, RankPlan], config: Config, device_of: Mapping[str, str]
-) -> dict[str, RankPlan]:
-    """Return client id -> plan: those assigned, by name or by device, and the others by counts or distribution."""
-    by_device = config.devices.types
-    fixed = {
-        client_id: plans[by_device[device]] for client_id, device in device_of.items() if device in by_device
-    } | fixed_plans(client_ids, plans, config.clients.assigned)
-    others = [client_id for client_id in client_ids if client_id not in fixed]
-    if config.clients.counts:
-        return fixed | deal_plans(others, plans, config.clients.counts, config.seed)
-    return fixed | assign_plans(others, plans, config.clients.distribution, config.seed)
-
-
-def _type_ranks(ranks: RankConfig) -> TypeRanks:
-    return {"attention": ranks.attention, "ffn": ranks.ffn, "patterns": ranks.patterns}

@@ -23,9 +23,9 @@ def test_defaults_are_a_valid_configuration() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_loads_and_says_what_it_is_for(path: Path) -> None:
-    overrides = [] if path.stem == "demo" else ["data.path=somewhere"]
-    load_config(path, overrides)
-    head = path.read_text(encoding="utf-8").split("seed:")[0]
+    text = path.read_text(encoding="utf-8")
+    load_config(path, ["data.path=somewhere"] if "path" in yaml.safe_load(text)["data"] else [])
+    head = text.split("seed:")[0]
     for word in ("Launch:", "Expected:", "Cost:"):
         assert word in head
 
@@ -62,8 +62,9 @@ def test_a_wrong_variant_lists_the_right_ones() -> None:
     assert "method.name: must be one of fedit, flexlora, zero_pad; got 'fedavg'" in problems(
         {"method": {"name": "fedavg"}}
     )
-    assert "data.name: must be one of generated, natural_instructions, instructions, in_memory; got None" in problems(
-        {"data": {}}
+    assert (
+        "data.name: must be one of generated, natural_instructions, instructions, in_memory, phone_book; got None"
+        in problems({"data": {}})
     )
 
 
@@ -210,3 +211,31 @@ def test_a_device_file_that_is_not_there_is_reported_when_asked() -> None:
 def test_settings_written_out_with_their_defaults_need_no_devices() -> None:
     config = parse_config({"seed": 3}, "test")
     assert parse_config(yaml.safe_load(dump_config(config)), "dump") == config
+
+
+def test_a_phone_book_needs_a_fact_for_each_client_and_one_way_to_deal_them() -> None:
+    book: dict[str, object] = {"name": "phone_book", "num_clients": 4}
+    assert "data.num_facts must be 4 or more, one for each client; got 3: raise it or lower data.num_clients" in (
+        problems({"data": {**book, "num_facts": 3}})
+    )
+    message = problems({"data": {**book, "num_facts": 8, "facts_per_client": 2, "facts_by_type": {"type1": 3}}})
+    for name in ("facts_per_client", "facts_by_type"):
+        assert f"data.num_facts deals all facts evenly and data.{name} would be ignored; leave one of them out" in (
+            message
+        )
+    assert "data.facts_by_type names huge; clients.types has type1, type2, type3, type4" in (
+        problems({"data": {**book, "facts_by_type": {"huge": 3}}})
+    )
+    assert "data.facts_by_type.type1: Input should be greater than or equal to 1; got 0" in (
+        problems({"data": {**book, "facts_by_type": {"type1": 0}}})
+    )
+    devices = {"devices": {"profiles": "built_in"}, "clients": {"ranks_from": "devices"}}
+    assert "clients.ranks_from=devices has none; set data.facts_per_client" in (
+        problems({"data": {**book, "facts_by_type": {"type1": 3}}, **devices})
+    )
+    assert "data.code_length: Input should be greater than or equal to 1; got 0" in (
+        problems({"data": {**book, "code_length": 0}})
+    )
+    assert "data.facts_per_client: Input should be greater than or equal to 1; got 0" in (
+        problems({"data": {**book, "facts_per_client": 0}})
+    )

@@ -88,3 +88,53 @@ def test_generated_examples_are_kept_by_default_and_those_of_others_only_when_as
     changed = gather_participants(config_of(data=asked)).corpus
     assert changed.hashes["clients"] != first.hashes["clients"] or changed.hashes["unseen"] != first.hashes["unseen"]
     assert changed.folder != first.folder
+
+
+PHONE_BOOK = {"name": "phone_book", "num_clients": 8, "facts_per_client": 3}
+COUNTS = {"distribution": "uniform", "counts": {"type1": 2, "type2": 2, "type3": 2, "type4": 2}}
+
+
+def test_facts_are_grouped_by_the_type_of_their_owner() -> None:
+    data = {**PHONE_BOOK, "facts_by_type": {"type4": 20}}
+    found = gather_participants(config_of(data=data, clients=COUNTS))
+    plans = {client.client_id: client.plan.name for client in found.clients}
+    assert sorted(plans.values()) == sorted([*COUNTS["counts"]] * 2)
+    for name, task in found.corpus.unseen.items():
+        assert task.category == found.corpus.clients[name].category == plans[name]
+        assert len(task.test) == (20 if plans[name] == "type4" else 3)
+    assert len(found.validation) == 2 * (20 + 3 * 3)
+
+
+def test_facts_are_grouped_by_the_device_of_their_owner_where_ranks_come_from_devices() -> None:
+    found = gather_participants(
+        config_of(data=PHONE_BOOK, clients={"ranks_from": "devices"}, devices={"profiles": "built_in"})
+    )
+    devices = {client.client_id: client.device for client in found.clients}
+    assert devices and all(found.corpus.unseen[name].category == device for name, device in devices.items())
+
+
+def test_a_number_of_facts_is_dealt_evenly_and_a_sample_of_all_validates() -> None:
+    data = {"name": "phone_book", "num_clients": 8, "num_facts": 26, "validation_examples": 16}
+    found = gather_participants(config_of(data=data))
+    assert sorted(len(own.train) for own in found.corpus.clients.values()) == [3] * 6 + [4] * 2
+    assert len({example.input for example in found.validation}) == 16
+
+
+def test_the_seed_of_a_run_changes_owners_and_that_of_the_corpus_changes_facts() -> None:
+    def facts(**settings: object) -> tuple[set[str], dict[str, str]]:
+        corpus, _ = corpus_of(config_of(data={**PHONE_BOOK, "corpus_seed": settings.pop("corpus_seed", 0)}, **settings))
+        return {row.input for own in corpus.clients.values() for row in own.train}, dict(corpus.hashes)
+
+    first, again, owners, book = facts(), facts(), facts(seed=1), facts(corpus_seed=1)
+    assert first == again
+    assert owners[0] == first[0] and owners[1] != first[1]
+    assert not book[0] & first[0]
+
+
+def test_a_phone_book_is_kept_only_when_asked_and_apart_from_one_with_other_owners(tmp_path: Path) -> None:
+    assert corpus_of(config_of(data=PHONE_BOOK))[0].folder is None
+    asked = {**PHONE_BOOK, "cache": str(tmp_path)}
+    kept, again = (corpus_of(config_of(data=asked, clients=COUNTS))[0] for _ in range(2))
+    assert kept.folder == again.folder and kept.hashes == again.hashes
+    other = corpus_of(config_of(data=asked, clients={"distribution": {"type1": 1.0}}))[0]
+    assert other.folder != kept.folder
