@@ -2,11 +2,11 @@
 
     python benchmarks/rounds_to_target.py runs/homogeneous runs/heavy_tail_light runs/uniform
 
-``R`` is the first evaluated round whose loss on unseen tasks is at most the target, ``cost a round`` the mean bytes that
-the clients of a round receive and send, relative to the first run, ``total`` their product. The first run should be the
-one with one rank for all. The paper's target is a loss of 2, "about 75 % of convergence progress"; without ``--target``
-it is that share of the way that the first run goes from the base model to its own lowest loss. Evaluate every round
-(evaluation.every=1), or R is only known up to the rounds between.
+``R`` is the first evaluated round whose loss on unseen tasks is at most the target, ``cost a round`` the mean bytes
+that the clients of a round receive and send, relative to the first run, ``total`` their product. The first run should
+be the one with one rank for all. The paper's target is a loss of 2, "about 75 % of convergence progress"; without
+``--target`` it is that share of the way that the first run goes from the base model to its own lowest loss. Evaluate
+every round (evaluation.every=1), or R is only known up to the rounds between.
 """
 
 import argparse

@@ -8,6 +8,7 @@ import yaml
 from flexlora.experiment.config import Config, ConfigError
 from flexlora.experiment.config_file import dump_config, load_config, parse_config
 
+PAPER_HEAD = ("Reproduces:", "How:", "Cost:", "Result here:", "The paper's size:")
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 
@@ -24,9 +25,9 @@ def test_defaults_are_a_valid_configuration() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_loads_and_says_what_it_is_for(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    load_config(path, ["data.path=somewhere"] if "path" in yaml.safe_load(text)["data"] else [])
+    load_config(path, ["data.path=somewhere"] if "path: null" in text else [])
     head = text.split("seed:")[0]
-    for word in ("Launch:", "Expected:", "Cost:"):
+    for word in ("Launch:", "Expected:", "Cost:") if path.parent.name == "configs" else PAPER_HEAD:
         assert word in head
 
 
