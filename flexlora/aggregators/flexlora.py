@@ -155,7 +155,7 @@ class FlexLora:
             folds_tail=self.fold_tail,
             server_rank=self.server_rank,
             fewer_directions=self.energy is not None,
-            keeps_directions=self.energy in (None, 1.0),
+            keeps_directions=self.energy in (None, 1.0) and not self.server_momentum,
             server_optimizer=(self.server_learning_rate, self.server_momentum) != (1.0, 0.0),
         )
 

@@ -100,7 +100,8 @@ class Estimate:
 
 ESTIMATE_NOTES = (
     "Memory and time are estimates from shapes and a short measurement of this machine; transfers follow from the "
-    "factors' shapes, and a folded tail is counted at its most. Server work and evaluation come on top.",
+    "factors' shapes, with a folded tail at its most and no direction left out. Server work and evaluation come on "
+    "top.",
 )
 
 

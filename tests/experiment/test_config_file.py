@@ -135,6 +135,38 @@ def test_options_of_a_method_that_contradict_each_other_are_reported_without_loa
     assert "method.spare_directions=2 is ignored without method.energy" in message and "2 problems" in message
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"server_momentum": 0.9, "server_learning_rate": 0.5},
+        {"energy": 0.9, "spare_directions": 0, "fold_tail": True},
+        {"error_compensation": True, "server_momentum": 0.5, "energy": 0.99},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("clock", [{}, {"policy": "async"}], ids=str)
+def test_combinations_that_are_defined_are_taken(options: dict[str, object], clock: dict[str, object]) -> None:
+    tree = {"method": {"name": "flexlora", **options}, "devices": {"profiles": "built_in"}, "clock": clock}
+    assert parse_config(tree, "test").method.options().items() >= options.items()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"server_momentum": 1}, "method.server_momentum: Input should be less than 1; got 1"),
+        ({"server_learning_rate": 0}, "method.server_learning_rate: Input should be greater than 0; got 0"),
+        ({"energy": 0}, "method.energy: Input should be greater than 0; got 0"),
+        ({"energy": 1.5}, "method.energy: Input should be less than or equal to 1; got 1.5"),
+        (
+            {"energy": 0.5, "spare_directions": -1},
+            "method.spare_directions: Input should be greater than or equal to 0",
+        ),
+    ],
+)
+def test_options_out_of_their_range_are_refused(options: dict[str, object], expected: str) -> None:
+    assert expected in problems({"method": {"name": "flexlora", **options}})
+
+
 def test_counts_replace_a_distribution_that_would_not_fit() -> None:
     types = {name: {"attention": 1, "ffn": 1} for name in ("phone", "server")}
     config = parse_config({"clients": {"types": types, "counts": {"phone": 3}, "assigned": {7: "server"}}}, "test")
