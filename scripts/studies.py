@@ -49,7 +49,7 @@ STUDIES: Mapping[str, StudySpec] = {
     "main": StudySpec(
         "The paper's methods, plain and with FlexLoRA, and ours",
         "Do mixed ranks beat FedIT at the smallest rank, and how near do they come to FedIT at the largest?",
-        "fedavg:start=1.0,slora:stage_two=fedit,fedavg_flexlora=flexlora:training.optimizer=sgd:start=1.0,flexlora,"
+        "fedavg=fedavg:start=1.0,slora=slora:stage_two=fedit,fedavg_flexlora=flexlora:training.optimizer=sgd:start=1.0,flexlora,"
         f"slora_flexlora=slora:stage_two=flexlora,het_lora,{COMPENSATED},aligned",
         FOUR_DISTRIBUTIONS,
         draws=8,

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexlora.experiment.client_plans import config_plans
 from flexlora.experiment.compare_arms import Arm, CompareError, controls
 from flexlora.experiment.compare_jobs import Job, Study, due_jobs, num_jobs_left
 from flexlora.experiment.compare_rows import row_of_dead
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import dump_config, load_config
-from flexlora.experiment.participants import config_plans
 from flexlora.federation.client_types import DISTRIBUTIONS
 from flexlora.files import write_whole
 from flexlora.report.study_rows import ROWS_FILE, read_rows
