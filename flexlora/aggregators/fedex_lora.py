@@ -22,9 +22,7 @@ clients train on from does; plain means ignore how much data a client has.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
-from flexlora.aggregators.base import require_server_ranks, weighed
+from flexlora.aggregators.one_rank import at_one_rank, at_server, whole
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import Traits, option
 from flexlora.federation.messages import Broadcast, Update
@@ -71,10 +69,7 @@ class FedExLora:
 
     def init(self, adapter: AdapterState) -> FedExLoraState:
         """Return the initial adapter, its scalings taken over by the rule, without a residual."""
-        start = {
-            module: adapter[module].to(torch.float64).with_scaling(self.scaling(adapter[module].rank))
-            for module in sorted(adapter)
-        }
+        start = at_server(adapter, self.scaling)
         return FedExLoraState(start, {module: spectrum_of(factors, 0) for module, factors in start.items()})
 
     def aggregate(self, state: FedExLoraState, updates: Iterable[Update]) -> FedExLoraState:
@@ -86,7 +81,7 @@ class FedExLora:
         # The stream is read once, by mean_factors; what else is needed of it is noted on the way.
         weights: list[float] = []
         sums = {module: ProductSum(*factors.shape) for module, factors in state.adapter.items()}
-        adapter = mean_factors(state.adapter, adding_products(sums, self._at_one_rank(state, updates, weights)))
+        adapter = mean_factors(state.adapter, adding_products(sums, self._noted(state, updates, weights)))
         total = sum(weights)
         missed = {module: add_product(sums[module], mean, -total) for module, mean in adapter.items()}
         if self.residual_rank is None:
@@ -99,15 +94,13 @@ class FedExLora:
         }
         return FedExLoraState(adapter, residual)
 
-    def _at_one_rank(
+    def _noted(
         self, state: FedExLoraState, updates: Iterable[Update], weights: list[float]
     ) -> Iterator[tuple[AdapterState, float]]:
         """Yield factors and weight of each update, checked to have the server's ranks, the weight noted."""
-        for update in weighed(state.adapter, updates):
-            ranks = {module: factors.rank for module, factors in update.payload.items()}
-            require_server_ranks(state.adapter, ranks, f"client {update.client_id!r}")
-            weights.append(float(update.weight > 0) if self.uniform_weights else update.weight)
-            yield update.payload, weights[-1]
+        for payload, weight in at_one_rank(state.adapter, updates):
+            weights.append(float(weight > 0) if self.uniform_weights else weight)
+            yield payload, weights[-1]
 
     def broadcast(self, state: FedExLoraState, ranks: Mapping[str, int]) -> Broadcast:
         """Return the mean factors in float32, and the residual as the frozen branch; ``ranks`` must be the server's.
@@ -115,18 +108,16 @@ class FedExLora:
         Raises:
             AggregationError: If they are not.
         """
-        require_server_ranks(state.adapter, ranks, "the receiving client")
-        trainable = {module: state.adapter[module].to(torch.float32) for module in sorted(ranks)}
-        return Broadcast(trainable, branch_factors(state.residual))
+        return Broadcast(whole(state.adapter, ranks), branch_factors(state.residual))
 
     def spectra(self, state: FedExLoraState) -> dict[str, Spectrum]:
         """Return the whole change, trained and frozen part together, with what the last round cut off."""
         return {
-            module: replace(_whole(factors, state.residual[module]), tail=state.residual[module].tail)
+            module: replace(_sum_of(factors, state.residual[module]), tail=state.residual[module].tail)
             for module, factors in state.adapter.items()
         }
 
 
-def _whole(factors: LoraFactors, residual: Spectrum) -> Spectrum:
+def _sum_of(factors: LoraFactors, residual: Spectrum) -> Spectrum:
     """Return the decomposed sum of both parts."""
     return decompose(add_spectrum(add_product(ProductSum(*factors.shape), factors, 1.0), residual, residual.S))
