@@ -47,11 +47,10 @@ class FittingTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the table with as many columns as fit."""
-        for columns in COLUMN_SETS:
-            table = self._table(columns)
-            if Measurement.get(console, options.update(width=10_000), table).maximum <= options.max_width:
-                break
-        yield table
+        roomy = options.update(width=10_000)
+        tables = [self._table(columns) for columns in COLUMN_SETS]
+        fitting = [table for table in tables if Measurement.get(console, roomy, table).maximum <= options.max_width]
+        yield (fitting or tables[-1:])[0]
 
     def _table(self, columns: Sequence[str]) -> Table:
         places = [MAIN_COLUMNS.index(name) for name in columns]

@@ -159,8 +159,8 @@ def study_part(study: Study) -> Iterator[str]:
     yield ""
     yield (
         f"{measure.title}, {measure.unit}; differences are to `{found.reference}`, paired by draw; "
-        f"{draws_words(found)}. p: t-test, Holm-corrected over all arms and distributions. Flips: share of all sets of three draws whose mean "
-        "difference has the other sign. Needs: draws for a power of 80 %."
+        f"{draws_words(found)}. p: t-test, Holm-corrected over all arms and distributions. Flips: share of all sets of "
+        "three draws whose mean difference has the other sign. Needs: draws for a power of 80 %."
     )
     yield from _costs(found)
     if found.flags:
