@@ -127,7 +127,9 @@ class HetLora:
 
     def _tail(self, adapter: AdapterState) -> float:
         """Return ``sum over modules of ||B[:, k:]|| ||A[k:]||``, ``k`` being the rank that a pruning leaves."""
-        tails = (
-            (one.B[:, self._next_rank(one.rank) :], one.A[self._next_rank(one.rank) :]) for one in adapter.values()
-        )
-        return sum(float(B.detach().double().norm() * A.detach().double().norm()) for B, A in tails)
+        total = 0.0
+        for factors in adapter.values():
+            k = self._next_rank(factors.rank)
+            B, A = factors.B.detach()[:, k:].double(), factors.A.detach()[k:].double()
+            total += float((B.square().sum() * A.square().sum()).sqrt())
+        return total

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flexlora.aggregators.registry import package_methods
 from flexlora.experiment.config import Config, ConfigError
 from flexlora.experiment.config_file import dump_config, load_config, parse_config
 
@@ -60,8 +61,8 @@ def test_all_mistakes_are_reported_at_once() -> None:
 
 
 def test_a_wrong_variant_lists_the_right_ones() -> None:
-    assert "method.name: must be one of fedit, flexlora, zero_pad; got 'fedavg'" in problems(
-        {"method": {"name": "fedavg"}}
+    assert f"method.name: must be one of {', '.join(package_methods())}; got 'fedsgd'" in problems(
+        {"method": {"name": "fedsgd"}}
     )
     assert (
         "data.name: must be one of generated, natural_instructions, instructions, in_memory, phone_book; got None"

@@ -40,8 +40,8 @@ def test_every_method_is_described_with_options_and_traits() -> None:
         "description": "Directions the server keeps per module; null is the largest rank of any client type.",
     }
     assert list(describe_methods(["zero_pad"])) == ["zero_pad"]
-    with pytest.raises(MethodError, match="got 'fedavg'"):
-        describe_methods(["fedavg"])
+    with pytest.raises(MethodError, match="got 'fedsgd'"):
+        describe_methods(["fedsgd"])
 
 
 def test_methods_of_a_file_are_printed_whole(tmp_path) -> None:
