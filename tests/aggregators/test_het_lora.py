@@ -1,5 +1,7 @@
 """Expected values come from numpy: dense products, their norms, and factors padded and averaged by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -158,6 +160,15 @@ def test_one_direction_always_stays() -> None:
     assert state.num_prunings == {"a": 2}
 
 
+@pytest.mark.parametrize(("gamma", "rank", "left"), [(0.29, 100, 29), (0.99, 8, 7), (0.99, 1, 1), (1.0, 5, 5)])
+def test_the_rank_that_is_left_is_rounded_down_but_not_by_rounding_errors(gamma: float, rank: int, left: int) -> None:
+    method = HetLora(SCALING, gamma=gamma)
+    state = replace(
+        method.init({"m": LoraFactors(torch.rand(rank, 9), torch.zeros(7, rank), 1.0)}), num_prunings={"a": 1}
+    )
+    assert ranks_of(method.broadcast_to(state, {"m": rank}, "a").trainable) == {left}
+
+
 def test_clients_are_sent_the_penalty_unless_they_have_nothing_to_give_away() -> None:
     method = HetLora(SCALING, gamma=0.9, penalty=0.02)
     state = Case(HetLora, {}, SCALING).start()
@@ -170,6 +181,11 @@ def test_traits_say_whether_clients_can_lose_rank() -> None:
     assert (HetLora(SCALING).traits.per_client, HetLora(SCALING).traits.fewer_directions) == (True, True)
     plain = HetLora(SCALING, self_pruning=False).traits
     assert (plain.per_client, plain.fewer_directions) == (True, False)
+
+
+def test_traits_say_that_norm_weights_do_not_count_examples() -> None:
+    assert not HetLora(SCALING).traits.counts_examples
+    assert HetLora(SCALING, norm_weights=False).traits.counts_examples
 
 
 def test_ranks_above_the_servers_are_refused() -> None:
