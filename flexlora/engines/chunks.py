@@ -14,7 +14,7 @@ from flexlora.training.one_client import LocalTraining
 
 # The fewest and the most tokens in one optimiser step of a chunk's clients. Fewer would leave passes half empty; more
 # would fill no pass better, and processes would wait longer for the last chunk.
-_STEP_TOKENS = {"cpu": (768, 4096), "cuda": (8192, 65536)}
+_STEP_TOKENS = {"cpu": (768, 4096), "cuda": (32768, 65536)}
 # A chunk takes at most one part in so many of the work that is left, so that the last chunks are small.
 _PARTS_OF_THE_REST = 4
 

@@ -35,6 +35,10 @@ from flexlora.training.one_client import (
 # Clients share a bank while padding makes their factors at most this many times as large.
 _MOST_PADDING = 1.5
 
+# On a GPU, factors of smaller ranks are padded to this one: kernels of so few numbers take as long, and fewer are
+# launched the fewer banks there are.
+_LEAST_RANK = {"cuda": 16}
+
 
 @dataclass(frozen=True)
 class TrainedClient:
@@ -124,7 +128,8 @@ class _Pool:
         )
 
     def _enter_bank(self, adapter: AdapterState, trained: Trained) -> tuple[FactorBank, int]:
-        ranks = {path: factors.rank for path, factors in adapter.items()}
+        least = _LEAST_RANK.get(self._model.device.type, 1)
+        ranks = {path: max(factors.rank, least) for path, factors in adapter.items()}
         fitting = [bank for bank in self._banks if bank.fits(ranks, trained, _MOST_PADDING)]
         if fitting:
             bank = min(fitting, key=lambda bank: bank.num_columns)

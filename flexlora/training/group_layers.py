@@ -54,7 +54,9 @@ class BankRows:
             A, B, scalings = (tensor[self.slots] for tensor in found)
         else:
             A, B, scalings = (tensor.index_select(0, self.slots) for tensor in found)
-        return A.to(dtype), B.to(dtype), scalings
+        if A.dtype != dtype:
+            A, B = A.to(dtype), B.to(dtype)
+        return A, B, scalings
 
     def add_gradient(self, gradient: Tensor, segments: Tensor) -> None:
         """Add the gradient of each segment to that of its client."""

@@ -64,6 +64,12 @@ def test_clients_train_in_a_group_as_they_do_alone(model, jobs, settings):
     assert_as_alone(model, jobs, list(train_group(model, jobs, settings)), settings)
 
 
+def test_clients_whose_factors_are_padded_as_on_a_gpu_train_as_they_do_alone(model, jobs, monkeypatch):
+    monkeypatch.setattr("flexlora.training.group._LEAST_RANK", {"cpu": 16})
+    settings = LocalTraining("sgd", batch_size=2, momentum=0.9, max_grad_norm=0.5)
+    assert_as_alone(model, jobs, list(train_group(model, jobs, settings)), settings)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_adamw_in_a_group_is_adamw_alone(model, jobs, batch_size):
     # The steps of AdamW hardly depend on the size of a gradient, so a gradient of next to nothing, whose sign is a
