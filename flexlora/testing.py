@@ -9,8 +9,12 @@ import torch
 from flexlora.aggregators.base import state_types
 from flexlora.aggregators.contract import CHECKS
 from flexlora.aggregators.contract_case import SCALINGS, Case
+from flexlora.aggregators.contract_client import reply
 from flexlora.aggregators.contract_compare import ContractError, require, tensors_of
+from flexlora.aggregators.contract_messages import sent
+from flexlora.aggregators.measures import floats_down, floats_up
 from flexlora.rounds.checkpoint import Checkpoint, load_latest, save_checkpoint
+from flexlora.uplink.wire import WireDtype, encode_broadcast, encode_update
 
 __all__ = ["ContractError", "check_method"]
 
@@ -33,6 +37,7 @@ def check_method(method: type[Any], **options: Any) -> None:
         for check in CHECKS:
             check(case)
         its_checkpoints_come_back(case)
+        messages_have_the_size_that_their_fields_say(case)
 
 
 def its_checkpoints_come_back(case: Case) -> None:
@@ -50,3 +55,26 @@ def its_checkpoints_come_back(case: Case) -> None:
             require(before.keys() == after.keys(), "a checkpoint must hold every tensor of a state")
             for name, tensor in before.items():
                 require(torch.equal(tensor, after[name]), f"{name} must come back from a checkpoint as it was")
+
+
+def messages_have_the_size_that_their_fields_say(case: Case) -> None:
+    """What travels of broadcasts and updates is what the other end cannot make, counted by formula.
+
+    Raises:
+        ContractError: Naming the message and both sizes.
+    """
+    sizes: dict[WireDtype, int] = {"float32": 4, "bfloat16": 2}
+    for dtype, size in sizes.items():
+        for plan, broadcast in sent(case, 2):
+            update = reply(broadcast, "client-0", 1.0, seed=0)
+            for name, blob, floats in (
+                ("broadcast", encode_broadcast(broadcast, dtype), floats_down(broadcast)),
+                ("update", encode_update(update, broadcast, dtype), floats_up(broadcast)),
+            ):
+                found, expected = len(_numbers_in(blob)), size * floats
+                require(found == expected, f"{name} at ranks {plan} must have {expected} bytes of numbers; got {found}")
+
+
+def _numbers_in(blob: bytes) -> bytes:
+    """Return a safetensors blob without its header, whose length is in the first eight bytes."""
+    return blob[8 + int.from_bytes(blob[:8], "little") :]
