@@ -221,7 +221,7 @@ def _require_products_alone_to_matter(case: Case) -> None:
     updates = case.updates(state, seed=1)
     travels = travelling(case.broadcast(state))
     rule = "linear_in_products: factors (B M, M^-1 A) must give what (B, A) give"
-    if travels == {"A", "B"}:
+    if travels == frozenset("AB"):
         # A mixing of its own for each client: one that all share would cancel in a mean of factors too.
         other = [replace(u, payload=in_another_gauge(u.payload, i)) for i, u in enumerate(updates)]
     else:
@@ -243,7 +243,7 @@ def _both_in_the_middle(one: Update, other: Update) -> tuple[Update, Update]:
 
 def _pull(broadcast: Broadcast, size: float) -> Update:
     """Return an update with one large change of what travels: of ``B`` where both factors do."""
-    if travelling(broadcast) == {"A", "B"}:
+    if travelling(broadcast) == frozenset("AB"):
         broadcast = replace(broadcast, train_factors="B")
     return reply(broadcast, f"large{size:+}", 10.0, seed=7, step=size)
 

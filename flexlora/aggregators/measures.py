@@ -61,7 +61,7 @@ def axes(case: Case, step: float = 0.3) -> Axes:
     moved = {module: before[module] + delta - were_sent[module] for module, delta in wanted.items()}
     best = {module: best_approximation(delta, case.global_rank) for module, delta in wanted.items()}
     gauge_change = None
-    if travelling(sent[0]) == {"A", "B"}:
+    if travelling(sent[0]) == frozenset("AB"):
         turned = [replace(update, payload=in_another_gauge(update.payload, i)) for i, update in enumerate(updates)]
         gauge_change = distance(case.deltas(aggregate(state, turned), whole), found)
     return Axes(

@@ -44,6 +44,15 @@ MUTANTS: list[tuple[str, str, dict[str, Any], Check]] = [
     ("silent_broadcast", "zero_pad", {}, contract.one_client_is_a_fixed_point),
     ("raw_b", "zero_pad", {}, contract.one_client_is_a_fixed_point),
     ("aggregate_never_loaded", "zero_pad", {}, contract.one_client_is_a_fixed_point),
+    ("column_weights_unused", "dimension_wise", {}, identities.an_echo_of_all_ranks_changes_nothing),
+    ("weights_on_both_factors", "flora", {}, contract.clients_that_agree_are_one_client),
+    ("stack_at_its_own_scaling", "flora", {}, contract.clients_that_agree_are_one_client),
+    ("transposed_residual", "fedex_lora", {}, contract.frozen_branches_fit),
+    ("residual_without_scaling", "fedex_lora", {}, identities.the_model_is_the_mean_of_what_clients_ran),
+    ("uncovered_directions_are_lost", "ra_flora", {}, identities.an_echo_of_some_clients_changes_nothing),
+    ("sketch_never_applied", "fs_lora", {}, contract.broadcasts_have_the_ranks_asked_for),
+    ("mask_drawn_again", "slora", {}, contract.what_clients_can_make_is_what_they_would_make),
+    ("sparse_stage_lost", "slora", {"sparse_rounds": 1}, contract.one_client_is_a_fixed_point),
 ]
 
 
@@ -85,3 +94,15 @@ def test_square_modules_hide_a_transposition_from_every_look_at_shapes(name: str
     contract.broadcasts_have_the_ranks_asked_for(Case(CLASSES[name], {}, shapes=SQUARE))
     with pytest.raises(ContractError, match="one client"):
         contract.one_client_is_a_fixed_point(Case(CLASSES[name], {}, shapes=SQUARE))
+
+
+def test_square_modules_hide_a_transposed_residual_from_every_look_at_shapes() -> None:
+    mutant = Case(CLASSES["transposed_residual"], {}, shapes=SQUARE)
+    contract.frozen_branches_fit(mutant)
+    with pytest.raises(ContractError, match="mean of what clients ran"):
+        identities.the_model_is_the_mean_of_what_clients_ran(mutant)
+
+
+@pytest.mark.parametrize("name", ["weights_on_both_factors", "stack_at_its_own_scaling", "residual_without_scaling"])
+def test_one_client_alone_hides_what_is_wrong_with_sums(name: str) -> None:
+    contract.one_client_is_a_fixed_point(Case(CLASSES[name], {}))

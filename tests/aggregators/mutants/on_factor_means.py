@@ -1,14 +1,16 @@
-"""FedIT and zero padding as others have got them wrong: one mistake each."""
+"""Means of factors as others have got them wrong: one mistake each."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
+from flexlora.aggregators.dimension_wise import DimensionWise, DimensionWiseState
 from flexlora.aggregators.fedit import FedIt, FedItState
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.zero_pad import ZeroPad, ZeroPadState
 from flexlora.federation.messages import Broadcast, Update
+from flexlora.lora.factor_mean import mean_factors
 from flexlora.lora.factors import AdapterState, LoraFactors
 
 
@@ -27,7 +29,7 @@ class FirstClientOnly(FedIt):
 @aggregation_method("sums_in_float32")
 @dataclass(frozen=True)
 class SumsInFloat32(FedIt):
-    """Running sums of bf16 payloads in float32, as most simulators hold them: large changes swallow small ones."""
+    """Running sums of bf16 payloads in float32: large changes swallow small ones, in the order in which they come."""
 
     def aggregate(self, state: FedItState, updates: Iterable[Update]) -> FedItState:
         return FedItState(running_mean(state.adapter, updates, torch.float32))
@@ -82,7 +84,7 @@ class SilentBroadcast(ZeroPad):
 @aggregation_method("raw_b")
 @dataclass(frozen=True)
 class RawB(ZeroPad):
-    """FLoRA's and FlexLoRA's zero-padding baselines: ``B`` averaged without the ``alpha / r`` of its client."""
+    """FederatedScope's zero padding: ``handle_alpha`` is passed on to nothing, ``B`` averaged without ``alpha / r``."""
 
     def aggregate(self, state: ZeroPadState, updates: Iterable[Update]) -> ZeroPadState:
         return super().aggregate(state, (replace(update, payload=unscaled(update.payload)) for update in updates))
@@ -100,6 +102,16 @@ class AggregateNeverLoaded(ZeroPad):
     def aggregate(self, state: ZeroPadState, updates: Iterable[Update]) -> ZeroPadState:
         super().aggregate(state, updates)
         return state
+
+
+@aggregation_method("column_weights_unused")
+@dataclass(frozen=True)
+class ColumnWeightsUnused(DimensionWise):
+    """rb-lora: the weights of columns are computed and never used, so that each is divided by the weight of all."""
+
+    def aggregate(self, state: DimensionWiseState, updates: Iterable[Update]) -> DimensionWiseState:
+        super().aggregate(state, updates := list(updates))
+        return replace(state, adapter=mean_factors(state.adapter, ((u.payload, u.weight) for u in updates)))
 
 
 def unscaled(adapter: AdapterState) -> AdapterState:

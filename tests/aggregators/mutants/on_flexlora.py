@@ -1,4 +1,4 @@
-"""FlexLoRA as others have got it wrong: one mistake each, from public code or from its authors' own warnings."""
+"""FlexLoRA as others have got it wrong: one mistake each, from public code or near at hand."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -117,7 +117,7 @@ class RootWeights(FlexLora):
 @aggregation_method("damped_compensation")
 @dataclass(frozen=True)
 class DampedCompensation(FlexLora):
-    """Error feedback with a factor, as is usual against drift: 0.9 of what truncation hid, and ranks collapse again."""
+    """0.9 of what truncation hid is added back: ranks collapse again, only more slowly."""
 
     def aggregate(self, state: FlexLoraState, updates: Iterable[Update]) -> FlexLoraState:
         updates = list(updates)
