@@ -58,7 +58,8 @@ def one_client_is_a_fixed_point(case: Case) -> None:
         expected = change_of(with_own_factors(ran(sent, update)))
         # Models of clients that keep a factor have nothing in common at two ranks.
         for ranks in ([plan] if traits.personal else [plan, case.all_modules()]) if runs_all else []:
-            require_kept(case, sent, state, ranks, expected, "what one client sends must be what all get")
+            rule = "one client must get back what it sent, and so must all others of its rank or above"
+            require_kept(case, sent, state, ranks, expected, rule)
         for _ in range(2):
             before, part = case.deltas(state, plan), _trained_part(case, state, plan)
             sent = case.broadcast(state, plan, "only")
