@@ -2,7 +2,8 @@
 
     python scripts/gpu_studies.py --out runs/gpu --minutes 9 main:5 methods ten_times
 
-A name may have minutes of its own; those left go to the studies behind it. Many processes share the device, each busy
+A name may have minutes of its own; those left go to the studies behind it. Behind the minutes, the labels of the arms to
+run may follow. Many processes share the device, each busy
 with one run; with ``--mps`` their kernels run at the same time (CUDA's multi-process service, started here, ended
 here, left out if it does not work). ``OUT/NAME.jsonl`` and ``OUT/log.txt`` are brought up to date while a study runs.
 """
@@ -55,11 +56,12 @@ def stop_mps(own: dict[str, str]) -> None:
         print(f"mps: could not be ended ({error})", flush=True)
 
 
-def run_study(name: str, minutes: float, options: argparse.Namespace, env: dict[str, str]) -> None:
+def run_study(name: str, minutes: float, only: str, options: argparse.Namespace, env: dict[str, str]) -> None:
     """Run one study for so many minutes, and bring its rows to OUT all along."""
     folder = options.scratch / name
     command = [sys.executable, str(ROOT / "scripts/run_study.py"), name, "--out", str(folder)]
     command += ["--jobs", str(options.jobs), "--minutes", f"{minutes:.3f}"]
+    command += ["--only", only] if only else []
     over = threading.Event()
 
     def copy() -> None:
@@ -91,7 +93,7 @@ def copy_rows(folder: Path, target: Path) -> None:
 def main() -> None:
     """Run the studies that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", metavar="STUDY[:MINUTES]")
+    parser.add_argument("studies", nargs="+", metavar="STUDY[:MINUTES[:ARM,ARM]]")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/studies"))
     parser.add_argument("--minutes", type=float, required=True, help="for everything")
@@ -106,11 +108,11 @@ def main() -> None:
     mps = start_mps(options.scratch) if options.mps else {}
     try:
         for entry in options.studies:
-            name, _, own = entry.partition(":")
+            name, own, only = (*entry.split(":"), "", "")[:3]
             left = (until - time.time() - options.grace) / 60
             minutes = min(left, float(own)) if own else left
             if minutes > 0:
-                run_study(name, minutes, options, env | mps)
+                run_study(name, minutes, only, options, env | mps)
     finally:
         stop_mps(mps)
 

@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default runs/studies/STUDY")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, help="start no further run after this")
+    parser.add_argument("--only", help="labels of the arms to run in this sitting, separated by commas")
     parser.add_argument("--export", action="store_true", help="run nothing")
     options = parser.parse_args()
     name = options.study
@@ -104,7 +105,8 @@ def main() -> None:
     take_up(name, folder)
     if not options.export:
         until = None if options.minutes is None else time.time() + 60 * options.minutes
-        run_comparison(study_of(STUDIES[name]), folder, jobs=options.jobs, until=until, notify=_tell)
+        only = options.only.split(",") if options.only else None
+        run_comparison(study_of(STUDIES[name]), folder, jobs=options.jobs, until=until, only=only, notify=_tell)
     print(export(name, folder))
 
 

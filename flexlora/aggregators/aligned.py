@@ -83,7 +83,7 @@ class Aligned:
     @property
     def traits(self) -> Traits:
         """What others must know of this method."""
-        return Traits(folds_tail=self.fold_tail)
+        return Traits(folds_tail=self.fold_tail, server_optimizer=self.server_learning_rate != 1.0)
 
     def init(self, adapter: AdapterState) -> AlignedState:
         """Return the initial adapter as the server's factors."""

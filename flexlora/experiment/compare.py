@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -118,6 +118,7 @@ def run_comparison(
     jobs: int = 1,
     overwrite: bool = False,
     until: float | None = None,
+    only: Collection[str] | None = None,
     notify: Callable[[CompareEvent], None] = lambda event: None,
 ) -> list[dict[str, Any]]:
     """Run what a comparison still lacks and return its rows, those of earlier sittings included.
@@ -128,6 +129,7 @@ def run_comparison(
         jobs: Processes that run side by side, each with one thread.
         overwrite: Forget the rows in ``folder`` first.
         until: Time (as of ``time.time``) after which no further run is started.
+        only: Labels of the arms to run in this sitting; None runs all.
         notify: Told how far it is.
 
     Raises:
@@ -142,7 +144,7 @@ def run_comparison(
         started, num_new = time.monotonic(), 0
         while True:
             if until is None or time.time() < until:
-                pool.fill(due_jobs(study, rows))
+                pool.fill([job for job in due_jobs(study, rows) if only is None or job.arm in only])
             if not pool.is_busy:
                 break
             for job, row in pool.finished():
