@@ -2,10 +2,10 @@
 
     python scripts/gpu_studies.py --out runs/gpu --minutes 9 main:5 methods ten_times
 
-A name may have minutes of its own; those left go to the studies behind it. Behind the minutes, the labels of the arms to
-run may follow. Many processes share the device, each busy
-with one run; with ``--mps`` their kernels run at the same time (CUDA's multi-process service, started here, ended
-here, left out if it does not work). ``OUT/NAME.jsonl`` and ``OUT/log.txt`` are brought up to date while a study runs.
+A name may have minutes of its own, as ``main:5``; those left go to the studies behind it. The labels of the arms to run
+may follow, as ``main:5:flexlora,aligned``. Many processes share the device, each busy with one run; with ``--mps``
+their kernels run at the same time (CUDA's multi-process service, started here, ended here, left out if it does not
+work). ``OUT/NAME.jsonl`` is brought up to date while a study runs.
 """
 
 import argparse
