@@ -187,9 +187,10 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods on paired draws, each at its own learning rate, with all controls."""
-    from flexlora.experiment.compare import make_study, run_comparison
+    from flexlora.experiment.compare import run_comparison
     from flexlora.experiment.compare_arms import read_arms
     from flexlora.experiment.compare_progress import CompareProgress
+    from flexlora.experiment.compare_study import make_study
     from flexlora.report.compare_page import write_page
     from flexlora.report.compare_terminal import summary_table
     from flexlora.report.paired import summary

@@ -16,9 +16,10 @@ from typing import Any
 
 from studies import STUDIES, StudySpec
 
-from flexlora.experiment.compare import CompareEvent, make_study, run_comparison
+from flexlora.experiment.compare import CompareEvent, run_comparison
 from flexlora.experiment.compare_arms import read_arms
 from flexlora.experiment.compare_jobs import Study
+from flexlora.experiment.compare_study import make_study
 from flexlora.report.study_rows import read_rows
 
 RESULTS = Path(__file__).parent.parent / "results"

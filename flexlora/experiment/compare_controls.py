@@ -1,0 +1,104 @@
+"""Makes the controls of a comparison: everybody at one rank, the largest alone, pooled data, and each client alone."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from flexlora.data.prompts import EncodedExample
+from flexlora.engines.simulation import SimulationEngine
+from flexlora.experiment.baselines import at_smallest_ranks
+from flexlora.experiment.compare_arms import Arm
+from flexlora.experiment.compare_jobs import Job
+from flexlora.experiment.compare_scores import loss_on_own, mean_of, own_clients, unseen_loss
+from flexlora.experiment.loaded import LoadedRun
+from flexlora.experiment.round_loop import cohort_size
+from flexlora.experiment.workload import local_training
+from flexlora.federation.clients import ClientSpec, RankPlan
+from flexlora.federation.messages import Broadcast
+from flexlora.federation.streams import stream_seed
+from flexlora.rounds.loop_parts import Loop
+from flexlora.training.one_client import LocalTraining, train_client
+
+
+def clients_of(arm: Arm, loaded: LoadedRun) -> Sequence[ClientSpec]:
+    """Return who takes part, at which ranks."""
+    clients = loaded.participants.clients
+    if arm.clients == "smallest":
+        return at_smallest_ranks(loaded)
+    if arm.clients == "own" and arm.kind == "method":
+        return clients
+    largest = largest_plan(loaded)
+    if arm.kind == "centralised":
+        num_examples = sum(client.num_examples for client in clients)
+        return [ClientSpec("pooled", largest, num_examples)]
+    if arm.clients == "only_largest":
+        return [client for client in clients if client.plan == largest]
+    return [dataclasses.replace(client, plan=largest) for client in clients]
+
+
+def largest_plan(loaded: LoadedRun) -> RankPlan:
+    """Return the rank plan with the most parameters."""
+    plans = sorted(loaded.participants.plans.values(), key=lambda plan: plan.name)
+    return max(plans, key=lambda plan: sum(r * sum(loaded.shapes[m]) for m, r in plan.resolve(loaded.shapes).items()))
+
+
+def pooled(loop: Loop, loaded: LoadedRun) -> Loop:
+    """Return a loop whose only client has everybody's examples and makes as many steps as a cohort does."""
+    training, clients = local_training(loaded.config), loaded.participants.clients
+    steps = [training.num_steps(client.num_examples) for client in clients]
+    num_steps = max(1, round(cohort_size(loaded.config, len(clients)) * sum(steps) / len(steps)))
+    pooled = PooledExamples(loaded)
+    settings: LocalTraining = dataclasses.replace(training, max_steps=num_steps, num_epochs=1e9)
+    engine = SimulationEngine(loaded.model, lambda client_id: pooled, settings, loaded.train_one)
+    return dataclasses.replace(loop, engine=engine)
+
+
+class PooledExamples(Sequence[EncodedExample]):
+    """The training examples of all clients one after the other, tokenised when they are first looked at."""
+
+    def __init__(self, loaded: LoadedRun) -> None:
+        """Look at no example yet."""
+        self._loaded = loaded
+        self._owners = [
+            (client.client_id, index) for client in loaded.participants.clients for index in range(client.num_examples)
+        ]
+
+    def __len__(self) -> int:
+        """Return the number of examples of all clients."""
+        return len(self._owners)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one example."""
+        client_id, own = self._owners[index]
+        return self._loaded.training_examples(client_id)[own]
+
+
+def alone_scores(job: Job, loaded: LoadedRun) -> dict[str, Any]:
+    """Return the mean scores of sampled clients that train alone, each for as many steps as its epochs have."""
+    training = dataclasses.replace(
+        local_training(loaded.config), num_epochs=loaded.config.evaluation.local_only_epochs, max_steps=None
+    )
+    own, unseen, validation = [], [], []
+    for client in own_clients(loaded):
+        ranks = client.plan.resolve(loaded.shapes)
+        start = loaded.model.initial_adapter(ranks, loaded.scaling, stream_seed(job.seed, "initial-adapter"))
+        trained, _ = (loaded.train_one or train_client)(
+            loaded.model,
+            Broadcast(start),
+            loaded.training_examples(client.client_id),
+            training,
+            job.learning_rate,
+            stream_seed(job.seed, "alone", client.client_id),
+        )
+        adapter = Broadcast(trained)
+        if loaded.participants.corpus.clients[client.client_id].validation:
+            validation.append(loss_on_own(loaded, client, adapter, "validation"))
+        if job.phase == "test":
+            own.append(loss_on_own(loaded, client, adapter))
+            unseen.append(unseen_loss(loaded, adapter))
+    score = {"loss": mean_of(unseen), "rouge_l": None, "exact_match": None, "num_examples": 0, "num_tasks": 0}
+    return {
+        "validation_loss": mean_of(validation),
+        "own_loss": mean_of(own),
+        "unseen": score if unseen else None,
+    }

@@ -1,0 +1,99 @@
+"""Makes a comparison from a configuration and arms, and describes it for its folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flexlora.experiment.client_plans import config_plans
+from flexlora.experiment.compare_arms import Arm, CompareError, controls
+from flexlora.experiment.compare_jobs import Study
+from flexlora.experiment.config import Config
+from flexlora.experiment.config_file import dump_config, load_config
+from flexlora.federation.client_types import DISTRIBUTIONS
+
+CONFIGURED = "configured"
+"""Name of the distribution that the configuration itself describes."""
+
+
+def make_study(
+    config_path: Path | str,
+    overrides: Sequence[str],
+    arms: Sequence[Arm],
+    *,
+    distributions: Sequence[str] = (),
+    draws: int,
+    tuning_draws: int = 2,
+    trials: int = 5,
+    learning_rate: float | None = None,
+    evaluations: int = 8,
+    text: bool = True,
+    tune_on: str | None = None,
+    with_controls: bool = True,
+) -> Study:
+    """Return the comparison of arms, and of the controls, on the draws of a configuration.
+
+    Raises:
+        CompareError: If a number is out of range or a distribution has no such name.
+        ConfigError: If the configuration is wrong, or does not suit an arm.
+    """
+    for name, value, least in (("draws", draws, 1), ("tuning_draws", tuning_draws, 0), ("trials", trials, 1)):
+        if value < least:
+            raise CompareError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+    config = load_config(config_path, [*overrides, "method={name: flexlora}"], check_paths=True)
+    if config.data.validation_examples == 0 and tuning_draws:
+        raise CompareError("learning rates are chosen by validation loss; set data.validation_examples above 0")
+    names = tuple(dict.fromkeys(distributions)) or (CONFIGURED,)
+    if unknown := [name for name in names if name not in (*DISTRIBUTIONS, CONFIGURED)]:
+        raise CompareError(
+            f"--distributions must be among {', '.join((*DISTRIBUTIONS, CONFIGURED))}; got {', '.join(unknown)}"
+        )
+    if tune_on is not None and tune_on not in names:
+        raise CompareError(f"--tune-on must be one of the distributions, {', '.join(names)}; got {tune_on}")
+    for arm in arms:
+        load_config(config_path, [*overrides, f"method={json.dumps(dict(arm.method))}", *arm.settings])
+    return Study(
+        config=str(config_path),
+        overrides=tuple(overrides),
+        arms=(*(controls() if with_controls else ()), *arms),
+        distributions=names,
+        supports={name: _support(config, name) for name in names},
+        draws=draws,
+        tuning_draws=tuning_draws,
+        trials=trials,
+        learning_rate=learning_rate or config.training.learning_rate,
+        seed=config.seed,
+        evaluations=evaluations,
+        text=text,
+        tune_on=tune_on,
+    )
+
+
+def _support(config: Config, distribution: str) -> tuple[str, ...]:
+    """Return the client types that a distribution hands out."""
+    if config.clients.ranks_from == "devices":
+        return (distribution,)
+    weights = config.clients.distribution if distribution == CONFIGURED else distribution
+    plans = list(config_plans(config))
+    if isinstance(weights, str):
+        weights = dict(zip(plans, DISTRIBUTIONS[weights], strict=True))
+    return tuple(name for name in plans if weights.get(name, 0.0) > 0)
+
+
+def described(study: Study) -> dict[str, Any]:
+    """Return a comparison as plain values: what a folder of rows belongs to."""
+    config = load_config(study.config, [*study.overrides, "method={name: flexlora}"])
+    return {
+        "config": dump_config(config),
+        "path": study.config,
+        "overrides": list(study.overrides),
+        "arms": [arm.described() for arm in study.arms],
+        "distributions": list(study.distributions),
+        "draws": study.draws,
+        "tuning_draws": study.tuning_draws,
+        "trials": study.trials,
+        "learning_rate": study.learning_rate,
+        "evaluations": study.evaluations,
+        "text": study.text,
+        "tune_on": study.tune_on,
+    }
