@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from flexlora.experiment.run import run_experiment
     from flexlora.experiment.score_run import evaluate_run
     from flexlora.federation.clients import ClientSpec, RankPlan
-    from flexlora.federation.messages import Broadcast, Change, ClientFailure, Update
+    from flexlora.federation.known_rows import known_rows, mask_of
+    from flexlora.federation.messages import Broadcast, Change, ClientFailure, SparseMask, TailPenalty, Update
     from flexlora.lora.certificate import Certificate
     from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
     from flexlora.lora.product import (
@@ -87,7 +88,9 @@ __all__ = [
     "RunResult",
     "Scaling",
     "ScoreRecord",
+    "SparseMask",
     "Spectrum",
+    "TailPenalty",
     "Traits",
     "Update",
     "UplinkStep",
@@ -100,7 +103,9 @@ __all__ = [
     "evaluate_run",
     "export_run",
     "inspect_adapter",
+    "known_rows",
     "load_config",
+    "mask_of",
     "merge",
     "open_run",
     "option",
@@ -141,7 +146,15 @@ _NAMES = {
     "flexlora.experiment.run": ("run_experiment",),
     "flexlora.experiment.score_run": ("evaluate_run",),
     "flexlora.federation.clients": ("ClientSpec", "RankPlan"),
-    "flexlora.federation.messages": ("Broadcast", "Change", "ClientFailure", "Update"),
+    "flexlora.federation.known_rows": ("known_rows", "mask_of"),
+    "flexlora.federation.messages": (
+        "Broadcast",
+        "Change",
+        "ClientFailure",
+        "SparseMask",
+        "TailPenalty",
+        "Update",
+    ),
     "flexlora.lora.certificate": ("Certificate",),
     "flexlora.lora.factors": ("AdapterState", "LoraFactors", "Scaling"),
     "flexlora.lora.product": (

@@ -156,6 +156,19 @@ def test_adapters_are_written_read_merged_and_inspected_by_paths_as_text(tmp_pat
     assert flexlora.inspect_adapter(folders[0]).to_json()
 
 
+def test_a_method_can_say_what_need_not_be_sent() -> None:
+    mask = flexlora.SparseMask(density=0.5, seed=3)
+    trainable = {
+        module: flexlora.LoraFactors(flexlora.known_rows(7, module, 2, columns), torch.zeros(rows, 2), SCALING(2))
+        for module, (rows, columns) in SHAPES.items()
+    }
+    sent = flexlora.Broadcast(
+        trainable, train_factors="B", known_A=7, mask=mask, tail_penalty=flexlora.TailPenalty(weight=0.1, share=0.5)
+    )
+    for module, own in sent.adapter.items():
+        assert int(flexlora.mask_of(mask, module, (own.B.shape[0], 2)).sum()) == own.B.shape[0]
+
+
 def test_configurations_are_read_written_and_estimated(tmp_path: Path) -> None:
     rows = [json.dumps({"instruction": f"Say {number}.", "response": f"{number}"}) for number in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))

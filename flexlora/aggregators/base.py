@@ -15,6 +15,7 @@ from flexlora.lora.factors import AdapterState, LoraFactors
 from flexlora.lora.product import Spectrum
 
 State = TypeVar("State")
+StateIn = TypeVar("StateIn", contravariant=True)
 
 
 class AggregationError(FlexLoraError, ValueError):
@@ -66,10 +67,10 @@ class ChangeAggregator(Protocol[State]):
 
 
 @runtime_checkable
-class PerClientAggregator(Protocol[State]):
+class PerClientAggregator(Protocol[StateIn]):
     """A method with the trait ``per_client``: every client of a round receives something of its own."""
 
-    def broadcast_to(self, state: State, ranks: Mapping[str, int], client_id: str) -> Broadcast:
+    def broadcast_to(self, state: StateIn, ranks: Mapping[str, int], client_id: str) -> Broadcast:
         """Return what this client with these ranks receives; the same however often it is asked for.
 
         Random choices are a pure function of a seed, of the round as the state knows it, and of ``client_id``, so that

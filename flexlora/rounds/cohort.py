@@ -118,7 +118,8 @@ def _buffered_orders(
     for number in sorted({trip.server_round for trip in filled.arrived}):
         ids = sorted(trip.client_id for trip in filled.arrived if trip.server_round == number)
         cohort = [clients[client_id] for client_id in ids]
-        own = {plan: parcels[_sent_name(number, plan)] for plan in {client.plan for client in cohort}}
+        plans = {client.plan for client in cohort}
+        own: dict[ParcelKey, Parcel] = {plan: parcels[_sent_name(number, plan)] for plan in plans}
         orders.append(_order(loop, number, cohort, own, progress))
     return orders
 
@@ -147,7 +148,7 @@ def _order(
     loop: Loop,
     server_round: int,
     cohort: Sequence[ClientSpec],
-    parcels: Mapping[RankPlan, Parcel] | Mapping[ParcelKey, Parcel],
+    parcels: Mapping[ParcelKey, Parcel],
     progress: Progress,
 ) -> RoundOrder:
     """Return the order to train a cohort from the broadcasts of ``server_round``."""
@@ -158,7 +159,7 @@ def _order(
         wire_dtype=loop.federation.wire_dtype,
         uplink=loop.uplink,
         cohort=cohort,
-        parcels=dict(parcels),
+        parcels=parcels,
         kept=progress.kept,
     )
 

@@ -227,13 +227,10 @@ def _broadcast(blob: Blob) -> Broadcast:
 def _made(module: str, blob: Blob, broadcast: Broadcast, scaling: float) -> LoraFactors:
     """Return the factors of a module of which not all travelled."""
     out_features, rank, in_features = blob.fields[_SHAPES][module]
-    if broadcast.known_A is None:
-        A = blob.tensors[f"trainable/{module}.A"]
-    else:
-        A = known_rows(broadcast.known_A, module, rank, in_features)
-    B = blob.tensors[f"trainable/{module}.B"]
-    if broadcast.mask is not None:
-        B = _unmasked(B, broadcast.mask, module, torch.zeros(out_features, rank, dtype=B.dtype))
+    known, mask, travelled = broadcast.known_A, broadcast.mask, blob.tensors[f"trainable/{module}.B"]
+    whole = torch.zeros(out_features, rank, dtype=travelled.dtype)
+    A = blob.tensors[f"trainable/{module}.A"] if known is None else known_rows(known, module, rank, in_features)
+    B = travelled if mask is None else _unmasked(travelled, mask, module, whole)
     if tuple(A.shape) != (rank, in_features) or tuple(B.shape) != (out_features, rank):
         raise WireError(f"{module}: the payload must hold A [rank, in_features] and B [out_features, rank]")
     return LoraFactors(A, B, scaling)
@@ -322,7 +319,7 @@ def _put_back(found: Mapping[str, Tensor | None], sent: LoraFactors, scaling: fl
 
 
 def _require_update(blob: Blob) -> None:
-    if blob.scalings.keys() != {"adapter"}:
+    if set(blob.scalings) != {"adapter"}:
         raise WireError(
             f"an adapter was expected, but the payload holds {sorted(blob.scalings)}; it is another message"
         )
