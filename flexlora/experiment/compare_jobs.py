@@ -118,7 +118,7 @@ def num_jobs_left(study: Study, rows: Iterable[Row]) -> int:
         for distribution in study.distributions:
             if study.run_for(arm, distribution) == distribution:
                 left += len(_due_of(study, arm, distribution, done))
-                left += 0 if isinstance(_choice(study, arm, distribution, done), float) else study.draws
+                left += 0 if isinstance(_choice(study, arm, distribution, done), int | float) else study.draws
     return left
 
 
@@ -126,12 +126,12 @@ def chosen_rate(study: Study, arm: Arm, distribution: str, rows: Iterable[Row]) 
     """Return the learning rate of an arm, or None while it is being chosen."""
     done = {_key_of(row): row for row in rows}
     rate = _choice(study, arm, distribution, done)
-    return rate if isinstance(rate, float) else None
+    return rate if isinstance(rate, int | float) else None
 
 
 def _due_of(study: Study, arm: Arm, distribution: str, done: Mapping[Any, Row]) -> list[Job]:
     choice = _choice(study, arm, distribution, done)
-    if isinstance(choice, float):
+    if isinstance(choice, int | float):
         jobs = [
             Job("test", draw, study.seed + FIRST_TEST_SEED + draw, distribution, arm.label, choice)
             for draw in range(study.draws)
