@@ -50,7 +50,8 @@ STUDIES: Mapping[str, StudySpec] = {
         "The paper's methods, plain and with FlexLoRA, and ours",
         "Do mixed ranks beat FedIT at the smallest rank, and how near do they come to FedIT at the largest?",
         "fedavg=fedavg:start=1.0,slora=slora:stage_two=fedit,fedavg_flexlora=flexlora:training.optimizer=sgd:start=1.0,flexlora,"
-        f"slora_flexlora=slora:stage_two=flexlora,het_lora,{COMPENSATED},aligned",
+        f"slora_flexlora=slora:stage_two=flexlora,{COMPENSATED},aligned=aligned:holder_exponent=0.0,"
+        "aligned_half=aligned:holder_exponent=0.5",
         FOUR_DISTRIBUTIONS,
         draws=8,
     ),
