@@ -18,7 +18,7 @@ from studies import STUDIES, StudySpec
 
 from flexlora.experiment.compare import CompareEvent, run_comparison
 from flexlora.experiment.compare_arms import read_arms
-from flexlora.experiment.compare_jobs import Study
+from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_study import make_study
 from flexlora.report.study_rows import read_rows
 
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, help="start no further run after this")
     parser.add_argument("--only", help="labels of the arms to run in this sitting, separated by commas")
+    parser.add_argument("--on", help="distributions to run in this sitting, separated by commas")
     parser.add_argument("--export", action="store_true", help="run nothing")
     options = parser.parse_args()
     name = options.study
@@ -106,8 +107,13 @@ def main() -> None:
     take_up(name, folder)
     if not options.export:
         until = None if options.minutes is None else time.time() + 60 * options.minutes
-        only = options.only.split(",") if options.only else None
-        run_comparison(study_of(STUDIES[name]), folder, jobs=options.jobs, until=until, only=only, notify=_tell)
+        arms, distributions = (text.split(",") if text else None for text in (options.only, options.on))
+
+        def wanted(job: Job) -> bool:
+            """Return whether a job is for this sitting."""
+            return (arms is None or job.arm in arms) and (distributions is None or job.distribution in distributions)
+
+        run_comparison(study_of(STUDIES[name]), folder, jobs=options.jobs, until=until, wanted=wanted, notify=_tell)
     print(export(name, folder))
 
 

@@ -1,13 +1,13 @@
 """Runs a comparison: jobs side by side in processes, a row as soon as each is done, everything resumable."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexlora.experiment.compare_folder import append_rows, copies, open_comparison, serve_others
-from flexlora.experiment.compare_jobs import Study, due_jobs, num_jobs_left
+from flexlora.experiment.compare_jobs import Job, Study, due_jobs, num_jobs_left
 from flexlora.experiment.compare_pool import JobPool
 
 
@@ -35,7 +35,7 @@ def run_comparison(
     jobs: int = 1,
     overwrite: bool = False,
     until: float | None = None,
-    only: Collection[str] | None = None,
+    wanted: Callable[[Job], bool] = lambda job: True,
     notify: Callable[[CompareEvent], None] = lambda event: None,
 ) -> list[dict[str, Any]]:
     """Run what a comparison still lacks and return its rows, those of earlier sittings included.
@@ -46,7 +46,7 @@ def run_comparison(
         jobs: Processes that run side by side, each with one thread.
         overwrite: Forget the rows in ``folder`` first.
         until: Time (as of ``time.time``) after which no further run is started.
-        only: Labels of the arms to run in this sitting; None runs all.
+        wanted: Whether a job is for this sitting; the others stay due.
         notify: Told how far it is.
 
     Raises:
@@ -60,7 +60,7 @@ def run_comparison(
         started, num_new = time.monotonic(), 0
         while True:
             if until is None or time.time() < until:
-                pool.fill([job for job in due_jobs(study, rows) if only is None or job.arm in only])
+                pool.fill([job for job in due_jobs(study, rows) if wanted(job)])
             if not pool.is_busy:
                 break
             for job, row in pool.finished():
