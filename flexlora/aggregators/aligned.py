@@ -65,7 +65,7 @@ class Aligned:
 
     scaling: Scaling
     holder_exponent: float = option(
-        0.5,
+        0.0,
         "Power of a direction's coverage that its mean change is divided by: 1 is the mean of those who hold it, 0 "
         "their share of the mean of all clients.",
         ge=0.0,
