@@ -30,9 +30,11 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "capacity.yaml"
 ROWS = ROOT / "results" / "capacity.jsonl"
 RANKS = (1, 4, 16, 64)
-CENTRAL_FACTS = (32, 64, 128, 256)
+CENTRAL_FACTS = (32, 64, 128, 256, 512)
 # Learning rates are chosen at this number of facts, for each rank.
 PROBED_FACTS = 128
+# Per cent.
+ALL = 99.0
 # All facts of the configuration.
 FEDERATED_FACTS = 128
 # Tried first; where the best one is at an edge, the next one beyond it is tried too, by factors of two.
@@ -242,12 +244,15 @@ def tuned(rows: Rows, run: Run, overrides: Sequence[str]) -> Run:
     return dataclasses.replace(run, learning_rate=chosen_rate(results))
 
 
-def central(rows: Rows, overrides: Sequence[str], ranks: Sequence[int]) -> None:
+def central(rows: Rows, overrides: Sequence[str], ranks: Sequence[int], numbers: Sequence[int]) -> None:
     """Measure every rank at every number of facts, each rank at the learning rate it does best with at one number."""
     for rank in ranks:
         best = tuned(rows, Run("central", "fedit", 0.0, TUNING_DRAW, PROBED_FACTS, rank), overrides)
-        for num_facts in CENTRAL_FACTS:
-            rows.measured(dataclasses.replace(best, num_facts=num_facts), overrides)
+        stores_all = recall(rows.of(best)) >= ALL
+        for num_facts in numbers:
+            # What stores all of them stores fewer, too.
+            if num_facts > PROBED_FACTS or not stores_all:
+                rows.measured(dataclasses.replace(best, num_facts=num_facts), overrides)
 
 
 def federated(rows: Rows, overrides: Sequence[str], methods: Sequence[str], draws: int) -> None:
@@ -306,6 +311,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value, as for flexlora run; use another --rows with them")
     parser.add_argument("--methods", default=",".join(FEDERATED_METHODS))
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)), help="of the central study")
+    parser.add_argument("--facts", default=",".join(map(str, CENTRAL_FACTS)), help="of the central study")
     parser.add_argument("--draws", type=int, default=2, help="besides the one that learning rates are chosen on")
     parser.add_argument("--rows", type=Path, default=ROWS)
     options = parser.parse_args()
@@ -314,7 +320,8 @@ def main() -> None:
         parser.error(f"--methods must be among {', '.join(FEDERATED_METHODS)}; got {', '.join(unknown)}")
     rows = Rows(options.rows)
     if options.study == "central":
-        central(rows, options.overrides, [int(rank) for rank in options.ranks.split(",")])
+        ranks, numbers = (list(map(int, text.split(","))) for text in (options.ranks, options.facts))
+        central(rows, options.overrides, ranks, numbers)
     if options.study == "federated":
         federated(rows, options.overrides, methods, options.draws)
     print(report(rows))
