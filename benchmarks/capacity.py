@@ -49,11 +49,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedit smallest": {"name": "fedit"},
     "fedit largest": {"name": "fedit"},
     "flexlora": FLEXLORA,
+    "flexlora largest": FLEXLORA,
     "flexlora+ec+fold": {**FLEXLORA, "error_compensation": True, "fold_tail": True},
     "aligned": {"name": "aligned"},
 }
 
-# FedIT takes clients of one rank: all of them at the smallest, or at the largest as if all could afford it.
+# ``smallest`` and ``largest``: all clients at the rank that all can afford, or at the largest as if all could.
 FEDERATED_METHODS = tuple(name for name in METHODS if name != "fedit")
 
 Row = dict[str, Any]
@@ -125,14 +126,14 @@ def _settings(run: Run) -> Iterator[str]:
 
 
 def _clients(run: Run, loaded: Any) -> list[Any]:
-    """Return the clients at the ranks that they train with: their own, or for FedIT one that all have."""
+    """Return the clients at the ranks that they train with: their own, or one that all have."""
     from flexlora.experiment.baselines import at_smallest_ranks
     from flexlora.federation.clients import RankPlan, largest_ranks
 
     clients = list(loaded.participants.clients)
-    if run.method == "fedit smallest":
+    if run.method.endswith(" smallest"):
         return at_smallest_ranks(loaded)
-    if run.method == "fedit largest":
+    if run.method.endswith(" largest"):
         ranks = largest_ranks({client.plan for client in clients}, loaded.shapes)
         plan = RankPlan("largest", tuple((f"^{re.escape(module)}$", rank) for module, rank in ranks.items()))
         return [dataclasses.replace(client, plan=plan) for client in clients]
@@ -306,7 +307,7 @@ def _federated_table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", choices=("central", "federated", "report"))
     parser.add_argument("overrides", nargs="*", help="key=value, as for flexlora run; use another --rows with them")
     parser.add_argument("--methods", default=",".join(FEDERATED_METHODS))
