@@ -65,11 +65,15 @@ def export(name: str, folder: Path, results: Path = RESULTS) -> Path:
         "title": spec.title,
         "question": spec.question,
         "command": command_of(spec),
+        "config": spec.config,
+        "verdict": spec.in_verdict,
         "reference": spec.reference,
         "described": described,
     }
     rows = sorted(read_rows(folder / "rows.jsonl"), key=_order)
-    head["machine"] = ", ".join(sorted({row["device"] for row in rows if row.get("device")}))
+    devices = sorted({row["device"] for row in rows if row.get("device")})
+    hours = sum(row["seconds"] for row in rows if not row.get("copy_of")) / 3600
+    head["machine"] = f"{len(rows)} rows, {hours:.1f} hours of one process each on {' and '.join(devices)}"
     results.mkdir(exist_ok=True)
     path = results / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (head, *rows)), encoding="utf-8")
@@ -110,10 +114,12 @@ def main() -> None:
         arms, distributions = (text.split(",") if text else None for text in (options.only, options.on))
 
         def wanted(job: Job) -> bool:
-            """Return whether a job is for this sitting."""
-            return (arms is None or job.arm in arms) and (distributions is None or job.distribution in distributions)
+            """Return whether a job is for this sitting: its arm, and one of the distributions that it serves."""
+            where = {job.distribution, *study.served_by(job)}
+            return (arms is None or job.arm in arms) and (distributions is None or not where.isdisjoint(distributions))
 
-        run_comparison(study_of(STUDIES[name]), folder, jobs=options.jobs, until=until, wanted=wanted, notify=_tell)
+        study = study_of(STUDIES[name])
+        run_comparison(study, folder, jobs=options.jobs, until=until, wanted=wanted, notify=_tell)
     print(export(name, folder))
 
 

@@ -28,6 +28,7 @@ class StudySpec:
         reference: Arm that differences are paired with.
         with_controls: Whether the controls run too.
         text: Whether answers are generated and scored.
+        in_verdict: Whether the first paragraph of the page of results rests on it.
     """
 
     title: str
@@ -43,6 +44,7 @@ class StudySpec:
     with_controls: bool = True
     text: bool = True
     config: str = "configs/demo.yaml"
+    in_verdict: bool = False
 
 
 STUDIES: Mapping[str, StudySpec] = {
@@ -54,6 +56,7 @@ STUDIES: Mapping[str, StudySpec] = {
         "aligned_half=aligned:holder_exponent=0.5",
         FOUR_DISTRIBUTIONS,
         draws=8,
+        in_verdict=True,
     ),
     "methods": StudySpec(
         "All methods at one distribution",
