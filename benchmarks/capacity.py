@@ -18,13 +18,14 @@ import argparse
 import dataclasses
 import json
 import re
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flexlora.report.capacity_tables import TUNING_DRAW, capacity_tables, chosen_rate
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "capacity.yaml"
@@ -41,7 +42,6 @@ FEDERATED_FACTS = 128
 RATES = (0.01, 0.02, 0.04)
 MOST_RATES = 6
 CENTRAL_PASSES = 100
-TUNING_DRAW = 0
 
 FLEXLORA = {"name": "flexlora"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -52,6 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "flexlora largest": FLEXLORA,
     "flexlora+ec+fold": {**FLEXLORA, "error_compensation": True, "fold_tail": True},
     "aligned": {"name": "aligned"},
+    "aligned half": {"name": "aligned", "holder_exponent": 0.5},
 }
 
 # ``smallest`` and ``largest``: all clients at the rank that all can afford, or at the largest as if all could.
@@ -220,17 +221,6 @@ def recall(rows: Iterable[Row]) -> float:
     return max((row["reader"], row["exact_match"]) for row in rows if row["owner"] == "all")[1]
 
 
-def chosen_rate(results: Mapping[float, list[Row]]) -> float:
-    """Return the learning rate with the best recall, of equal ones that with the lowest loss."""
-
-    def merit(rate: float) -> tuple[float, float]:
-        """Return recall and loss so that larger is better."""
-        last = max((row for row in results[rate] if row["owner"] == "all"), key=lambda row: row["reader"])
-        return last["exact_match"], -last["loss"]
-
-    return max(results, key=merit)
-
-
 def tuned(rows: Rows, run: Run, overrides: Sequence[str]) -> Run:
     """Return the run with the learning rate that does best."""
 
@@ -264,48 +254,6 @@ def federated(rows: Rows, overrides: Sequence[str], methods: Sequence[str], draw
             rows.measured(dataclasses.replace(best, draw=draw), overrides)
 
 
-def report(rows: Rows) -> str:
-    """Return the tables of both studies as Markdown."""
-    return "\n".join([*_central_table(rows.rows), "", *_federated_table(rows.rows)])
-
-
-def _central_table(rows: Sequence[Row]) -> Iterator[str]:
-    yield f"Central training, per cent of the facts recalled, by rank and number of facts ({CENTRAL_PASSES} passes)"
-    yield ""
-    yield "| rank | learning rate, chosen at 128 facts |" + "".join(f" {num} |" for num in CENTRAL_FACTS)
-    yield "|---|---|" + "---|" * len(CENTRAL_FACTS)
-    for rank in RANKS:
-        own = [row for row in rows if row["study"] == "central" and row["rank"] == row["reader"] == rank]
-        by_rate = {
-            row["learning_rate"]: [row] for row in own if row["num_facts"] == PROBED_FACTS and row["owner"] == "all"
-        }
-        if by_rate:
-            rate = chosen_rate(by_rate)
-            found = {
-                r["num_facts"]: r["exact_match"] for r in own if r["learning_rate"] == rate and r["owner"] == "all"
-            }
-            cells = "".join(f" {found[num]:.0f} |" if num in found else " |" for num in CENTRAL_FACTS)
-            yield f"| {rank} | {rate:g} |{cells}"
-
-
-def _federated_table(rows: Sequence[Row]) -> Iterator[str]:
-    own = [row for row in rows if row["study"] == "federated"]
-    owners = [*sorted({row["owner"] for row in own} - {"all"}, key=_rank_of), "all"]
-    yield "Federated training, exact match by rank of the owner (columns), mean over draws (lowest, highest)"
-    yield ""
-    yield "| method | learning rate | draws | reader |" + "".join(f" {owner} |" for owner in owners)
-    yield "|---|---|---|---|" + "---|" * len(owners)
-    for method in FEDERATED_METHODS:
-        final = [row for row in own if row["method"] == method and row["draw"] != TUNING_DRAW]
-        draws, rates = {row["draw"] for row in final}, {row["learning_rate"] for row in final}
-        for reader in sorted({row["reader"] for row in final}):
-            cells = []
-            for owner in owners:
-                found = [r["exact_match"] for r in final if (r["owner"], r["reader"]) == (owner, reader)]
-                cells.append(f" {statistics.fmean(found):.0f} ({min(found):.0f}, {max(found):.0f}) |")
-            yield f"| {method} | {', '.join(f'{r:g}' for r in rates)} | {len(draws)} | {reader} |{''.join(cells)}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", choices=("central", "federated", "report"))
@@ -325,7 +273,7 @@ def main() -> None:
         central(rows, options.overrides, ranks, numbers)
     if options.study == "federated":
         federated(rows, options.overrides, methods, options.draws)
-    print(report(rows))
+    print("\n".join(capacity_tables(rows.rows)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
     check = parser.parse_args().check
     page = PAGE.read_text(encoding="utf-8")
-    expected = filled_page(page, read_studies(ROWS))
+    expected = filled_page(page, read_studies(ROWS), ROWS / "capacity.jsonl")
     if check and page != expected:
         print(f"{PAGE.name} is out of date; run: python scripts/write_results.py", file=sys.stderr)
         return 1

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexlora.report.capacity_tables import capacity_part
 from flexlora.report.paired import DEFAULT_REFERENCE, StudyError, Summary, summary
 from flexlora.report.study_details import cost_rows
 from flexlora.report.study_figures import draws_words
@@ -19,6 +20,8 @@ from flexlora.report.study_words import listed, p_words, verdict_sentence
 from flexlora.text import bytes_text, count_text, number_text, seconds_text, signed_text
 
 VERDICT = "verdict"
+CAPACITY = "capacity"
+"""The file whose rows are of facts recalled and not of a comparison."""
 SUBJECTS = {"flexlora": "FlexLoRA as published", "aligned": "aligned averaging"}
 """Arm -> what the first paragraph calls it; these are judged there on every distribution."""
 
@@ -51,7 +54,7 @@ def read_studies(folder: Path) -> list[Study]:
     Raises:
         StudyError: A file has no header, or a line of it is damaged.
     """
-    return [read_study(path) for path in sorted(folder.glob("*.jsonl"))]
+    return [read_study(path) for path in sorted(folder.glob("*.jsonl")) if path.stem != CAPACITY]
 
 
 def read_study(path: Path) -> Study:
@@ -76,13 +79,20 @@ def read_study(path: Path) -> Study:
     )
 
 
-def filled_page(page: str, studies: Sequence[Study]) -> str:
+def filled_page(page: str, studies: Sequence[Study], capacity: Path | None = None) -> str:
     """Return a page with every generated part renewed; everything else stays.
+
+    Args:
+        page: As it is.
+        studies: All that have a part on it.
+        capacity: File with the rows of the capacity experiment, if there is one.
 
     Raises:
         StudyError: A study has no part on the page, or a part no study.
     """
     parts = {VERDICT: verdict_part(studies)} | {study.name: "\n".join(study_part(study)) for study in studies}
+    if capacity is not None and capacity.exists():
+        parts[CAPACITY] = "\n".join(capacity_part(capacity))
     there = re.findall(r"<!-- results: (\S+) -->", page)
     missing, unknown = [name for name in parts if there.count(name) != 1], [name for name in there if name not in parts]
     if missing or unknown:
