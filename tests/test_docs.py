@@ -26,7 +26,7 @@ def reference_writer() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "command-line.md", "data-flow.md"])
+@pytest.mark.parametrize("name", ["configuration.md", "command-line.md", "data-flow.md", "methods/README.md"])
 def test_generated_pages_are_up_to_date(name: str) -> None:
     expected = reference_writer().PAGES[name]()
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == expected, "run: make docs"
