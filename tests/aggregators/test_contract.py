@@ -28,6 +28,7 @@ VARIANTS = [
     for name, options in (
         ("aligned", {"holder_exponent": 1.0, "fold_tail": False}),
         ("aligned", {"decompose_every": None, "split": "balanced"}),
+        ("aligned", {"holder_exponent": 0.5, "server_learning_rate": 0.5}),
         ("fed_plora", {"selection": "first"}),
         ("fed_sb", {"refresh_every": 1}),
         ("fed_sb", {"warmup_rounds": 2}),
@@ -42,6 +43,9 @@ VARIANTS = [
         ("flexlora", {"server_learning_rate": 0.5}),
         ("flexlora", {"server_momentum": 0.5, "error_compensation": True}),
         ("flexlora", {"energy": 0.9}),
+        ("flexlora", {"energy": 1.0}),
+        ("flexlora", {"energy": 0.9, "error_compensation": True, "fold_tail": True}),
+        ("flexlora", {"energy": 0.9, "server_momentum": 0.5}),
         ("flora", {"redraw_seed": 3}),
         ("florist", {"tau": 0.5}),
         ("het_lora", {"norm_weights": False, "self_pruning": False}),
