@@ -52,6 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "flexlora largest": FLEXLORA,
     "flexlora+ec+fold": {**FLEXLORA, "error_compensation": True, "fold_tail": True},
     "aligned": {"name": "aligned"},
+    "fed_plora": {"name": "fed_plora"},
     "aligned half": {"name": "aligned", "holder_exponent": 0.5},
 }
 
