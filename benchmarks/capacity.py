@@ -129,7 +129,7 @@ def _settings(run: Run) -> Iterator[str]:
 
 def _clients(run: Run, loaded: Any) -> list[Any]:
     """Return the clients at the ranks that they train with: their own, or one that all have."""
-    from flexlora.experiment.baselines import at_smallest_ranks
+    from flexlora.experiment.control_clients import at_smallest_ranks
     from flexlora.federation.clients import RankPlan, largest_ranks
 
     clients = list(loaded.participants.clients)

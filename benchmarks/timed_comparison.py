@@ -198,7 +198,7 @@ def train(job: Job, loaded: Any, watch: Watch) -> None:
 
 
 def clients_of(loaded: Any, which: str) -> Sequence[Any]:
-    from flexlora.experiment.baselines import at_smallest_ranks
+    from flexlora.experiment.control_clients import at_smallest_ranks
 
     clients = loaded.participants.clients
     if which == "own":

@@ -53,6 +53,8 @@ RUN_OVERRIDES = (
     "evaluation.rank_group_clients=0",
     "evaluation.local_only_clients=0",
     "evaluation.fedit_reference=false",
+    "evaluation.fedit_largest_reference=false",
+    "evaluation.large_alone_reference=false",
 )
 # A step of Adam changes a weight by about scaling * sqrt(rank) * rate: with rslora the same at every rank.
 OVERRIDES_OF_BASE = ("lora.scaling=rslora", "lora.lora_alpha=4", "training.learning_rate=0.002")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -259,6 +260,19 @@ def round_record(
     )
 
 
+def with_controls(found: ReferencesRecord, num_layers: int = 2) -> ReferencesRecord:
+    """Return the references with those that are off unless a configuration turns them on."""
+
+    def run(rank: int, final: float, **own: Any) -> ReferenceRunRecord:
+        scores = [RoundScoreRecord(server_round=r, unseen=score(final - 12 + r)) for r in (0, 6, 12)]
+        rank_text = f"{rank} in every module"
+        return ReferenceRunRecord(rank=rank_text, evaluations=scores, final=evaluation(final, num_layers), **own)
+
+    alone = run(16, 30.0, num_clients=24, up_bytes=2_000_000)
+    largest = run(16, 45.5, learning_rate=0.01, up_bytes=64_000_000)
+    return found.model_copy(update={"large_clients_alone": alone, "fedit_largest_rank": largest})
+
+
 def references(num_layers: int = 2) -> ReferencesRecord:
     clients = [
         LocalClientRecord(
@@ -335,6 +349,12 @@ def whole_run(tmp_path: Path, records: list[RoundRecord]) -> Path:
     (folder / "config.yaml").write_text("seed: 42\nrounds:\n  num_rounds: 12\ndata:\n  path: <b>data & more</b>\n")
     (folder / "adapters" / "rank-16").mkdir(parents=True)
     return folder
+
+
+@pytest.fixture
+def run_with_controls(whole_run: Path) -> Path:
+    write_references(whole_run / "references.json", with_controls(references()))
+    return whole_run
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ from typing import Any
 
 from flexlora.data.prompts import EncodedExample
 from flexlora.engines.simulation import SimulationEngine
-from flexlora.experiment.baselines import at_smallest_ranks
 from flexlora.experiment.compare_arms import Arm
 from flexlora.experiment.compare_jobs import Job
 from flexlora.experiment.compare_scores import loss_on_own, mean_of, own_clients, unseen_loss
+from flexlora.experiment.control_clients import at_largest_ranks, at_smallest_ranks, largest_plan, only_largest
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.round_loop import cohort_size
 from flexlora.experiment.workload import local_training
-from flexlora.federation.clients import ClientSpec, RankPlan
+from flexlora.federation.clients import ClientSpec
 from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
 from flexlora.rounds.loop_parts import Loop
@@ -27,19 +27,9 @@ def clients_of(arm: Arm, loaded: LoadedRun) -> Sequence[ClientSpec]:
         return at_smallest_ranks(loaded)
     if arm.clients == "own" and arm.kind == "method":
         return clients
-    largest = largest_plan(loaded)
     if arm.kind == "centralised":
-        num_examples = sum(client.num_examples for client in clients)
-        return [ClientSpec("pooled", largest, num_examples)]
-    if arm.clients == "only_largest":
-        return [client for client in clients if client.plan == largest]
-    return [dataclasses.replace(client, plan=largest) for client in clients]
-
-
-def largest_plan(loaded: LoadedRun) -> RankPlan:
-    """Return the rank plan with the most parameters."""
-    plans = sorted(loaded.participants.plans.values(), key=lambda plan: plan.name)
-    return max(plans, key=lambda plan: sum(r * sum(loaded.shapes[m]) for m, r in plan.resolve(loaded.shapes).items()))
+        return [ClientSpec("pooled", largest_plan(loaded), sum(client.num_examples for client in clients))]
+    return only_largest(loaded) if arm.clients == "only_largest" else at_largest_ranks(loaded)
 
 
 def pooled(loop: Loop, loaded: LoadedRun) -> Loop:

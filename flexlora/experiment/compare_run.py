@@ -120,9 +120,6 @@ def _loop(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path, sc
     settings = dataclasses.replace(
         loop.settings, patience=None, evaluate_every=every, checkpoint_every=every, keep_checkpoints=1
     )
-    if arm.clients == "only_largest":
-        share = len(clients) / len(loaded.participants.clients)
-        settings = dataclasses.replace(settings, cohort_size=max(1, round(settings.cohort_size * share)))
     loop = dataclasses.replace(loop, settings=settings, evaluator=scorer)
     return pooled(loop, loaded) if arm.kind == "centralised" else loop
 

@@ -182,6 +182,22 @@ class EvaluationConfig(Section):
         gt=0,
         description="Learning rate of that reference, which a small rank may want larger; null is the run's own.",
     )
+    fedit_largest_reference: bool = Field(
+        default=False,
+        description="Also run FedIT with every client at the largest rank: what it would be if all could afford it.",
+    )
+    fedit_largest_learning_rate: float | None = Field(
+        default=None, gt=0, description="Learning rate of that reference; null is the run's own."
+    )
+    large_alone_reference: bool = Field(
+        default=False,
+        description=(
+            "Also run FedIT among the clients that can afford the largest ranks alone, cohorts smaller by their share."
+        ),
+    )
+    large_alone_learning_rate: float | None = Field(
+        default=None, gt=0, description="Learning rate of that reference; null is the run's own."
+    )
     target_rouge_l: float | None = Field(
         default=None,
         ge=0,

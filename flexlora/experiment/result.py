@@ -102,7 +102,6 @@ class RunResult:
     def summary(self) -> dict[str, Any]:
         """Return the outcome as plain values."""
         last = last_evaluated(self.rounds)
-        fedit = self.references.fedit_smallest_rank
         local = self.references.local_only
 
         def unseen(evaluation: EvaluationRecord | None) -> dict[str, Any] | None:
@@ -118,7 +117,14 @@ class RunResult:
             "unseen": {
                 "base": unseen(self.references.base),
                 "federated": unseen(last.evaluation if last else None),
-                "fedit_smallest_rank": unseen(fedit.final if fedit else None),
+                **{
+                    name: unseen(run.final if run else None)
+                    for name, run in (
+                        ("fedit_smallest_rank", self.references.fedit_smallest_rank),
+                        ("large_clients_alone", self.references.large_clients_alone),
+                        ("fedit_largest_rank", self.references.fedit_largest_rank),
+                    )
+                },
                 "local_only": json.loads(local.unseen.model_dump_json()) if local and local.unseen else None,
             },
         }

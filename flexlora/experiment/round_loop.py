@@ -35,7 +35,7 @@ def round_loop(
 
     Args:
         method: The method, not always that of the configuration.
-        clients: Everybody who can be sampled.
+        clients: Everybody who can be sampled; where that is a part of the participants, cohorts are smaller by it.
         folder: Where records and checkpoints go.
         notify: Told about each step.
         base_learning_rate: What the schedule starts from; None takes that of the configuration.
@@ -47,7 +47,7 @@ def round_loop(
     if traits.server_rank is not None:
         ranks = dict.fromkeys(ranks, traits.server_rank)
     seed = stream_seed(loaded.config.seed, "initial-adapter")
-    size = cohort_size(loaded.config, len(clients))
+    size = cohort_of(loaded, len(clients))
     return Loop(
         aggregator=aggregator,
         state_types=state_types(aggregator),
@@ -118,6 +118,12 @@ def _schedule(config: Config, base: float | None) -> Callable[[int], float]:
         warmup_rounds=training.warmup_rounds,
         halve_at=training.halve_at,
     )
+
+
+def cohort_of(loaded: LoadedRun, num_clients: int) -> int:
+    """Return the size of a cohort where only ``num_clients`` of the participants can be sampled: their share of it."""
+    everybody = len(loaded.participants.clients)
+    return max(1, round(cohort_size(loaded.config, everybody) * num_clients / everybody))
 
 
 def cohort_size(config: Config, num_clients: int) -> int:

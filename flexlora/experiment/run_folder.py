@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from flexlora.errors import FlexLoraError
-from flexlora.experiment.baselines import FEDIT_FOLDER
+from flexlora.experiment.baselines import REFERENCES_FOLDER
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_data import InMemoryData
 from flexlora.experiment.config_file import dump_config, parse_config
@@ -32,7 +32,7 @@ RUN_ENTRIES = {
     ADAPTERS_FOLDER,
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
-    FEDIT_FOLDER.parts[0],
+    REFERENCES_FOLDER,
     MANIFEST_FILE,
     RECORDS_FILE,
     REFERENCES_FILE,

@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 
 import yaml
 
+from flexlora.report.reference_names import SHORT_NAMES, reference_runs
 from flexlora.report.run_folder import ReportError, RunFolder
 from flexlora.report.virtual_time import TimedRun, common_target, timed_reference, timed_run
 
@@ -18,10 +19,10 @@ HASHED = {"unseen": "the unseen tasks", "clients": "the clients' data", "devices
 def timed_runs(
     run: RunFolder, others: Sequence[RunFolder] = (), target: float | None = None
 ) -> tuple[list[TimedRun], float | None]:
-    """Return the runs that had a virtual clock, the reference last, and the ROUGE-L whose time is of interest.
+    """Return the runs that had a virtual clock, references last, and the ROUGE-L whose time is of interest.
 
     Args:
-        run: Comes first, with its reference.
+        run: Comes first, with its references.
         others: Runs beside it; a folder that is named twice counts once.
         target: In 0 to 100; None takes the run's own, or else `common_target`.
 
@@ -31,11 +32,12 @@ def timed_runs(
     if target is not None and not 0 <= target <= 100:
         raise ReportError(f"--target must be a ROUGE-L between 0 and 100, as --target 30; got {target:g}")
     timed = [timed_run(name, folder.records, folder.manifest) for name, folder in _named(run, others).items()]
-    # Only the reference of this run: with all references, the runs themselves would be hard to find.
+    # Only the references of this run: with those of all, the runs themselves would be hard to find.
     policy = run.manifest.policy if run.manifest else None
-    # The reference averages factors, which needs a server that waits for its cohort.
+    # References average factors, which needs a server that waits for its cohort.
     policy = "wait" if policy == "async" else policy or "unknown"
-    timed.append(timed_reference("FedIT, smallest rank", policy, run.references.fedit_smallest_rank))
+    references = reference_runs(run.references)
+    timed += [timed_reference(SHORT_NAMES[name], policy, reference) for name, reference in references.items()]
     present = [one for one in timed if one is not None]
     return present, common_target(present, _wanted(run, target))
 

@@ -7,6 +7,7 @@ from flexlora.report.bar_chart import stacked_bars
 from flexlora.report.drawing import Chart
 from flexlora.report.line_chart import Axis, Series, line_chart
 from flexlora.report.participation import times_sampled
+from flexlora.report.reference_names import LARGE_ALONE, LARGEST, SHORT_NAMES, SMALLEST, reference_runs
 from flexlora.report.run_folder import RunFolder
 from flexlora.report.scales import NumberText
 from flexlora.report.scores import base_evaluation
@@ -14,7 +15,8 @@ from flexlora.report.virtual_time import TimedRun
 from flexlora.report.wall_time import time_table
 from flexlora.text import bytes_text, count_text, number_text, seconds_text
 
-FEDERATED, FEDIT, LOCAL, BASE = "c1", "c2", "c3", "c6"
+FEDERATED, FEDIT, LOCAL, FEDIT_LARGEST, LARGE_CLIENTS, BASE = "c1", "c2", "c3", "c4", "c5", "c6"
+REFERENCE_STYLES = {SMALLEST: FEDIT, LARGE_ALONE: LARGE_CLIENTS, LARGEST: FEDIT_LARGEST}
 MODEL_STYLES = {"federated": FEDERATED, "fedit": FEDIT, "local": LOCAL, "base": BASE}
 """Model -> CSS class."""
 
@@ -185,12 +187,12 @@ def _unseen_series(run: RunFolder, measure: str) -> list[Series]:
     name = f"Federated, {run.manifest.method}" if run.manifest else "Federated"
     scores = [(r.server_round, getattr(r.evaluation.unseen, measure) if r.evaluation else None) for r in run.records]
     series = [Series(name, FEDERATED, scores)]
-    fedit = run.references.fedit_smallest_rank
-    if fedit:
-        points = [(e.server_round, getattr(e.unseen, measure)) for e in fedit.evaluations]
-        if not points and fedit.final:
-            points = [(0, getattr(fedit.final.unseen, measure))]
-        series.append(Series("FedIT, smallest rank", FEDIT, points, is_level=not fedit.evaluations))
+    for called, reference in reference_runs(run.references).items():
+        points = [(e.server_round, getattr(e.unseen, measure)) for e in reference.evaluations]
+        if not points and reference.final:
+            points = [(0, getattr(reference.final.unseen, measure))]
+        style = REFERENCE_STYLES[called]
+        series.append(Series(SHORT_NAMES[called], style, points, is_level=not reference.evaluations))
     local = run.references.local_only
     if local and local.unseen:
         series.append(Series("Training alone", LOCAL, [(0, getattr(local.unseen, measure))], is_level=True))

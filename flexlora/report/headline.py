@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from flexlora.report.reference_names import SHORT_NAMES, SMALLEST, inside_a_sentence
 from flexlora.report.run_folder import RunFolder
 from flexlora.report.score_tables import SummaryRow, summary_table
 from flexlora.report.scores import difference
@@ -17,7 +18,7 @@ class Tile:
     detail: str
 
 
-REFERENCES = {"FedIT at the smallest rank": "FedIT, smallest rank", "Training alone": "training alone"}
+COMPARED = {SMALLEST: SHORT_NAMES[SMALLEST], "Training alone": "Training alone"} | SHORT_NAMES
 """Rows of the summary that the federated one is compared with -> what a tile calls them."""
 
 
@@ -33,11 +34,11 @@ def headline(run: RunFolder) -> str:
     compared = [
         f"{name} reached {number_text(rows[name].rouge_l)} "
         f"({_ahead(difference(federated.rouge_l, rows[name].rouge_l))})"
-        for name in REFERENCES
+        for name in COMPARED
         if name in rows and rows[name].rouge_l is not None
     ]
     # Names begin with a capital only where the sentence does.
-    comparison = "; ".join([*compared[:1], *(words[0].lower() + words[1:] for words in compared[1:])])
+    comparison = "; ".join([*compared[:1], *map(inside_a_sentence, compared[1:])])
     return " ".join([what, _change_in_words(federated, base), *([f"{comparison}."] if compared else [])])
 
 
@@ -82,11 +83,11 @@ def tiles(run: RunFolder) -> list[Tile]:
         if federated.difference is None:
             detail = "of 100, on unseen tasks"
         found.append(Tile("Unseen ROUGE-L", number_text(federated.rouge_l), detail))
-    for name, called in REFERENCES.items():
+    for name, called in COMPARED.items():
         if federated and name in rows:
             gain = difference(federated.rouge_l, rows[name].rouge_l)
             detail = f"points; it reached {number_text(rows[name].rouge_l)}"
-            found.append(Tile(f"Versus {called}", signed_text(gain), detail))
+            found.append(Tile(f"Versus {inside_a_sentence(called)}", signed_text(gain), detail))
     if any(record.clients for record in run.records):
         moved = sum(record.up_bytes + record.down_bytes for record in run.records)
         up = bytes_text(sum(record.up_bytes for record in run.records))

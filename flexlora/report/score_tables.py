@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexlora.report.participation import plan_ranks
+from flexlora.report.reference_names import reference_runs
 from flexlora.report.scores import (
     base_evaluation,
     difference,
@@ -14,7 +15,14 @@ from flexlora.report.scores import (
     pooled_rouge_l,
     rouge_l_of,
 )
-from flexlora.rounds.records import EvaluationRecord, ManifestRecord, ReferencesRecord, RoundRecord, ScoreRecord
+from flexlora.rounds.records import (
+    EvaluationRecord,
+    ManifestRecord,
+    ReferenceRunRecord,
+    ReferencesRecord,
+    RoundRecord,
+    ScoreRecord,
+)
 from flexlora.text import bytes_text, count_text, describe_ranks, number_text, signed_text
 
 
@@ -85,13 +93,10 @@ def summary_table(
     if local and local.unseen:
         detail = f"mean of {count_text(len(local.clients), 'client')}"
         rows.append(_summary_row("Training alone", detail, local.unseen, None, base, 0, 0))
-    fedit = references.fedit_smallest_rank
-    if fedit and fedit.final:
-        name = "FedIT at the smallest rank"
-        detail = fedit.rank
-        if fedit.learning_rate is not None:
-            detail += f", learning rate {fedit.learning_rate:g}"
-        rows.append(_summary_row(name, detail, fedit.final.unseen, fedit.final, base, fedit.up_bytes, fedit.down_bytes))
+    for name, run in reference_runs(references).items():
+        if run.final:
+            detail = _detail(run)
+            rows.append(_summary_row(name, detail, run.final.unseen, run.final, base, run.up_bytes, run.down_bytes))
     last = last_evaluated(records)
     if last and last.evaluation and last.server_round > 0:
         up = sum(record.up_bytes for record in records if record.server_round <= last.server_round)
@@ -100,6 +105,12 @@ def summary_table(
         detail = f"after round {last.server_round}"
         rows.append(_summary_row(name, detail, last.evaluation.unseen, last.evaluation, base, up, down))
     return rows
+
+
+def _detail(run: ReferenceRunRecord) -> str:
+    among = [] if run.num_clients is None else [f"FedIT among {count_text(run.num_clients, 'client')}"]
+    rate = [] if run.learning_rate is None else [f"learning rate {run.learning_rate:g}"]
+    return ", ".join([*among, run.rank, *rate])
 
 
 def summary_cells(row: SummaryRow) -> list[str]:

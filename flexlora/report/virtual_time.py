@@ -73,10 +73,10 @@ def timed_run(name: str, records: Sequence[RoundRecord], manifest: ManifestRecor
     )
 
 
-def timed_reference(name: str, policy: str, run: ReferenceRunRecord | None) -> TimedRun | None:
+def timed_reference(name: str, policy: str, run: ReferenceRunRecord) -> TimedRun | None:
     """Return a reference run on the virtual clock; None if it had none."""
-    timed = [scored for scored in run.evaluations if scored.virtual_clock_seconds is not None] if run else []
-    if run is None or not timed:
+    timed = [scored for scored in run.evaluations if scored.virtual_clock_seconds is not None]
+    if not timed:
         return None
     return TimedRun(
         name=name,

@@ -161,6 +161,7 @@ class ReferenceRunRecord(_Record):
 
     rank: str = Field(description="Its ranks in words, for example '2 in every module'")
     ranks: dict[str, int] = Field(default={}, description="Module path -> rank")
+    num_clients: int | None = Field(default=None, ge=0, description="Clients that could be sampled; null is all")
     learning_rate: float | None = Field(default=None, description="Where its schedule starts, if not where the run's")
     evaluations: list[RoundScoreRecord] = []
     final: EvaluationRecord | None = None
@@ -174,6 +175,8 @@ class ReferencesRecord(_Record):
     base: EvaluationRecord | None = None
     local_only: LocalOnlyRecord | None = None
     fedit_smallest_rank: ReferenceRunRecord | None = None
+    fedit_largest_rank: ReferenceRunRecord | None = None
+    large_clients_alone: ReferenceRunRecord | None = None
 
 
 class ManifestRecord(_Record):

@@ -21,6 +21,8 @@ SMALL: Mapping[str, Mapping[str, object]] = {
         "local_only_clients": 0,
         "rank_group_clients": 0,
         "fedit_reference": False,
+        "fedit_largest_reference": False,
+        "large_alone_reference": False,
     },
 }
 

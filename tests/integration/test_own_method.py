@@ -25,6 +25,8 @@ SMALL = [
     "evaluation.rank_group_clients=0",
     "evaluation.local_only_clients=0",
     "evaluation.fedit_reference=false",
+    "evaluation.fedit_largest_reference=false",
+    "evaluation.large_alone_reference=false",
     "model.num_processes=1",
     "clients.distribution={type2: 1}",
 ]

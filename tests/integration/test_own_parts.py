@@ -23,6 +23,8 @@ SMALL = [
     "evaluation.local_only_clients=1",
     "evaluation.local_only_epochs=0.1",
     "evaluation.fedit_reference=false",
+    "evaluation.fedit_largest_reference=false",
+    "evaluation.large_alone_reference=false",
     "model.num_processes=1",
     "clients.distribution={type2: 1}",
 ]

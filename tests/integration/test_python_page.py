@@ -25,6 +25,8 @@ SMALL = {
     "evaluation__local_only_clients": 0,
     "evaluation__rank_group_clients": 0,
     "evaluation__fedit_reference": False,
+    "evaluation__fedit_largest_reference": False,
+    "evaluation__large_alone_reference": False,
 }
 GENERATED = {"data__num_clients": 8, "data__examples_per_task": 20, "data__num_unseen_tasks": 2}
 

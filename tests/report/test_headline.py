@@ -55,6 +55,17 @@ def test_tiles_compare_with_each_reference_and_sum_the_traffic(whole_run: Path, 
     assert found["Traffic"][0] == f"{moved / 1e6:.1f} MB"
 
 
+def test_other_reference_runs_come_behind_and_keep_the_capital_of_fedit(run_with_controls: Path) -> None:
+    run = read_run(run_with_controls)
+    assert headline(run).endswith(
+        "(23.5 points less); large clients alone reached 30.0 (11.0 points less); "
+        "FedIT at the largest rank reached 45.5 (4.5 points more)."
+    )
+    found = {tile.label: tile.value for tile in tiles(run)}
+    assert found["Versus large clients alone"] == "+11.0"
+    assert found["Versus FedIT, largest rank"] == "−4.5"
+
+
 def test_notices_are_the_warnings_and_the_notes_of_rounds(whole_run: Path) -> None:
     assert notices(read_run(whole_run)) == [
         "2 clients have fewer than 16 examples",

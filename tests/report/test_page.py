@@ -197,6 +197,23 @@ def test_the_tables_hold_the_numbers_of_the_run(whole_run: Path) -> None:
     assert "1 min 53 s" in rows["train"]
 
 
+def test_every_reference_run_has_a_row_and_a_line_of_its_own_colour(run_with_controls: Path) -> None:
+    text, page = page_of(run_with_controls)
+    rows = {row[0]: row[1:] for row in page.rows}
+    assert rows["Large clients aloneFedIT among 24 clients, 16 in every module"][:2] == ["30.0", "+18.0"]
+    assert rows["FedIT at the largest rank16 in every module, learning rate 0.01"][:2] == ["45.5", "+33.5"]
+    curve = text.split('id="curve-rouge-l"')[1].split("</figure>")[0]
+    keys = re.findall(r'<i class="key (c\d)[^"]*"></i>([^<]+) <b>', curve)
+    assert {name: style for style, name in keys} == {
+        "Federated, flexlora": "c1",
+        "FedIT, smallest rank": "c2",
+        "Training alone": "c3",
+        "FedIT, largest rank": "c4",
+        "Large clients alone": "c5",
+        "Base model": "c6",
+    }
+
+
 def test_the_base_alone_makes_a_page(base_only_run: Path) -> None:
     _, page = page_of(base_only_run)
     assert "Base model alone: ROUGE-L 12.0 of 100 on unseen tasks." in page.text

@@ -48,6 +48,18 @@ def test_summary_has_base_local_fedit_and_federated_with_differences_to_base(
     assert federated.up_bytes == sum(client.up_bytes for record in records for client in record.clients)
 
 
+def test_summary_has_the_other_reference_runs_with_who_takes_part_and_their_learning_rates(
+    records: list[RoundRecord], run_with_controls: Path
+) -> None:
+    rows = summary_table(records, read_references(run_with_controls / "references.json"))
+    assert [(row.name, row.detail, row.rouge_l, row.up_bytes) for row in rows[3:5]] == [
+        ("Large clients alone", "FedIT among 24 clients, 16 in every module", 30.0, 2_000_000),
+        ("FedIT at the largest rank", "16 in every module, learning rate 0.01", 45.5, 64_000_000),
+    ]
+    assert [row.difference for row in rows[3:5]] == [pytest.approx(18.0), pytest.approx(33.5)]
+    assert (rows[2].name, rows[5].name) == ("FedIT at the smallest rank", "Federated")
+
+
 def test_summary_counts_the_bytes_up_to_the_round_it_shows(records: list[RoundRecord]) -> None:
     # Round 4 was trained but not evaluated, so the row is that of round 3.
     row = summary_table(records[:5], ReferencesRecord())[-1]

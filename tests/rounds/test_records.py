@@ -63,6 +63,15 @@ def test_a_missing_file_holds_no_rounds_and_no_references(tmp_path: Path) -> Non
     assert read_manifest(tmp_path / "manifest.json") is None
 
 
+def test_references_of_earlier_runs_read_and_lack_what_was_not_measured_then(tmp_path: Path) -> None:
+    run = '{"rank":"1","ranks":{},"learning_rate":null,"evaluations":[],"final":null,"up_bytes":5,"down_bytes":6}'
+    path = tmp_path / "references.json"
+    path.write_text(f'{{"base":null,"local_only":null,"fedit_smallest_rank":{run}}}')
+    found = read_references(path)
+    assert found.fedit_smallest_rank is not None and found.fedit_smallest_rank.num_clients is None
+    assert (found.fedit_smallest_rank.up_bytes, found.fedit_largest_rank, found.large_clients_alone) == (5, None, None)
+
+
 @pytest.mark.parametrize("kept_bytes", [1, 17, 400, -2])
 def test_a_line_cut_off_by_a_kill_is_dropped_and_reported(
     tmp_path: Path, records: list[RoundRecord], kept_bytes: int, caplog: pytest.LogCaptureFixture

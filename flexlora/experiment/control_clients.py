@@ -1,0 +1,33 @@
+"""Chooses who takes part in a control, and at which ranks: everybody at one rank, or those with the largest alone."""
+
+import dataclasses
+import re
+
+from flexlora.experiment.loaded import LoadedRun
+from flexlora.federation.clients import ClientSpec, RankPlan, smallest_ranks
+
+
+def at_smallest_ranks(loaded: LoadedRun) -> list[ClientSpec]:
+    """Return the same clients, each at the ranks that all of them can afford: the bucket effect."""
+    ranks = smallest_ranks(list(loaded.participants.plans.values()), loaded.shapes)
+    plan = RankPlan("smallest", tuple((f"^{re.escape(module)}$", rank) for module, rank in ranks.items()))
+    return [dataclasses.replace(client, plan=plan) for client in loaded.participants.clients]
+
+
+def at_largest_ranks(loaded: LoadedRun) -> list[ClientSpec]:
+    """Return the same clients, each with the largest plan: what it would be if all could afford it."""
+    plan = largest_plan(loaded)
+    return [dataclasses.replace(client, plan=plan) for client in loaded.participants.clients]
+
+
+def only_largest(loaded: LoadedRun) -> list[ClientSpec]:
+    """Return the clients that have the largest ranks, without the others."""
+    largest = largest_plan(loaded).resolve(loaded.shapes)
+    names = {name for name, plan in loaded.participants.plans.items() if plan.resolve(loaded.shapes) == largest}
+    return [client for client in loaded.participants.clients if client.plan.name in names]
+
+
+def largest_plan(loaded: LoadedRun) -> RankPlan:
+    """Return the rank plan with the most parameters."""
+    plans = sorted(loaded.participants.plans.values(), key=lambda plan: plan.name)
+    return max(plans, key=lambda plan: sum(r * sum(loaded.shapes[m]) for m, r in plan.resolve(loaded.shapes).items()))
