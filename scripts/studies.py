@@ -6,7 +6,7 @@ from dataclasses import dataclass
 FOUR_DISTRIBUTIONS = ("uniform", "heavy_tail_light", "heavy_tail_strong", "normal")
 
 LONG_RUNS = ("rounds.num_rounds=40", "rounds.cohort_size=24", "training.max_steps=4")
-"""The demo's federation for ten times the demo's client steps, long enough that rank is a limit."""
+"""The federation of the configuration for ten times its client steps, long enough that rank is a limit."""
 
 COMPENSATED = "compensated=flexlora:error_compensation=true:fold_tail=true"
 
@@ -43,7 +43,7 @@ class StudySpec:
     reference: str = "fedit_smallest"
     with_controls: bool = True
     text: bool = True
-    config: str = "configs/demo.yaml"
+    config: str = "configs/study.yaml"
     in_verdict: bool = False
 
 

@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flexlora.experiment.compare_arms import CompareError
 from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_study import described
+from flexlora.experiment.config import ConfigError
+from flexlora.experiment.config_file import parse_config
 from flexlora.files import write_whole
 from flexlora.report.study_rows import ROWS_FILE, read_rows
 
@@ -27,7 +31,7 @@ def open_comparison(study: Study, folder: Path, overwrite: bool) -> list[dict[st
         except ValueError as error:
             raise CompareError(f"{study_path} cannot be read ({error}); start anew with --overwrite") from error
         for name in ("config", "tuning_draws", "trials", "learning_rate", "evaluations", "text", "tune_on"):
-            if known.get(name) != wanted[name]:
+            if known.get(name) != wanted[name] and not (name == "config" and _same_config(known, wanted)):
                 raise CompareError(
                     f"{folder} holds a comparison with another {name}; choose another --out, or --overwrite to start "
                     "anew (methods, draws and distributions may be added)"
@@ -46,6 +50,15 @@ def open_comparison(study: Study, folder: Path, overwrite: bool) -> list[dict[st
     write_whole(study_path, json.dumps(wanted, indent=1))
     _drop_torn_line(rows_path)
     return read_rows(rows_path)
+
+
+def _same_config(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Return whether both describe the same settings; one that is newer than a folder has its default there."""
+    try:
+        before, now = (parse_config(yaml.safe_load(one["config"]), STUDY_FILE) for one in (known, wanted))
+    except (KeyError, yaml.YAMLError, ConfigError):
+        return False
+    return before == now
 
 
 def _drop_torn_line(path: Path) -> None:
