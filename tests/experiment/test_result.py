@@ -32,7 +32,7 @@ def test_tables_hold_what_the_records_say(small_run: RunResult) -> None:
         (server_round, client["client_id"], client["loss"]) for server_round, client in flat
     ]
     assert list(clients["largest_rank"]) == [max(client["ranks"].values()) for _, client in flat]
-    assert list(scores["model"]) == ["Base model", "Federated (flexlora)"]
+    assert list(scores["model"]) == ["Base model", "Federated (aligned)"]
     assert list(scores["rouge_l"]) == [lines[number]["evaluation"]["unseen"]["rouge_l"] for number in (0, 2)]
 
 
@@ -64,12 +64,12 @@ def test_an_adapter_is_that_of_the_folder_at_each_rank(small_run: RunResult, tmp
 def test_a_result_is_short_and_names_its_folder(small_run: RunResult) -> None:
     scores = [lines_of(small_run)[number]["evaluation"]["unseen"]["rouge_l"] for number in (2, 0)]
     numbers = "unseen ROUGE-L {:.1f}, base model {:.1f}".format(*scores)
-    assert repr(small_run) == f"RunResult({small_run.folder}: flexlora, 2 rounds, {numbers})"
+    assert repr(small_run) == f"RunResult({small_run.folder}: aligned, 2 rounds, {numbers})"
     stopped = replace(small_run, stopped="enough")
     assert repr(stopped).splitlines()[1:] == ["Stopped early: enough"]
     failed = replace(small_run, rounds=(), references=ReferencesRecord(), server_round=0, has_progress=False)
     assert repr(failed) == (
-        f"RunResult({small_run.folder}: flexlora, 0 rounds)\nNo progress: no client ever sent a usable update"
+        f"RunResult({small_run.folder}: aligned, 0 rounds)\nNo progress: no client ever sent a usable update"
     )
 
 

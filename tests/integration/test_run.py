@@ -55,7 +55,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "demo"
     done = flexlora("run", "configs/demo.yaml", *SMALL, "--out", str(folder))
     assert done.returncode == 0, done.stderr
-    assert "Federated (flexlora)" in done.stdout and "FedIT at the smallest rank" in done.stdout
+    for row in ("Federated (aligned)", "FedIT at the smallest rank", "Large clients alone", "FedIT at the largest rank"):
+        assert row in done.stdout
     return folder
 
 
@@ -100,7 +101,35 @@ def test_clients_have_the_ranks_of_their_plans_and_bytes_are_those_serialised(fi
             ranks = plans[client["plan"]].resolve(loaded.shapes)
             adapter = loaded.model.initial_adapter(ranks, loaded.scaling, 0)
             assert client["up_bytes"] == len(encode(adapter, "float32"))
-            assert client["down_bytes"] == len(encode_broadcast(Broadcast(adapter), "float32"))
+            # From the second round on, each client is also sent the directions above its rank.
+            above = {module: 16 - rank for module, rank in ranks.items() if rank < 16}
+            tail = loaded.model.initial_adapter(above, loaded.scaling, 0) if record["server_round"] > 1 else {}
+            frozen = {module: factors.with_scaling(1.0) for module, factors in tail.items()} or None
+            assert client["down_bytes"] == len(encode_broadcast(Broadcast(adapter, frozen), "float32"))
+
+
+def test_references_are_runs_of_their_own_among_who_takes_part_in_them(finished: Path) -> None:
+    references = json.loads((finished / "references.json").read_text())
+    plans = json.loads((finished / "manifest.json").read_text())["plan_counts"]
+    for name, rank, num_clients in (
+        ("fedit_smallest_rank", 1, None),
+        ("fedit_largest_rank", 16, None),
+        ("large_clients_alone", 16, plans["type4"]),
+    ):
+        found, records = references[name], records_of(finished / "references" / name)
+        assert set(found["ranks"].values()) == {rank} and found["num_clients"] == num_clients
+        assert [line["server_round"] for line in found["evaluations"]] == [0, 2, 3]
+        assert found["final"]["unseen"] == records[-1]["evaluation"]["unseen"]
+        assert found["up_bytes"] == sum(record["up_bytes"] for record in records)
+        cohort = 5 if num_clients is None else max(1, round(5 * num_clients / 24))
+        for record in records[1:]:
+            assert len(record["clients"]) == cohort
+            assert all(set(client["ranks"].values()) == {rank} for client in record["clients"])
+    cohorts = {
+        name: [[client["client_id"] for client in record["clients"]] for record in records_of(folder)]
+        for name, folder in (("run", finished), ("all", finished / "references" / "fedit_largest_rank"))
+    }
+    assert cohorts["run"] == cohorts["all"]
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16])
