@@ -5,9 +5,9 @@
 module by module; a client of rank ``r`` receives ``A+[:r]`` and ``B+[:, :r] / s`` (arXiv:2401.06432, sec. 4). Weights
 do not depend on the amount of data. In a module in which all norms are zero nothing changes.
 
-Self-pruning: clients add ``penalty * sum over modules of ||B[:, k:]|| ||A[k:]||`` with ``k = floor(gamma r)`` to their
-loss. Where that sum, taken of what came back, is below that of what was sent, the client is cut to ``k`` directions in
-every module, in this round's mean and from then on. At least one direction stays.
+Self-pruning: clients add ``penalty * sum over modules of ||B[:, k:]|| ||A[k:]||`` to their loss, ``k`` being
+``max(1, floor(gamma r))``. Where that sum, taken of what came back, is below that of what was sent, the client is cut
+to ``k`` directions in every module, in this round's mean and from then on.
 
 Known flaws: cross terms and gauge as in ``zero_pad``, and an untrained direction decays by ``c_j^2`` a round, ``c_j``
 being the share of the norms at clients that hold it. The server needs each single update.

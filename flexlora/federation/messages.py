@@ -34,11 +34,12 @@ class SparseMask:
 class TailPenalty:
     """A term of the local loss that shrinks the last directions of every module (HetLoRA, arXiv:2401.06432, sec. 3).
 
-    ``weight * sum over modules of ||B[:, k:]||_F * ||A[k:]||_F`` with ``k = floor(share * rank)``.
+    ``weight * sum over modules of ||B[:, k:]||_F * ||A[k:]||_F`` with ``k = max(1, floor(share * rank))``: the first
+    direction is never in it.
 
     Attributes:
         weight: Of the term beside the loss in nats, at least 0 (the paper's lambda).
-        share: Of the directions that are left alone, 0 to 1 (the paper's gamma).
+        share: Of the directions that are left alone, 0 to 1 (the paper's gamma); at least one is.
     """
 
     weight: float

@@ -10,8 +10,11 @@ from torch import Tensor
 
 
 def num_left_alone(share: float, rank: int) -> int:
-    """Return ``floor(share * rank)``, the directions that a tail penalty leaves alone; 0.29 of 100 is 29."""
-    return min(rank, math.floor(share * rank + 1e-9))
+    """Return ``max(1, floor(share * rank))``, the directions that a tail penalty leaves alone; 0.29 of 100 is 29.
+
+    One always stays, or a penalty of any share below 1 would press on all that a client of rank 1 has.
+    """
+    return min(rank, max(1, math.floor(share * rank + 1e-9)))
 
 
 def tail_gradients(A: Tensor, B: Tensor, is_tail: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,14 @@ def randn(*shape: int, seed: int) -> torch.Tensor:
 
 
 def test_floors_are_those_of_the_decimal_number() -> None:
-    assert [num_left_alone(share, 100) for share in (0.0, 0.29, 0.57, 0.99, 1.0)] == [0, 29, 57, 99, 100]
-    assert [num_left_alone(0.99, rank) for rank in (1, 8, 200)] == [0, 7, 198]
+    assert [num_left_alone(share, 100) for share in (0.01, 0.29, 0.57, 0.99, 1.0)] == [1, 29, 57, 99, 100]
+    assert [num_left_alone(0.99, rank) for rank in (2, 8, 200)] == [1, 7, 198]
+
+
+def test_the_only_direction_of_a_client_is_never_in_the_tail() -> None:
+    # A pruning leaves one direction (HetLoRA), so the penalty that leads to it must not press on that one.
+    assert [num_left_alone(share, 1) for share in (0.0, 0.5, 0.99, 1.0)] == [1, 1, 1, 1]
+    assert [num_left_alone(0.5, rank) for rank in (1, 2, 3, 4)] == [1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("left_alone", [0, 3, 4])
