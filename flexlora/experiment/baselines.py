@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.reference_runs import run_reference, wanted_runs
@@ -12,6 +11,7 @@ from flexlora.experiment.scoring import combined_record, own_tests, sampled_clie
 from flexlora.experiment.stages import Notify, Stage
 from flexlora.experiment.workload import local_training
 from flexlora.federation.clients import ClientSpec
+from flexlora.federation.kept_factors import with_kept
 from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
 from flexlora.rounds.loop_parts import Loop, Outcome, RoundEvent
@@ -42,7 +42,7 @@ def measure_references(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: 
         write_references(path, references)
     evaluation = loaded.config.evaluation
     if evaluation.local_only_clients and references.local_only is None:
-        references = references.model_copy(update={"local_only": _local_only(loaded, loop, outcome.state, notify)})
+        references = references.model_copy(update={"local_only": _local_only(loaded, loop, outcome, notify)})
         write_references(path, references)
     for reference in wanted_runs(loaded):
         if getattr(references, reference.name) is None:
@@ -52,7 +52,7 @@ def measure_references(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: 
             write_references(path, references)
 
 
-def _local_only(loaded: LoadedRun, loop: Loop, state: Any, notify: Notify) -> LocalOnlyRecord:
+def _local_only(loaded: LoadedRun, loop: Loop, outcome: Outcome, notify: Notify) -> LocalOnlyRecord:
     """Train sampled clients alone and compare with what the federation gives them."""
     number = loaded.config.evaluation.local_only_clients
     sampled = sampled_clients(loaded, number, "local-only").values()
@@ -63,7 +63,7 @@ def _local_only(loaded: LoadedRun, loop: Loop, state: Any, notify: Notify) -> Lo
     rows = []
     for client in clients:
         try:
-            rows.append(_alone(loaded, loop, state, client))
+            rows.append(_alone(loaded, loop, outcome, client))
         except Exception as error:  # As in a round, a client's failure ends nothing.
             reason = f"{type(error).__name__}: {error}"
             rows.append(LocalClientRecord(client_id=client.client_id, plan=client.plan.name, failure=reason))
@@ -77,7 +77,7 @@ def _local_only(loaded: LoadedRun, loop: Loop, state: Any, notify: Notify) -> Lo
     )
 
 
-def _alone(loaded: LoadedRun, loop: Loop, state: Any, client: ClientSpec) -> LocalClientRecord:
+def _alone(loaded: LoadedRun, loop: Loop, outcome: Outcome, client: ClientSpec) -> LocalClientRecord:
     config, ranks, own = loaded.config, client.plan.resolve(loaded.shapes), own_tests(loaded, [client])
     epochs = config.evaluation.local_only_epochs
     start = loop.aggregator.broadcast(loop.aggregator.init(loop.federation.initial_adapter), ranks)
@@ -91,7 +91,7 @@ def _alone(loaded: LoadedRun, loop: Loop, state: Any, client: ClientSpec) -> Loc
     )
     cores = loaded.model.read_cores()
     alone = Broadcast(adapter, train_factors="both" if cores is None else "core", cores=cores)
-    together = loop.aggregator.broadcast(state, ranks)
+    together = with_kept(loop.aggregator.broadcast(outcome.state, ranks), outcome.kept.get(client.client_id))
     return LocalClientRecord(
         client_id=client.client_id,
         plan=client.plan.name,

@@ -16,6 +16,9 @@ ArmClients = Literal["own", "smallest", "largest", "only_largest"]
 ALLOWED_SETTINGS = ("training.", "lora.scaling", "lora.lora_alpha")
 """Settings an arm may have of its own; all others belong to the draw, which all arms share."""
 
+RUNS_TO_ITS_END = "rounds.patience=null"
+"""A setting of every arm, whatever the configuration says: curves of one length can be compared."""
+
 
 class CompareError(FlexLoraError, ValueError):
     """A comparison that cannot be made, or that does not fit what is in its folder."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from flexlora.experiment.compare_arms import Arm
+from flexlora.experiment.compare_arms import RUNS_TO_ITS_END, Arm, controls
 from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_scores import LossScorer
 from flexlora.experiment.config import Config
@@ -50,12 +50,17 @@ class Draws:
 
 
 def draw_config(study: Study, job: Job, arm: Arm | None = None) -> Config:
-    """Return the configuration of a draw, or of an arm on it."""
-    method = arm.method if arm and arm.method else {"name": DEFAULT_METHOD}
+    """Return the configuration of a draw, or of an arm on it.
+
+    Controls run under any ``clock.policy``: where their method cannot, they wait for the cohort, as references do.
+    """
+    is_control = arm is None or not arm.method or arm in controls()
+    method = {"name": DEFAULT_METHOD} if is_control else arm.method
     overrides = [
         *study.overrides,
         f"seed={job.seed}",
         "model.num_processes=1",
+        RUNS_TO_ITS_END,
         f"method={yaml.safe_dump(dict(method), default_flow_style=True, width=math.inf).strip()}",
         *(arm.settings if arm else ()),
     ]

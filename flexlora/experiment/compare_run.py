@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 
+from flexlora.aggregators.settings import traits_of
 from flexlora.engines.simulation import reason_of
 from flexlora.experiment.compare_arms import Arm, by_label
 from flexlora.experiment.compare_controls import alone_scores, clients_of, pooled
 from flexlora.experiment.compare_draws import Draws
 from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_rows import head_of_row, missing_scores
-from flexlora.experiment.compare_scores import NOTHING, LossScorer, model_of, own_loss, unseen_loss
+from flexlora.experiment.compare_scores import (
+    NOTHING,
+    LossScorer,
+    model_of,
+    own_loss,
+    own_validation_loss,
+    unseen_loss,
+)
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.manifest import version_of
 from flexlora.experiment.method_config import FEDERATED_AVERAGING, read_method
@@ -60,7 +68,9 @@ def _measured(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path
     loop = _loop(study, job, arm, loaded, scratch, scorer)
     outcome = run_rounds(loop)
     adapter = loop.aggregator.broadcast(outcome.state, loop.federation.server_ranks)
-    scored = _scored(study, job, loaded, adapter)
+    scored, model = _scored(study, job, loaded, adapter), model_of(loop, outcome)
+    if traits_of(loop.aggregator).personal:
+        scored |= {"validation_loss": own_validation_loss(loaded, model)}
     loss = scored["validation_loss"]
     # A run that ends in failures has no model of its own; its last one says nothing about the method.
     diverged = not outcome.has_progress or (loss is not None and not math.isfinite(loss))
@@ -68,7 +78,7 @@ def _measured(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path
     return (
         _costs(loop, outcome, job.phase == "test")
         | scored
-        | {"own_loss": own_loss(job, loaded, model_of(loop, outcome))}
+        | {"own_loss": own_loss(job, loaded, model)}
         | {"diverged": diverged, "failure": outcome.stopped if diverged else None}
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.experiment.client_plans import config_plans
-from flexlora.experiment.compare_arms import Arm, CompareError, controls
+from flexlora.experiment.compare_arms import RUNS_TO_ITS_END, Arm, CompareError, controls
 from flexlora.experiment.compare_jobs import Study
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import dump_config, load_config
@@ -51,7 +51,7 @@ def make_study(
     if tune_on is not None and tune_on not in names:
         raise CompareError(f"--tune-on must be one of the distributions, {', '.join(names)}; got {tune_on}")
     for arm in arms:
-        load_config(config_path, [*overrides, f"method={json.dumps(dict(arm.method))}", *arm.settings])
+        load_config(config_path, [*overrides, RUNS_TO_ITS_END, f"method={json.dumps(dict(arm.method))}", *arm.settings])
     return Study(
         config=str(config_path),
         overrides=tuple(overrides),

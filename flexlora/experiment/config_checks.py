@@ -27,6 +27,12 @@ def disagreements(config: Config) -> Iterator[str]:
         )
     if config.rounds.patience is not None and config.data.validation_examples == 0:
         yield "rounds.patience needs a validation set; set data.validation_examples above 0 or rounds.patience=null"
+    if config.rounds.patience is not None and config.method.traits().personal:
+        yield (
+            "rounds.patience waits for a lower validation loss of the model that all share, but clients of "
+            f"method.name={config.method.name} keep a part of theirs to themselves, which it lacks; set "
+            "rounds.patience=null"
+        )
     data = config.data
     if isinstance(data, NaturalInstructionsData) and (data.max_examples_per_task or math.inf) < data.min_examples:
         yield (

@@ -84,15 +84,18 @@ class Scorer:
         )
 
     def rank_groups(self, broadcast: Callable[[RankPlan], Broadcast]) -> dict[str, RankGroupRecord]:
-        """Return, per plan, the adapter cut to its ranks on the unseen tasks and on its clients' own test data."""
+        """Return, per plan, the adapter cut to its ranks on the unseen tasks and on its clients' own test data.
+
+        Own test data are left out where clients keep a part of their models: without it they would score as strangers.
+        """
         per_plan = self.loaded.config.evaluation.rank_group_clients
         # Methods that restart the trained part in every round have their model in the frozen branch.
-        keeps_directions = self.loaded.config.method.traits().keeps_directions
+        traits = self.loaded.config.method.traits()
         groups = {}
         for name, clients in sampled_clients(self.loaded, per_plan, "rank-groups").items() if per_plan else ():
             plan = self.loaded.participants.plans[name]
-            adapter, own = broadcast(plan), own_tests(self.loaded, clients)
-            if keeps_directions:
+            adapter, own = broadcast(plan), own_tests(self.loaded, [] if traits.personal else clients)
+            if traits.keeps_directions:
                 # Without the frozen branch of methods that send one: what a device of these ranks can keep.
                 adapter = Broadcast(adapter.adapter)
             groups[name] = RankGroupRecord(

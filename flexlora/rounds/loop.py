@@ -45,7 +45,7 @@ def run_rounds(loop: Loop) -> Outcome:
         record = record.model_copy(update=_end_of_round(loop, before, progress, watch))
         progress = _finish_round(loop, state, progress, record)
     has_progress = progress.num_updates > 0 and progress.failed_rounds_in_a_row < settings.max_failed_rounds
-    return Outcome(state, server_round, progress.stopped, has_progress)
+    return Outcome(state, server_round, progress.stopped, has_progress, progress.kept)
 
 
 def _end_of_round(loop: Loop, before: Progress, after: Progress, watch: Stopwatch) -> dict[str, Any]:

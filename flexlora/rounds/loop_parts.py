@@ -134,12 +134,14 @@ class Outcome:
         server_round: That round.
         stopped: Why it ended before ``num_rounds``, or None.
         has_progress: Whether any update was ever aggregated and the run did not end in failures.
+        kept: Client id -> the factor that it keeps (``Broadcast.kept``).
     """
 
     state: Any
     server_round: int
     stopped: str | None
     has_progress: bool
+    kept: Mapping[str, KeptFactors] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

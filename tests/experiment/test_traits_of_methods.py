@@ -57,6 +57,15 @@ def test_late_changes_are_refused_where_clients_differ_in_more_than_ranks(
     ).name == ("wait")
 
 
+def test_a_run_whose_model_for_all_never_moves_cannot_wait_for_it(tmp_path: Path) -> None:
+    patient = {"rounds": {"patience": 3}, "data": {"name": "generated", "validation_examples": 4}}
+    with pytest.raises(
+        ConfigError, match=r"rounds\.patience waits .* clients of method\.name=own keep a part of theirs"
+    ):
+        config(tmp_path, "personal=True", **patient)
+    assert config(tmp_path, "", **patient).rounds.patience == 3
+
+
 def test_the_optimiser_that_a_method_prescribes_has_its_way(tmp_path: Path) -> None:
     prescribed = config(tmp_path, "local_optimizer='sgd'", training={"momentum": 0.9, "proximal": 0.1})
     assert (local_training(prescribed).optimizer, local_training(prescribed).momentum) == ("sgd", 0.9)
