@@ -65,7 +65,9 @@ class FedExLora:
     @property
     def traits(self) -> Traits:
         """What others must know of this method."""
-        return Traits(needs_one_rank=True, folds_tail=True, counts_examples=not self.uniform_weights)
+        return Traits(
+            needs_one_rank=True, folds_tail=True, folds_into_base=True, counts_examples=not self.uniform_weights
+        )
 
     def init(self, adapter: AdapterState) -> FedExLoraState:
         """Return the initial adapter, its scalings taken over by the rule, without a residual."""

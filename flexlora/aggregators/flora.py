@@ -63,7 +63,7 @@ class Flora:
         ge=0,
     )
 
-    traits = Traits(linear_in_products=True, folds_tail=True, keeps_directions=False)
+    traits = Traits(linear_in_products=True, folds_tail=True, folds_into_base=True, keeps_directions=False)
 
     def init(self, adapter: AdapterState) -> FloraState:
         """Return the state with the change of ``adapter`` folded, none for PEFT's initial one."""

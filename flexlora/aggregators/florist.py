@@ -64,7 +64,7 @@ class Florist:
         0.99, "Share of the squared norm of a round's mean that is folded in each module; 1 is all.", gt=0, le=1
     )
 
-    traits = Traits(linear_in_products=True, folds_tail=True, keeps_directions=False)
+    traits = Traits(linear_in_products=True, folds_tail=True, folds_into_base=True, keeps_directions=False)
 
     def init(self, adapter: AdapterState) -> FloristState:
         """Return the state with the change of ``adapter`` folded, none for PEFT's initial one."""

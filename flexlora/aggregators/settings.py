@@ -30,6 +30,8 @@ class Traits:
         linear_in_products: A round's result depends on the updates only through the weighted sum of ``s_i B_i A_i`` and
             on ranks: it is the same for ``(B M, M^-1 A)``, and works on sums that hide the single update.
         folds_tail: Clients also receive what their rank cannot hold, as a frozen branch.
+        folds_into_base: The frozen branch stands for what the method adds to the base weights: it is part of every
+            model, whatever its rank, and has no bound but the shorter side of a module.
         server_rank: Rank of the global adapter in every module; None is the largest of any client.
         per_client: Every client of a round gets a broadcast of its own; the method has ``broadcast_to``. ``broadcast``
             stays what a model of these ranks is scored with and exported as.
@@ -49,6 +51,7 @@ class Traits:
     adds_changes: bool = False
     linear_in_products: bool = False
     folds_tail: bool = False
+    folds_into_base: bool = False
     server_rank: int | None = None
     per_client: bool = False
     personal: bool = False

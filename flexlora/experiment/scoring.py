@@ -89,14 +89,13 @@ class Scorer:
         Own test data are left out where clients keep a part of their models: without it they would score as strangers.
         """
         per_plan = self.loaded.config.evaluation.rank_group_clients
-        # Methods that restart the trained part in every round have their model in the frozen branch.
         traits = self.loaded.config.method.traits()
         groups = {}
         for name, clients in sampled_clients(self.loaded, per_plan, "rank-groups").items() if per_plan else ():
             plan = self.loaded.participants.plans[name]
             adapter, own = broadcast(plan), own_tests(self.loaded, [] if traits.personal else clients)
-            if traits.keeps_directions:
-                # Without the frozen branch of methods that send one: what a device of these ranks can keep.
+            if not traits.folds_into_base:
+                # Without the tail that some methods send along: what a device of these ranks can keep.
                 adapter = Broadcast(adapter.adapter)
             groups[name] = RankGroupRecord(
                 ranks=compact_ranks(plan.resolve(self.loaded.shapes), self.loaded.shapes),
