@@ -68,6 +68,16 @@ def what_clients_train_is_there(case: Case) -> None:
             "a mask chooses entries of B: train_factors must be B",
         )
         require(travelling(broadcast), "something that clients train must come back to the server")
+        needs_more = broadcast.cores is not None or broadcast.mask is not None or broadcast.tail_penalty is not None
+        require(
+            not (needs_more and case.traits.takes_own_training),
+            "takes_own_training: a function of the user's own trains no cores or chosen entries and adds no penalty",
+        )
+        is_plain = travelling(broadcast) == frozenset("AB") and broadcast.known_A is None and broadcast.mask is None
+        require(
+            is_plain or not case.traits.sends_both_factors,
+            "sends_both_factors: both factors must travel both ways, none of them known or kept",
+        )
 
 
 def what_clients_can_make_is_what_they_would_make(case: Case) -> None:

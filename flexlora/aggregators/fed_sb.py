@@ -28,7 +28,7 @@ from torch import Tensor
 from flexlora.aggregators.base import AggregationError, require_rank_within, weighed
 from flexlora.aggregators.flexlora import FlexLora, FlexLoraState
 from flexlora.aggregators.registry import aggregation_method
-from flexlora.aggregators.settings import option
+from flexlora.aggregators.settings import Traits, option
 from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import Spectrum, spectrum_of
@@ -77,6 +77,8 @@ class FedSb:
     refresh_every: int | None = option(
         None, "Rounds of cores between two rounds of LoRA that choose B and A anew; null keeps the first ones.", ge=1
     )
+
+    traits = Traits(sends_both_factors=False, takes_own_training=False)
 
     def init(self, adapter: AdapterState) -> FedSbState:
         """Return the state before the first LoRA round."""

@@ -54,7 +54,7 @@ class FedSvd:
 
     scaling: Scaling
 
-    traits = Traits(linear_in_products=True)
+    traits = Traits(linear_in_products=True, sends_both_factors=False)
 
     def init(self, adapter: AdapterState) -> FedSvdState:
         """Return the change of ``adapter``, none for PEFT's initial one."""

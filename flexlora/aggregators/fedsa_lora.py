@@ -43,7 +43,7 @@ class FedSaLora:
 
     scaling: Scaling
 
-    traits = Traits(personal=True)
+    traits = Traits(personal=True, sends_both_factors=False)
 
     def init(self, adapter: AdapterState) -> FedSaLoraState:
         """Return the ``A`` of the initial adapter, whose ranks are the largest a client may have."""

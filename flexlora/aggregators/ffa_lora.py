@@ -13,14 +13,15 @@ Known flaw: nothing is learned outside the rows of ``A_0``, so it can trail meth
 small rank is a limit.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from flexlora.aggregators.direction_choice import seed_of
 from flexlora.aggregators.nested import first_directions, payloads_of, spectra_of, within_server_ranks
 from flexlora.aggregators.registry import aggregation_method
+from flexlora.aggregators.settings import Traits
 from flexlora.federation.known_rows import known_rows
 from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factor_mean import mean_factors
@@ -52,9 +53,11 @@ class FfaLora:
 
     scaling: Scaling
 
+    traits = Traits(sends_both_factors=False)
+
     def init(self, adapter: AdapterState) -> FfaLoraState:
         """Return the drawn ``A`` at the ranks of ``adapter``, the largest a client may have, and a zero ``B``."""
-        seed = _seed_of(adapter)
+        seed = seed_of(adapter)
         factors: dict[str, LoraFactors] = {}
         for module in sorted(adapter):
             rank, (out_features, in_features) = adapter[module].rank, adapter[module].shape
@@ -83,12 +86,3 @@ class FfaLora:
     def spectra(self, state: FfaLoraState) -> dict[str, Spectrum]:
         """Return the decomposed change; nothing of it was discarded."""
         return spectra_of(state.adapter)
-
-
-def _seed_of(adapter: AdapterState) -> int:
-    """Return 63 bits that depend on the initial ``A`` of every module."""
-    digest = hashlib.sha256()
-    for module in sorted(adapter):
-        A = adapter[module].A.detach().to("cpu", torch.float32).contiguous()
-        digest.update(module.encode() + A.numpy().tobytes())
-    return int.from_bytes(digest.digest()[:8], "big") >> 1

@@ -63,7 +63,16 @@ class Flora:
         ge=0,
     )
 
-    traits = Traits(linear_in_products=True, folds_tail=True, folds_into_base=True, keeps_directions=False)
+    @property
+    def traits(self) -> Traits:
+        """What others must know of this method."""
+        return Traits(
+            linear_in_products=True,
+            folds_tail=True,
+            folds_into_base=True,
+            keeps_directions=False,
+            sends_both_factors=self.redraw_seed is None,
+        )
 
     def init(self, adapter: AdapterState) -> FloraState:
         """Return the state with the change of ``adapter`` folded, none for PEFT's initial one."""

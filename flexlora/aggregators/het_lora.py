@@ -61,7 +61,12 @@ class HetLora:
     @property
     def traits(self) -> Traits:
         """What others must know of this method."""
-        return Traits(per_client=True, fewer_directions=self.self_pruning, counts_examples=not self.norm_weights)
+        return Traits(
+            per_client=True,
+            fewer_directions=self.self_pruning,
+            counts_examples=not self.norm_weights,
+            takes_own_training=self.penalty == 0,
+        )
 
     def init(self, adapter: AdapterState) -> HetLoraState:
         """Return the initial adapter, whose ranks are the largest a client may have; nobody is pruned."""

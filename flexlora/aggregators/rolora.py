@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from flexlora.aggregators.nested import first_directions, folded, payloads_of, spectra_of, within_server_ranks
 from flexlora.aggregators.registry import aggregation_method
+from flexlora.aggregators.settings import Traits
 from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factor_mean import mean_factors
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
@@ -44,6 +45,8 @@ class RoLora:
     """
 
     scaling: Scaling
+
+    traits = Traits(sends_both_factors=False)
 
     def init(self, adapter: AdapterState) -> RoLoraState:
         """Return the initial adapter, whose ranks are the largest a client may have."""

@@ -45,6 +45,10 @@ class Traits:
             client sends is not what it gets back.
         counts_examples: An update counts in proportion to its weight. False where the method has weights of its own;
             only whether a weight is 0 matters then.
+        sends_both_factors: Both factors of all trained directions travel, each round and each way. False where one is
+            known, kept or left as it was, or where cores or chosen entries travel in their place.
+        takes_own_training: Clients can be trained by a function that knows factors alone. False where they train cores
+            or chosen entries, or where the method adds a penalty to their loss.
     """
 
     needs_one_rank: bool = False
@@ -60,6 +64,8 @@ class Traits:
     keeps_directions: bool = True
     server_optimizer: bool = False
     counts_examples: bool = True
+    sends_both_factors: bool = True
+    takes_own_training: bool = True
 
 
 @dataclass(frozen=True)

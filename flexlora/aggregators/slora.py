@@ -76,7 +76,7 @@ class SLora:
     @property
     def traits(self) -> Traits:
         """What others must know of this method."""
-        return Traits(needs_one_rank=self.stage_two == "fedit")
+        return Traits(needs_one_rank=self.stage_two == "fedit", sends_both_factors=False, takes_own_training=False)
 
     def init(self, adapter: AdapterState) -> SLoraState:
         """Return the state before stage 1: no change yet."""

@@ -151,7 +151,7 @@ def affordable_plans(
     budget = Budget(rank_choices(config), seconds, config.devices.round_bytes, seconds_from)
     folded: dict[str, int] = {}
     traits = config.method.traits()
-    if traits.folds_tail:
+    if traits.folds_tail and not traits.folds_into_base:
         # What the other devices can afford is not known yet: the tail is counted at its most.
         folded = dict.fromkeys(workload.shapes, traits.server_rank or max(budget.choices))
 

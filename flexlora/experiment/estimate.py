@@ -130,7 +130,8 @@ def estimate_experiment(config: Config) -> Estimate:
         types.append(ClientEstimate(name, compact_ranks(ranks, shapes), len(own), cost, down_bytes))
     facts = _facts(config, participants, workload.base, types, num_processes)
     devices = _device_estimates(config, participants, workload, shapes, folded_ranks)
-    notes = participants.warnings + ESTIMATE_NOTES + (DEVICE_NOTES if devices else ())
+    notes = participants.warnings + ESTIMATE_NOTES + _method_notes(config, workload, shapes)
+    notes += DEVICE_NOTES if devices else ()
     return Estimate(facts, types, notes, devices)
 
 
@@ -141,12 +142,29 @@ Plan, plan_experiment = Estimate, estimate_experiment
 def _folded_ranks(
     config: Config, participants: Participants, shapes: Mapping[str, tuple[int, int]]
 ) -> Mapping[str, int]:
-    """Return module path -> rank up to which the tail is sent along; empty when it is not."""
+    """Return module path -> rank up to which the tail is sent along; empty when it is not, or has no such bound."""
     traits = config.method.traits()
-    if not traits.folds_tail:
+    if not traits.folds_tail or traits.folds_into_base:
         return {}
     ranks = largest_ranks(participants.plans.values(), shapes)
     return ranks if traits.server_rank is None else dict.fromkeys(ranks, traits.server_rank)
+
+
+def _method_notes(config: Config, workload: Workload, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """Return in what the messages of a method differ from what is counted."""
+    traits, name, notes = config.method.traits(), config.method.name, []
+    if not traits.sends_both_factors:
+        notes.append(
+            f"Traffic is counted as if both factors travelled both ways each round; {name} sends other parts of them, "
+            "and a run records what it really sent."
+        )
+    if traits.folds_into_base:
+        most = workload.tail_bytes({}, {module: min(shape) for module, shape in shapes.items()})
+        notes.append(
+            f"Traffic leaves out what {name} has folded, which each client receives in every round after the first: it "
+            f"grows with the rounds, up to {bytes_text(most)} a client."
+        )
+    return tuple(notes)
 
 
 def _measure_machine(config: Config, workload: Workload) -> tuple[int, float]:

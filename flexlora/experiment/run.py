@@ -13,7 +13,7 @@ from flexlora.experiment.method_failures import naming_failures
 from flexlora.experiment.participants import gather_participants
 from flexlora.experiment.result import RunResult
 from flexlora.experiment.round_loop import aggregator_of, round_loop
-from flexlora.experiment.run_folder import check_folder, open_folder
+from flexlora.experiment.run_folder import ExperimentError, check_folder, open_folder
 from flexlora.experiment.stages import Notify, Stage, rounds_stage
 from flexlora.report.page import write_report
 from flexlora.rounds.loop import run_rounds
@@ -51,6 +51,11 @@ def run_experiment(
     # What a method or a training loop of the user's own lacks is told before anything is read or loaded.
     state_types(aggregator_of(config.method, scaling_rule(config)))
     train_one = None if trainer is None else as_train_client(trainer)
+    if trainer is not None and not config.method.traits().takes_own_training:
+        raise ExperimentError(
+            f"a trainer of your own moves factors alone, but clients of method.name={config.method.name} train cores "
+            "or chosen entries, or under a penalty; leave trainer out or choose another method or other options"
+        )
     check_folder(config, folder, resume, overwrite)
     notify(Stage("Reading data"))
     participants = gather_participants(config, data)

@@ -99,6 +99,25 @@ def test_a_folded_tail_is_counted_on_the_way_down_only() -> None:
         assert row.down_bytes - row.cost.transfer_bytes == 4 * tail
 
 
+@pytest.mark.parametrize("name", ["ffa_lora", "fed_sb", "slora"])
+def test_traffic_of_other_messages_than_both_factors_is_said_to_be_that_of_both(estimate: Estimate, name: str) -> None:
+    options = {"stage_two": "flexlora"} if name == "slora" else {}
+    found = estimate_experiment(config_of(method={"name": name, **options}))
+    assert any(f"as if both factors travelled both ways each round; {name} sends" in note for note in found.notes)
+    assert not any("both factors" in note for note in estimate.notes)
+
+
+@pytest.mark.parametrize("name", ["flora", "florist"])
+def test_what_is_folded_round_by_round_is_said_to_be_left_out(name: str) -> None:
+    found = estimate_experiment(config_of(method={"name": name}))
+    for row in found.types:
+        assert row.down_bytes == row.cost.transfer_bytes
+    # Both factors at the rank of the shorter side.
+    most = 4 * sum(min(shape) * sum(shape) for shape in base_shapes().values())
+    (note,) = [note for note in found.notes if "has folded" in note]
+    assert f"what {name} has folded" in note and f"up to {bytes_text(most)} a client" in note
+
+
 def test_an_estimate_is_plain_json(estimate: Estimate) -> None:
     tree = json.loads(json.dumps(estimate.to_json(), allow_nan=False))
     assert list(tree) == ["facts", "types", "devices", "notes"]
