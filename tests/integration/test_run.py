@@ -55,7 +55,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "demo"
     done = flexlora("run", "configs/demo.yaml", *SMALL, "--out", str(folder))
     assert done.returncode == 0, done.stderr
-    for row in ("Federated (aligned)", "FedIT at the smallest rank", "Large clients alone", "FedIT at the largest rank"):
+    for row in (
+        "Federated (aligned)",
+        "FedIT at the smallest rank",
+        "Large clients alone",
+        "FedIT at the largest rank",
+    ):
         assert row in done.stdout
     return folder
 
