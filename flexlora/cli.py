@@ -169,13 +169,18 @@ def compare(
         typer.Option("--tune-on", help="The distribution that learning rates are chosen on; default each its own."),
     ] = None,
     reference: Annotated[
-        str, typer.Option("--reference", help="Label that differences are paired with.")
-    ] = "fedit_smallest",
+        str | None,
+        typer.Option(
+            "--reference",
+            help="Label of the arm that differences are to; default fedit_smallest, without controls the first method.",
+        ),
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Runs side by side, one thread each; default one per core.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option("--minutes", help="Start no further run after this; the same command goes on later.")
+        float | None,
+        typer.Option("--minutes", min=0, help="Start no further run after this; the same command goes on later."),
     ] = None,
     no_text: Annotated[bool, typer.Option("--no-text", help="Score losses only; generate no answers.")] = False,
     no_controls: Annotated[bool, typer.Option("--no-controls", help="Leave the controls out.")] = False,
@@ -183,14 +188,15 @@ def compare(
         "runs/compare"
     ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget what is in --out first.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Make runs that failed again.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the final table.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare methods on paired draws, each at its own learning rate, with all controls."""
+    """Compare methods on paired draws, each at its own learning rate, with all controls; see docs/compare.md."""
     from flexlora.experiment.compare import run_comparison
     from flexlora.experiment.compare_arms import read_arms
-    from flexlora.experiment.compare_progress import CompareProgress
-    from flexlora.experiment.compare_study import make_study
+    from flexlora.experiment.compare_progress import CompareProgress, FreshPage
+    from flexlora.experiment.compare_study import make_study, reference_of
     from flexlora.report.compare_page import write_page
     from flexlora.report.compare_terminal import summary_table
     from flexlora.report.paired import summary
@@ -207,22 +213,31 @@ def compare(
         tune_on=tune_on,
         with_controls=not no_controls,
     )
+    reference = reference_of(study, reference)
     _hide_other_progress_bars()
+    fresh_page = FreshPage(folder, reference)
     until = None if minutes is None else time.time() + 60 * minutes
     with (
         _interruptible("the same command continues with the runs that are left"),
         CompareProgress(err, hidden=quiet or as_json) as progress,
     ):
         rows = run_comparison(
-            study, folder, jobs=jobs or os.cpu_count() or 1, overwrite=overwrite, until=until, notify=progress
+            study,
+            folder,
+            jobs=jobs or os.cpu_count() or 1,
+            overwrite=overwrite,
+            until=until,
+            retry_failed=retry_failed,
+            notify=lambda event: (progress(event), fresh_page(event)),
         )
     found = summary(rows, reference=reference)
-    page = write_page(folder)
+    page = write_page(folder, reference) if rows else None
     if as_json:
-        _print_json({"folder": str(folder), "page": str(page), "summary": found.to_json()})
+        _print_json({"folder": str(folder), "page": page and str(page), "summary": found.to_json()})
     else:
         out.print(summary_table(found))
-        out.print(f"Page     {page}", highlight=False, markup=False, soft_wrap=True)
+        if page is not None:
+            out.print(f"Page     {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: flexlora plan configs/natural_instructions.yaml data.path=natural-instructions")

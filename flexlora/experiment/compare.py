@@ -2,13 +2,22 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from flexlora.experiment.compare_folder import append_rows, copies, open_comparison, serve_others
+from flexlora.experiment.compare_folder import (
+    append_rows,
+    copies,
+    known_distributions,
+    locked,
+    open_comparison,
+    serve_others,
+)
 from flexlora.experiment.compare_jobs import Job, Study, due_jobs, num_jobs_left
-from flexlora.experiment.compare_pool import JobPool
+from flexlora.experiment.compare_pool import SCRATCH_FOLDER, JobPool
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,7 @@ class CompareEvent:
         row: Of the run that has just ended; None at the start.
         num_done: Runs that have ended, those of earlier sittings included.
         num_left: About how many are left.
-        seconds_left: About how long they take; None while no run of this sitting has ended.
+        seconds_left: About how long they take, judged by the runs that have ended; None while there are none.
     """
 
     row: Mapping[str, Any] | None
@@ -35,6 +44,7 @@ def run_comparison(
     jobs: int = 1,
     overwrite: bool = False,
     until: float | None = None,
+    retry_failed: bool = False,
     wanted: Callable[[Job], bool] = lambda job: True,
     notify: Callable[[CompareEvent], None] = lambda event: None,
 ) -> list[dict[str, Any]]:
@@ -46,33 +56,54 @@ def run_comparison(
         jobs: Processes that run side by side, each with one thread.
         overwrite: Forget the rows in ``folder`` first.
         until: Time (as of ``time.time``) after which no further run is started.
+        retry_failed: Forget the rows of runs that failed first, and make these runs again.
         wanted: Whether a job is for this sitting; the others stay due.
         notify: Told how far it is.
 
     Raises:
-        CompareError: If ``folder`` holds a comparison of another configuration, or files of something else.
+        CompareError: If ``folder`` holds a comparison that runs, or of another configuration, or something else.
     """
-    rows = open_comparison(study, folder, overwrite)
-    rows += serve_others(study, folder, rows)
-    pool = JobPool(study, folder, jobs)
-    try:
-        notify(CompareEvent(None, _num_runs(rows), num_jobs_left(study, rows), None))
-        started, num_new = time.monotonic(), 0
-        while True:
-            if until is None or time.time() < until:
-                pool.fill([job for job in due_jobs(study, rows) if wanted(job)])
-            if not pool.is_busy:
-                break
-            for job, row in pool.finished():
-                rows += append_rows(folder, [row, *copies(study, job, row)])
-                num_new += 1
-                left = num_jobs_left(study, rows)
-                seconds = (time.monotonic() - started) / num_new * left
-                notify(CompareEvent(row, _num_runs(rows), left, seconds))
-    finally:
-        pool.close()
+    with locked(folder):
+        if not overwrite:
+            study = _in_known_order(study, known_distributions(folder))
+        rows = open_comparison(study, folder, overwrite, retry_failed)
+        rows += serve_others(study, folder, rows)
+        pool = JobPool(study, folder, jobs)
+        try:
+            notify(_event(study, rows, jobs))
+            while True:
+                if until is None or time.time() < until:
+                    pool.fill([job for job in due_jobs(study, rows) if wanted(job)])
+                if not pool.is_busy:
+                    break
+                for job, row in pool.finished():
+                    rows += append_rows(folder, [row, *copies(study, job, row)])
+                    notify(_event(study, rows, jobs, row))
+        finally:
+            pool.close()
+            with suppress(OSError):
+                (folder / SCRATCH_FOLDER).rmdir()
     return rows
 
 
-def _num_runs(rows: Sequence[Mapping[str, Any]]) -> int:
-    return sum(not row.get("copy_of") for row in rows)
+def _in_known_order(study: Study, known: Sequence[str]) -> Study:
+    """Return a study whose first distributions are those of earlier sittings, so that their runs serve the others."""
+    order = [name for name in dict.fromkeys((*known, *study.distributions)) if name in study.distributions]
+    return replace(study, distributions=tuple(order))
+
+
+def _event(
+    study: Study, rows: Sequence[Mapping[str, Any]], jobs: int, row: Mapping[str, Any] | None = None
+) -> CompareEvent:
+    """Return how far a comparison is: tuning runs are shorter than those that are scored, so each kind has its mean."""
+    runs = [one for one in rows if not one.get("copy_of")]
+    left = num_jobs_left(study, rows)
+    seconds: dict[str, list[float]] = {"tuning": [], "test": []}
+    for one in runs:
+        seconds[one["phase"]].append(one.get("seconds") or 0.0)
+    known = {phase: mean(values) for phase, values in seconds.items() if values}
+    some = next(iter(known.values()), None)
+    time_left = None
+    if some is not None:
+        time_left = sum(number * known.get(phase, some) for phase, number in left.items()) / jobs
+    return CompareEvent(row, len(runs), sum(left.values()), time_left)

@@ -3,12 +3,21 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import ValidationError
 
 from flexlora.errors import FlexLoraError
-from flexlora.experiment.method_config import FEDERATED_AVERAGING, read_method
+from flexlora.experiment.method_config import (
+    FEDERATED_AVERAGING,
+    MethodConfig,
+    method_model,
+    method_named,
+    read_method,
+)
 
 ArmKind = Literal["method", "base", "centralised", "alone"]
 ArmClients = Literal["own", "smallest", "largest", "only_largest"]
@@ -54,7 +63,9 @@ class Arm:
 
     def described(self) -> dict[str, Any]:
         """Return the arm as plain values, for the record of a comparison."""
-        return {
+        path = self.method.get("path")
+        code = {"code": sha256(Path(path).read_bytes()).hexdigest()[:16]} if path else {}
+        return code | {
             "label": self.label,
             "kind": self.kind,
             "method": dict(self.method),
@@ -115,7 +126,9 @@ def _entries(text: str) -> Iterator[str]:
 
 
 def _read_arm(entry: str) -> Arm:
-    body, _, rate = entry.partition("@")
+    body, marked, rate = entry.partition("@")
+    if marked and not rate.strip():
+        raise CompareError(f"--methods: {entry!r} has no learning rate behind @; write one, as @0.01, or leave @ out")
     head, *pairs = re.split(r":(?=[A-Za-z_][\w.]*=)", body)
     label, _, name = head.rpartition("=")
     method: dict[str, Any] = {"name": name.strip()}
@@ -131,9 +144,12 @@ def _read_arm(entry: str) -> Arm:
             settings.append(_own_setting(entry, key, value))
         else:
             method[key] = _value(entry, key, value)
-    section = read_method(method) if name else None
-    if section is None:
-        raise CompareError(f"--methods: {entry!r} names no method; write [LABEL=]METHOD[:KEY=VALUE]...[@RATE]")
+    if not name or ":" in name:
+        raise CompareError(
+            f"--methods: {entry!r} names no method, or an option without a value; write "
+            "[LABEL=]METHOD[:KEY=VALUE]...[@RATE]"
+        )
+    section = _section(entry, method)
     if clients is None:
         clients = "smallest" if section.traits().needs_one_rank else "own"
     if clients not in ("own", "smallest", "largest", "only_largest"):
@@ -144,6 +160,18 @@ def _read_arm(entry: str) -> Arm:
         raise CompareError(f"--methods: {name} needs one rank for all clients; give {entry!r} clients=smallest")
     own: Any = clients
     return Arm(label or _label_of(body), "method", method, tuple(settings), own, _rate(entry, rate), start)
+
+
+def _section(entry: str, method: Mapping[str, Any]) -> MethodConfig:
+    try:
+        return read_method(dict(method))
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
+        known = sorted(method_model(*method_named(dict(method))).model_fields.keys() - {"name", "path"})
+        raise CompareError(
+            f"--methods: {method['name']} refuses options of {entry!r} ({'; '.join(wrong)}); "
+            f"it has {', '.join(known) or 'none'}"
+        ) from None
 
 
 def _label_of(body: str) -> str:

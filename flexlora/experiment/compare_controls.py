@@ -6,6 +6,7 @@ from typing import Any
 
 from flexlora.data.prompts import EncodedExample
 from flexlora.engines.simulation import SimulationEngine
+from flexlora.experiment.client_plans import config_plans
 from flexlora.experiment.compare_arms import Arm
 from flexlora.experiment.compare_jobs import Job
 from flexlora.experiment.compare_scores import loss_on_own, mean_of, own_clients, unseen_loss
@@ -20,16 +21,26 @@ from flexlora.rounds.loop_parts import Loop
 from flexlora.training.one_client import LocalTraining, train_client
 
 
-def clients_of(arm: Arm, loaded: LoadedRun) -> Sequence[ClientSpec]:
-    """Return who takes part, at which ranks."""
+def clients_of(arm: Arm, loaded: LoadedRun, types: Sequence[str]) -> Sequence[ClientSpec]:
+    """Return who takes part, at which ranks.
+
+    Args:
+        arm: Whose clients are meant.
+        loaded: The draw.
+        types: Client types of the distribution, whose smallest and largest ranks count although few clients may lack
+            one of them; empty for those that occur in the draw.
+    """
     clients = loaded.participants.clients
-    if arm.clients == "smallest":
-        return at_smallest_ranks(loaded)
     if arm.clients == "own" and arm.kind == "method":
         return clients
+    named = config_plans(loaded.config)
+    plans = [named[name] for name in types if name in named]
+    if arm.clients == "smallest":
+        return at_smallest_ranks(loaded, plans)
     if arm.kind == "centralised":
-        return [ClientSpec("pooled", largest_plan(loaded), sum(client.num_examples for client in clients))]
-    return only_largest(loaded) if arm.clients == "only_largest" else at_largest_ranks(loaded)
+        return [ClientSpec("pooled", largest_plan(loaded, plans), sum(client.num_examples for client in clients))]
+    # Of those that are there: a small draw may lack the largest type, and somebody has to train.
+    return only_largest(loaded) if arm.clients == "only_largest" else at_largest_ranks(loaded, plans)
 
 
 def pooled(loop: Loop, loaded: LoadedRun) -> Loop:

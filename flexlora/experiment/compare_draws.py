@@ -10,7 +10,7 @@ from flexlora.experiment.compare_arms import RUNS_TO_ITS_END, Arm, controls
 from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_scores import LossScorer
 from flexlora.experiment.config import Config
-from flexlora.experiment.config_file import load_config
+from flexlora.experiment.config_file import override_config
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
 from flexlora.experiment.method_config import DEFAULT_METHOD
 from flexlora.experiment.participants import gather_participants
@@ -57,7 +57,6 @@ def draw_config(study: Study, job: Job, arm: Arm | None = None) -> Config:
     is_control = arm is None or not arm.method or arm in controls()
     method = {"name": DEFAULT_METHOD} if is_control else arm.method
     overrides = [
-        *study.overrides,
         f"seed={job.seed}",
         "model.num_processes=1",
         RUNS_TO_ITS_END,
@@ -66,4 +65,4 @@ def draw_config(study: Study, job: Job, arm: Arm | None = None) -> Config:
     ]
     if job.distribution != "configured":
         overrides.append(f"clients.distribution={job.distribution}")
-    return load_config(study.config, overrides)
+    return override_config(yaml.safe_load(study.settings), study.config, overrides)

@@ -48,6 +48,7 @@ class Study:
 
     Attributes:
         config: Path of the configuration.
+        settings: What was in it, with all overrides and defaults, as YAML: a file that changes later changes nothing.
         overrides: ``key=value`` settings that all arms share.
         arms: Methods and controls.
         distributions: Of client types, each compared by itself.
@@ -73,6 +74,7 @@ class Study:
     trials: int
     learning_rate: float
     seed: int
+    settings: str = ""
     evaluations: int = 8
     text: bool = True
     tune_on: str | None = None
@@ -110,15 +112,17 @@ def due_jobs(study: Study, rows: Iterable[Row]) -> list[Job]:
     return sorted(found, key=lambda job: (job.phase != "tuning", job.draw, study.distributions.index(job.distribution)))
 
 
-def num_jobs_left(study: Study, rows: Iterable[Row]) -> int:
-    """Return about how many jobs are left, those included that only a later choice makes due."""
+def num_jobs_left(study: Study, rows: Iterable[Row]) -> dict[Phase, int]:
+    """Return phase -> about how many jobs are left, those included that only a later choice makes due."""
     done = {_key_of(row): row for row in rows}
-    left = 0
+    left: dict[Phase, int] = {"tuning": 0, "test": 0}
     for arm in study.arms:
         for distribution in study.distributions:
             if study.run_for(arm, distribution) == distribution:
-                left += len(_due_of(study, arm, distribution, done))
-                left += 0 if isinstance(_choice(study, arm, distribution, done), int | float) else study.draws
+                for job in _due_of(study, arm, distribution, done):
+                    left[job.phase] += 1
+                if not isinstance(_choice(study, arm, distribution, done), int | float):
+                    left["test"] += study.draws
     return left
 
 
@@ -181,8 +185,8 @@ def _tuning_loss(study: Study, arm: Arm, distribution: str, rate: float, done: M
 
 
 def _loss_of(row: Row) -> float:
-    loss = row["validation_loss"]
-    return math.inf if loss is None or row["diverged"] or row.get("failure") else float(loss)
+    loss = row.get("validation_loss")
+    return math.inf if loss is None or row.get("diverged") or row.get("failure") else float(loss)
 
 
 def _key_of(row: Row) -> tuple[str, int, str, str, float]:

@@ -2,10 +2,14 @@
 
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +20,24 @@ SCRATCH_FOLDER = "scratch"
 MOST_ATTEMPTS = 2
 
 
+@dataclass(frozen=True)
+class _Running:
+    job: Job
+    place: int
+    attempt: int
+
+
 class JobPool:
-    """Processes that run jobs; one that dies costs its job another try, not the comparison."""
+    """Places side by side, each a process that runs one job after the other.
+
+    A process that dies, or that runs out of memory, costs its own job another try; the other processes go on.
+    """
 
     def __init__(self, study: Study, folder: Path, size: int) -> None:
         """Start no process yet."""
         self._study, self._folder, self._size = study, folder, size
-        self._executor: ProcessPoolExecutor | None = None
-        self._running: dict[Future[dict[str, Any]], Job] = {}
-        self._attempts: dict[Job, int] = {}
+        self._places: dict[int, ProcessPoolExecutor] = {}
+        self._running: dict[Future[dict[str, Any]], _Running] = {}
 
     @property
     def is_busy(self) -> bool:
@@ -33,60 +46,82 @@ class JobPool:
 
     def fill(self, jobs: Sequence[Job]) -> None:
         """Start the first of these jobs that do not run yet, as many as there is room for."""
-        running = set(self._running.values())
-        for job in [job for job in jobs if job not in running][: self._size - len(running)]:
-            if self._executor is None:
-                context = multiprocessing.get_context("spawn")
-                self._executor = ProcessPoolExecutor(
-                    self._size, context, initializer=_start_process, initargs=(self._study,)
-                )
-            scratch = self._folder / SCRATCH_FOLDER / _name_of(job)
-            self._running[self._executor.submit(_run_in_process, job, scratch)] = job
+        running = {one.job for one in self._running.values()}
+        free = sorted(set(range(self._size)) - {one.place for one in self._running.values()})
+        for place, job in zip(free, (job for job in jobs if job not in running), strict=False):
+            self._start(_Running(job, place, 1))
 
     def finished(self) -> list[tuple[Job, dict[str, Any]]]:
-        """Wait until at least one job has ended, and return the rows of those that have."""
+        """Wait until a job has ended or has to be tried again, and return the rows of those that have ended.
+
+        Raises:
+            OSError: The disk is full or failed.
+        """
         ended, _ = wait(self._running, return_when=FIRST_COMPLETED)
         found = []
         for future in ended:
-            job = self._running.pop(future)
+            one = self._running.pop(future)
             try:
-                found.append((job, future.result()))
-            except BrokenProcessPool:
-                self._running[future] = job
-                return found + self._restart()
+                found.append((one.job, future.result()))
+            except (BrokenProcessPool, MemoryError):
+                _end(self._places.pop(one.place), at_work=True)
+                if one.attempt < MOST_ATTEMPTS:
+                    self._start(replace(one, attempt=one.attempt + 1))
+                else:
+                    found.append((one.job, row_of_dead(self._study, one.job)))
         return found
-
-    def _restart(self) -> list[tuple[Job, dict[str, Any]]]:
-        """Drop the broken pool; return a row for each job that has now died too often."""
-        self.close()
-        jobs, self._running = list(self._running.values()), {}
-        for job in jobs:
-            self._attempts[job] = self._attempts.get(job, 0) + 1
-        dead = [job for job in jobs if self._attempts[job] >= MOST_ATTEMPTS]
-        return [(job, row_of_dead(self._study, job)) for job in dead]
 
     def close(self) -> None:
         """End the processes; what they were running can be resumed."""
-        if self._executor is not None:
-            processes = list((self._executor._processes or {}).values())  # pyright: ignore[reportPrivateUsage]
-            self._executor.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()
-            self._executor = None
+        at_work = {one.place for one in self._running.values()}
+        for place, executor in self._places.items():
+            _end(executor, at_work=place in at_work)
+        self._places, self._running = {}, {}
+
+    def _start(self, one: _Running) -> None:
+        if one.place not in self._places:
+            context = multiprocessing.get_context("spawn")
+            self._places[one.place] = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(self._study,))
+        scratch = self._folder / SCRATCH_FOLDER / _name_of(one.job)
+        with _without_interrupts():
+            self._running[self._places[one.place].submit(_run_in_process, one.job, scratch)] = one
+
+
+def _end(executor: ProcessPoolExecutor, *, at_work: bool) -> None:
+    """End the process of a place, at once if it is at work."""
+    if at_work:
+        for process in list((executor._processes or {}).values()):  # pyright: ignore[reportPrivateUsage]
+            process.terminate()
+    executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Start processes that an interruption of the terminal does not reach: this process ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _draws: Any = None
 _study: Study | None = None
 
 
-def _start_process(study: Study) -> None:
+def _begin(study: Study) -> None:
     """Prepare a process of the pool: one thread, and a place for the draw it works on."""
     global _draws, _study
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from flexlora.experiment.compare_draws import Draws
 
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     _draws, _study = Draws(study), study
 
@@ -107,5 +142,6 @@ def _run_in_process(job: Job, scratch: Path) -> dict[str, Any]:
 
 
 def _name_of(job: Job) -> str:
-    label = "".join(letter if letter.isalnum() else "-" for letter in job.arm)
-    return f"{job.phase}-{job.draw}-{job.distribution}-{label}-{job.learning_rate:g}"
+    """Return a name for the folder of a job, which no other job has."""
+    label = "".join(letter if letter.isalnum() else "-" for letter in job.arm)[:40]
+    return f"{job.phase}-{job.draw}-{job.distribution}-{label}-{sha256(repr(job.key).encode()).hexdigest()[:8]}"

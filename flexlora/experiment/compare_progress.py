@@ -1,15 +1,22 @@
-"""Shows how far a comparison is: runs done, runs left, and minutes left."""
+"""Shows how far a comparison is: runs done, runs left, minutes left, and a page that is never older than minutes."""
 
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from flexlora.errors import FlexLoraError
 from flexlora.experiment.compare import CompareEvent
+from flexlora.report.compare_page import write_page
 
 SECONDS_PER_MINUTE = 60
+LEAST_SECONDS_BETWEEN_PAGES = 60.0
+LARGEST_SHARE_OF_PAGES = 0.02
+"""Of the time that a comparison takes."""
 
 
 class CompareProgress:
@@ -43,7 +50,27 @@ class CompareProgress:
         left = "starting" if event.seconds_left is None else _minutes(event.seconds_left)
         self._bar.update(self._task, completed=event.num_done, total=event.num_done + event.num_left, left=left)
         if event.row is not None:
-            self._bar.console.print(_line(event.row), highlight=False, markup=False)
+            self._bar.console.print(_line(event.row), highlight=False, markup=False, soft_wrap=True)
+
+
+class FreshPage:
+    """Writes the page of a comparison while it runs, at most once a minute."""
+
+    def __init__(self, folder: Path, reference: str) -> None:
+        """Write nothing yet."""
+        self._folder, self._reference, self._next = folder, reference, 0.0
+
+    def __call__(self, event: CompareEvent) -> None:
+        """Write the page after a run, if it is time."""
+        started = time.monotonic()
+        if event.row is None or started < self._next:
+            return
+        try:
+            write_page(self._folder, self._reference)
+        except FlexLoraError:
+            pass  # Said at the end; the runs are worth more than a page on the way.
+        took = time.monotonic() - started
+        self._next = started + max(LEAST_SECONDS_BETWEEN_PAGES, took / LARGEST_SHARE_OF_PAGES)
 
 
 def _minutes(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """Runs one job of a comparison and returns its row."""
 
 import dataclasses
+import errno
 import math
 import shutil
 import time
@@ -34,15 +35,23 @@ from flexlora.rounds.loop import run_rounds
 from flexlora.rounds.loop_parts import Loop, Outcome
 from flexlora.rounds.records import RECORDS_FILE, read_records
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
 
 def run_job(study: Study, job: Job, draws: Draws, scratch: Path) -> dict[str, Any]:
-    """Return the row of a job; an error becomes part of it, because it must not end the others.
+    """Return the row of a job; an error of its method becomes part of it, because it must not end the others.
+
+    An error of the machine does not, because it says nothing about the method.
 
     Args:
         study: The comparison.
         job: The run.
         draws: Loads its draw.
         scratch: Folder for its checkpoints; a job that was killed goes on from them.
+
+    Raises:
+        OSError: The disk is full or failed.
+        MemoryError: Memory ran out, that of a device included.
     """
     arm = by_label(study.arms)[job.arm]
     started = time.perf_counter()
@@ -52,9 +61,17 @@ def run_job(study: Study, job: Job, draws: Draws, scratch: Path) -> dict[str, An
         row |= {"clients": len(loaded.participants.clients), "device": _device_name(loaded.model.device)}
         row |= _measured(study, job, arm, loaded, scratch, draws)
     except Exception as error:
+        if _is_the_machines(error):
+            raise
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise MemoryError(reason_of(error)) from None
         row |= missing_scores() | {"diverged": True, "failure": reason_of(error)}
     shutil.rmtree(scratch, ignore_errors=True)
     return row | {"seconds": time.perf_counter() - started, "version": version_of("flexlora")}
+
+
+def _is_the_machines(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
 def _measured(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path, draws: Draws) -> dict[str, Any]:
@@ -62,7 +79,9 @@ def _measured(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path
         scored = _scored(study, job, loaded, None)
         return missing_scores() | scored | {"diverged": False, "failure": None, "own_loss": own_loss(job, loaded, None)}
     if arm.kind == "alone":
-        return missing_scores() | alone_scores(job, loaded) | {"diverged": False, "failure": None}
+        # Sampled clients do not say what all of them would take.
+        costs = {"client_seconds": None}
+        return missing_scores() | costs | alone_scores(job, loaded) | {"diverged": False, "failure": None}
     scorer = LossScorer(loaded, job.phase == "test")
     scorer = dataclasses.replace(scorer, base=draws.base_scores(job, scorer))
     loop = _loop(study, job, arm, loaded, scratch, scorer)
@@ -76,7 +95,7 @@ def _measured(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path
     diverged = not outcome.has_progress or (loss is not None and not math.isfinite(loss))
     scored |= {"validation_loss": None} if diverged else {}
     return (
-        _costs(loop, outcome, job.phase == "test")
+        _costs(loop, outcome, job.phase == "test", travels=arm.kind == "method")
         | scored
         | {"own_loss": own_loss(job, loaded, model)}
         | {"diverged": diverged, "failure": outcome.stopped if diverged else None}
@@ -98,8 +117,8 @@ def _scored(study: Study, job: Job, loaded: LoadedRun, adapter: Broadcast | None
     }
 
 
-def _costs(loop: Loop, outcome: Outcome, has_unseen: bool) -> dict[str, Any]:
-    """Return curve and costs of a finished loop."""
+def _costs(loop: Loop, outcome: Outcome, has_unseen: bool, travels: bool) -> dict[str, Any]:
+    """Return curve and costs of a finished loop; where no factors travel, as in pooled training, no bytes count."""
     records = read_records(loop.folder / RECORDS_FILE)
     scored = [(record.server_round, record.evaluation) for record in records if record.evaluation]
     return {
@@ -112,8 +131,8 @@ def _costs(loop: Loop, outcome: Outcome, has_unseen: bool) -> dict[str, Any]:
             }
             for number, scores in scored
         ],
-        "up_bytes": sum(record.up_bytes for record in records),
-        "down_bytes": sum(record.down_bytes for record in records),
+        "up_bytes": sum(record.up_bytes for record in records if travels),
+        "down_bytes": sum(record.down_bytes for record in records if travels),
         "server_seconds": sum(
             record.seconds.get(stage, 0.0) for record in records for stage in ("broadcast", "aggregate")
         ),
@@ -123,7 +142,7 @@ def _costs(loop: Loop, outcome: Outcome, has_unseen: bool) -> dict[str, Any]:
 
 def _loop(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path, scorer: LossScorer) -> Loop:
     """Return the round loop of a job, scored by losses alone along its way."""
-    clients = clients_of(arm, loaded)
+    clients = clients_of(arm, loaded, study.supports[job.distribution])
     method = read_method(arm.method or {"name": FEDERATED_AVERAGING})
     loop = round_loop(loaded, method, clients, scratch, lambda event: None, job.learning_rate)
     every = max(1, loop.settings.num_rounds // study.evaluations)

@@ -13,7 +13,7 @@ from flexlora.federation.kept_factors import with_kept
 from flexlora.federation.messages import Broadcast
 from flexlora.rounds.loop_parts import Loop, Outcome
 from flexlora.rounds.records import EvaluationRecord, RankGroupRecord, ScoreRecord
-from flexlora.training.evaluation import answer_loss
+from flexlora.training.evaluation import answer_loss, task_loss
 
 OWN_CLIENTS_PER_PLAN = 2
 """Clients of each type whose own test examples are scored."""
@@ -112,8 +112,6 @@ def mean_of(values: Sequence[float]) -> float | None:
 
 
 def unseen_loss(loaded: LoadedRun, adapter: Broadcast | None) -> float:
-    """Return nats per answer token on the unseen tasks."""
-    data = loaded.config.data
-    examples = [example for own in unseen_tasks(loaded).values() for example in own]
-    batch_size = loaded.config.evaluation.batch_size
-    return answer_loss(loaded.model, adapter, examples, data.template, data.max_length, batch_size)
+    """Return nats per answer token on the unseen tasks, as scores with text have it."""
+    data, batch_size = loaded.config.data, loaded.config.evaluation.batch_size
+    return task_loss(loaded.model, adapter, unseen_tasks(loaded), data.template, data.max_length, batch_size)

@@ -9,11 +9,15 @@ from flexlora.experiment.client_plans import config_plans
 from flexlora.experiment.compare_arms import RUNS_TO_ITS_END, Arm, CompareError, controls
 from flexlora.experiment.compare_jobs import Study
 from flexlora.experiment.config import Config
-from flexlora.experiment.config_file import dump_config, load_config
+from flexlora.experiment.config_file import dump_config, override_config, read_settings
 from flexlora.federation.client_types import DISTRIBUTIONS
+from flexlora.report.paired import DEFAULT_REFERENCE
 
 CONFIGURED = "configured"
 """Name of the distribution that the configuration itself describes."""
+
+NO_METHOD = "method={name: flexlora}"
+"""Takes the place of the configuration's method: a comparison has methods of its own."""
 
 
 def make_study(
@@ -40,7 +44,12 @@ def make_study(
     for name, value, least in (("draws", draws, 1), ("tuning_draws", tuning_draws, 0), ("trials", trials, 1)):
         if value < least:
             raise CompareError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
-    config = load_config(config_path, [*overrides, "method={name: flexlora}"], check_paths=True)
+    if own := [override for override in overrides if override.startswith(("method=", "method."))]:
+        raise CompareError(
+            f"what is compared belongs to --methods, as --methods fedit,flexlora:fold_tail=true; got {own[0]}"
+        )
+    tree, source = read_settings(config_path), str(config_path)
+    config = override_config(tree, source, [*overrides, NO_METHOD], check_paths=True)
     if config.data.validation_examples == 0 and tuning_draws:
         raise CompareError("learning rates are chosen by validation loss; set data.validation_examples above 0")
     names = tuple(dict.fromkeys(distributions)) or (CONFIGURED,)
@@ -51,7 +60,12 @@ def make_study(
     if tune_on is not None and tune_on not in names:
         raise CompareError(f"--tune-on must be one of the distributions, {', '.join(names)}; got {tune_on}")
     for arm in arms:
-        load_config(config_path, [*overrides, RUNS_TO_ITS_END, f"method={json.dumps(dict(arm.method))}", *arm.settings])
+        own = [RUNS_TO_ITS_END, f"method={json.dumps(dict(arm.method))}", *arm.settings]
+        override_config(tree, source, [*overrides, *own])
+    for name in names:
+        if name != CONFIGURED:
+            _check_distribution(config, name)
+            override_config(tree, source, [*overrides, NO_METHOD, f"clients.distribution={name}"])
     return Study(
         config=str(config_path),
         overrides=tuple(overrides),
@@ -63,6 +77,7 @@ def make_study(
         trials=trials,
         learning_rate=learning_rate or config.training.learning_rate,
         seed=config.seed,
+        settings=dump_config(config),
         evaluations=evaluations,
         text=text,
         tune_on=tune_on,
@@ -70,9 +85,9 @@ def make_study(
 
 
 def _support(config: Config, distribution: str) -> tuple[str, ...]:
-    """Return the client types that a distribution hands out."""
-    if config.clients.ranks_from == "devices":
-        return (distribution,)
+    """Return the client types that a distribution hands out; none where something else says who has which."""
+    if _who_gets_what(config):
+        return ()
     weights = config.clients.distribution if distribution == CONFIGURED else distribution
     plans = list(config_plans(config))
     if isinstance(weights, str):
@@ -80,11 +95,50 @@ def _support(config: Config, distribution: str) -> tuple[str, ...]:
     return tuple(name for name in plans if weights.get(name, 0.0) > 0)
 
 
+def reference_of(study: Study, label: str | None) -> str:
+    """Return the label of the arm that differences are taken to.
+
+    Args:
+        study: The comparison.
+        label: What was asked for; None takes FedIT at the smallest rank, or the first method where there are no
+            controls.
+
+    Raises:
+        CompareError: If no arm has this label.
+    """
+    labels = [arm.label for arm in study.arms]
+    if label is None:
+        return DEFAULT_REFERENCE if DEFAULT_REFERENCE in labels else labels[0]
+    if label not in labels:
+        raise CompareError(f"--reference must be the label of an arm, one of {', '.join(labels)}; got {label}")
+    return label
+
+
+def _check_distribution(config: Config, name: str) -> None:
+    """Raise where a distribution would change nothing, or not all."""
+    if key := _who_gets_what(config):
+        raise CompareError(
+            f"--distributions {name} cannot spread client types, because {key} says who has which; take {key} out of "
+            "the configuration, or leave --distributions out"
+        )
+
+
+def _who_gets_what(config: Config) -> str | None:
+    """Return the setting besides ``clients.distribution`` that gives clients their ranks."""
+    if config.clients.ranks_from == "devices":
+        return "clients.ranks_from=devices"
+    given = {
+        "clients.counts": config.clients.counts,
+        "clients.assigned": config.clients.assigned,
+        "devices.types": config.devices.types,
+    }
+    return next((key for key, value in given.items() if value), None)
+
+
 def described(study: Study) -> dict[str, Any]:
     """Return a comparison as plain values: what a folder of rows belongs to."""
-    config = load_config(study.config, [*study.overrides, "method={name: flexlora}"])
     return {
-        "config": dump_config(config),
+        "config": study.settings,
         "path": study.config,
         "overrides": list(study.overrides),
         "arms": [arm.described() for arm in study.arms],

@@ -53,9 +53,16 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, check_paths:
     Raises:
         ConfigError: With every problem found, each naming key, value and rule.
     """
-    tree = read_settings(path)
+    return override_config(read_settings(path), str(path), overrides, check_paths=check_paths)
+
+
+def override_config(
+    tree: Mapping[str, Any], source: str, overrides: Sequence[str] = (), *, check_paths: bool = False
+) -> Config:
+    """Return the configuration in a plain tree with overrides applied; see ``load_config``."""
+    tree = copy.deepcopy(dict(tree))
     problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
-    source = str(path) if not overrides else f"{path} with {len(overrides)} override(s)"
+    source = source if not overrides else f"{source} with {len(overrides)} override(s)"
     return parse_config(tree, source, problems, check_paths=check_paths)
 
 

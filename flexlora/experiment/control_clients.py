@@ -2,21 +2,27 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.federation.clients import ClientSpec, RankPlan, smallest_ranks
 
 
-def at_smallest_ranks(loaded: LoadedRun) -> list[ClientSpec]:
-    """Return the same clients, each at the ranks that all of them can afford: the bucket effect."""
-    ranks = smallest_ranks(list(loaded.participants.plans.values()), loaded.shapes)
+def at_smallest_ranks(loaded: LoadedRun, plans: Sequence[RankPlan] = ()) -> list[ClientSpec]:
+    """Return the same clients, each at the ranks that all of them can afford: the bucket effect.
+
+    Args:
+        loaded: The clients.
+        plans: Those that count, here and below; empty for those that the clients have.
+    """
+    ranks = smallest_ranks(plans or list(loaded.participants.plans.values()), loaded.shapes)
     plan = RankPlan("smallest", tuple((f"^{re.escape(module)}$", rank) for module, rank in ranks.items()))
     return [dataclasses.replace(client, plan=plan) for client in loaded.participants.clients]
 
 
-def at_largest_ranks(loaded: LoadedRun) -> list[ClientSpec]:
+def at_largest_ranks(loaded: LoadedRun, plans: Sequence[RankPlan] = ()) -> list[ClientSpec]:
     """Return the same clients, each with the largest plan: what it would be if all could afford it."""
-    plan = largest_plan(loaded)
+    plan = largest_plan(loaded, plans)
     return [dataclasses.replace(client, plan=plan) for client in loaded.participants.clients]
 
 
@@ -27,7 +33,7 @@ def only_largest(loaded: LoadedRun) -> list[ClientSpec]:
     return [client for client in loaded.participants.clients if client.plan.name in names]
 
 
-def largest_plan(loaded: LoadedRun) -> RankPlan:
+def largest_plan(loaded: LoadedRun, plans: Sequence[RankPlan] = ()) -> RankPlan:
     """Return the rank plan with the most parameters."""
-    plans = sorted(loaded.participants.plans.values(), key=lambda plan: plan.name)
-    return max(plans, key=lambda plan: sum(r * sum(loaded.shapes[m]) for m, r in plan.resolve(loaded.shapes).items()))
+    named = sorted(plans or loaded.participants.plans.values(), key=lambda plan: plan.name)
+    return max(named, key=lambda plan: sum(r * sum(loaded.shapes[m]) for m, r in plan.resolve(loaded.shapes).items()))

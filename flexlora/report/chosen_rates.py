@@ -59,8 +59,9 @@ class ChosenRate:
 def chosen_rates(rows: Iterable[Row]) -> dict[tuple[str, str], ChosenRate]:
     """Return (arm, distribution) -> the learning rate with the lowest mean validation loss over the tuning draws.
 
-    Rates that were tried on fewer draws than others of the arm are not compared. Of equal rates, the lower one is
-    taken. Arms without tuning rows, and the base model, are left out.
+    Rates that were tried on fewer draws than others of the arm are not compared. A rate at which a run went wrong is
+    taken only where one did at every rate. Of equal rates, the lower one is taken. Arms without tuning rows, and the
+    base model, are left out.
     """
     rows = list(rows)
     tuning = [row for row in rows if row["phase"] == "tuning" and row["arm"] != UNTRAINED]
@@ -77,7 +78,7 @@ def _choice(
     tried = tuple(_tried(rate, rates[rate], worst) for rate in sorted(rates))
     most = max(one.num_draws for one in tried)
     compared = [one for one in tried if one.num_draws == most]
-    best = min(compared, key=lambda one: math.inf if one.mean_loss is None else one.mean_loss)
+    best = min(compared, key=lambda one: math.inf if one.mean_loss is None or one.num_diverged else one.mean_loss)
     edge = None
     if len(compared) == 1:
         edge = "only"

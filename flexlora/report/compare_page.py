@@ -9,6 +9,7 @@ from flexlora.report.study_details import category_tables, cost_rows, measure_ro
 from flexlora.report.study_tables import MAIN_COLUMNS, main_rows
 from flexlora.report.study_words import CONTROLS, draws_text, headline, interval_text, p_text, verdict_sentence
 from flexlora.report.templates import environment
+from flexlora.text import seconds_text
 
 PAGE_FILE = "report.html"
 CONFIG_FILE = "config.yaml"
@@ -91,7 +92,9 @@ def _results(found: Summary) -> list[dict[str, object]]:
 def _facts(rows: list[Row]) -> list[tuple[str, str]]:
     """Return what the rows have in common, for the end of the page."""
     keys = [("Rounds", "rounds"), ("Clients", "clients"), ("Device", "device"), ("flexlora", "version")]
-    facts = [("Runs", str(len(rows)))]
+    # A run that serves several distributions has a row for each, and was made once.
+    made = [row for row in rows if not row.get("copy_of")]
+    facts = [("Runs", str(len(made))), ("Time of all runs", seconds_text(sum(row.get("seconds") or 0 for row in made)))]
     for title, key in keys:
         values = sorted({str(row[key]) for row in rows if row.get(key) is not None and row["arm"] != "base"})
         facts.append((title, ", ".join(values) or "–"))

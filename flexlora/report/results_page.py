@@ -125,7 +125,7 @@ def _standing(study: Study, arm: str) -> Iterator[str]:
     behind, tied, first = [], [], []
     for where in found.distributions:
         verdict = found.verdicts.get((measure.key, where))
-        if verdict is None or arm not in [verdict.first, *(rival.arm for rival in verdict.rivals)]:
+        if verdict is None or verdict.is_early or arm not in [verdict.first, *(rival.arm for rival in verdict.rivals)]:
             continue
         if verdict.winner == arm:
             first.append(where)

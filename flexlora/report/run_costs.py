@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields
 
 from flexlora.report.study_rows import Row, number
 
+POOLED = "centralised"
+"""The control on one machine; rows of older versions have the bytes of a client that it only seems to have."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -22,11 +25,12 @@ class Costs:
 
 
 def mean_costs(runs: Iterable[Row]) -> dict[tuple[str, str], Costs]:
-    """Return (distribution, arm) -> the mean cost of a run."""
+    """Return (distribution, arm) -> the mean cost of a run; what moves data and no factors has no bytes."""
     groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in runs:
         if not row.get("failure"):
-            groups[row["distribution"], row["arm"]].append(row)
+            own = dict(row, up_bytes=0, down_bytes=0) if row["arm"] == POOLED else row
+            groups[row["distribution"], row["arm"]].append(own)
     return {key: Costs(*(_mean(group, field.name) for field in fields(Costs))) for key, group in groups.items()}
 
 

@@ -19,7 +19,7 @@ class MainRow:
 
     Attributes:
         place: ``first``, ``tied`` or ``behind`` for a contender, ``bound`` for what no client could run, ``unranked``
-            for too few draws.
+            for too few draws, ``early`` as long as all have one.
         effect: ``better``, ``worse`` or ``open``, compared with the reference; None for the reference itself.
         cells: Under `MAIN_COLUMNS`.
     """
@@ -44,6 +44,8 @@ def _place(arm: str, verdict: Verdict | None) -> str:
         return "bound"
     if verdict is None or arm in verdict.left_out:
         return "unranked"
+    if verdict.is_early:
+        return "early"
     if arm == verdict.first:
         return "first" if verdict.winner else "tied"
     return "tied" if arm in verdict.tied else "behind"

@@ -12,11 +12,13 @@ CONTROLS = {
     "base": "base model, not trained",
     "fedit_smallest": "FedIT at the smallest rank",
     "fedit_largest": "FedIT at the largest rank, if all could afford it",
-    "large_alone": "only the clients that afford the largest rank",
-    "centralised": "one machine with the data of all",
-    "alone": "each client by itself",
+    "large_alone": "FedIT among those clients alone that afford the largest rank",
+    "centralised": "one machine with the data of all, for as many steps",
+    "alone": "a few clients of each type, each by itself",
 }
 """Label of a control -> what it is."""
+
+_EARLY = "It takes at least two draws to rank arms"
 
 
 def p_text(p: float | None) -> str:
@@ -74,7 +76,11 @@ def headline(summary: Summary) -> str:
         if verdict.winner:
             won.setdefault(verdict.winner, []).append(verdict)
     sentences = [_won(arm, verdicts, measure, len(found)) for arm, verdicts in won.items()]
-    sentences += [verdict_sentence(verdict, measure, len(found) > 1) for verdict in found if not verdict.winner]
+    open_ones = [verdict for verdict in found if not verdict.winner]
+    early = [verdict for verdict in open_ones if verdict.is_early]
+    if len(early) == len(found) > 1:
+        return f"{_EARLY}; so far, there is one on {listed([verdict.distribution for verdict in early])}."
+    sentences += [verdict_sentence(verdict, measure, len(found) > 1) for verdict in open_ones]
     return " ".join(sentences)
 
 
@@ -84,6 +90,9 @@ def verdict_sentence(verdict: Verdict, measure: Measure, with_place: bool = True
     rival = verdict.runner_up
     if rival is None:
         return _capital(f"{place}{verdict.first} is the only arm that can be ranked.")
+    if verdict.is_early:
+        words = f"{_EARLY[0].lower()}{_EARLY[1:]}"
+        return _capital(f"{place}{words}. In the one there is, {verdict.first} has {_what(measure)}.")
     draws = count_text(rival.pairs.num_pairs, "draw")
     if not verdict.winner:
         return _capital(
@@ -109,8 +118,6 @@ def _won(arm: str, verdicts: Sequence[Verdict], measure: Measure, num_distributi
 def _tie(verdict: Verdict, measure: Measure) -> str:
     rival = verdict.rivals[0]
     tied = f"is tied with {listed(verdict.tied, 4)}"
-    if rival.pairs.num_pairs < 2:
-        return f"{tied}; telling {rival.arm} apart takes at least two draws"
     if rival.pairs.power is None:
         return f"{tied}; {rival.arm} is equal to it in every draw, and telling them apart takes other draws"
     difference = signed_text(rival.pairs.mean, measure.digits)
@@ -119,7 +126,7 @@ def _tie(verdict: Verdict, measure: Measure) -> str:
 
 def _capital(sentence: str) -> str:
     # Labels of arms keep their case.
-    return sentence[0].upper() + sentence[1:] if sentence.startswith(("on ", "no ")) else sentence
+    return sentence[0].upper() + sentence[1:] if sentence.startswith(("on ", "no ", "it ")) else sentence
 
 
 def _what(measure: Measure) -> str:

@@ -69,6 +69,11 @@ class Verdict:
         return () if self.winner else tuple(rival.arm for rival in self.untold)
 
     @property
+    def is_early(self) -> bool:
+        """Whether the first and the next share a single draw, which ranks nobody."""
+        return bool(self.rivals) and self.rivals[0].pairs.num_pairs < 2
+
+    @property
     def runner_up(self) -> Rival | None:
         """The rival closest behind."""
         return self.rivals[0] if self.rivals else None

@@ -110,6 +110,31 @@ def answer_loss(
         model.load(adapter)
     with model.without_adapter() if adapter is None else nullcontext():
         losses = _losses(model, examples, template, max_length, batch_size)
+    return _nats_per_token(losses)
+
+
+def task_loss(
+    model: AdaptedModel,
+    adapter: Broadcast | None,
+    tasks: Mapping[str, Sequence[Example]],
+    template: Template,
+    max_length: int,
+    batch_size: int = 64,
+) -> float:
+    """Return the loss that ``combine(evaluate(...))`` has, without generating answers; 0 without examples.
+
+    It is nats per token within a task, and the mean over tasks weighted by their examples.
+    """
+    examples = [example for task in tasks.values() for example in task]
+    if adapter is not None:
+        model.load(adapter)
+    with model.without_adapter() if adapter is None else nullcontext():
+        losses = iter(_losses(model, examples, template, max_length, batch_size))
+    by_task = [_nats_per_token([next(losses) for _ in members]) * len(members) for members in tasks.values()]
+    return sum(by_task) / max(1, len(examples))
+
+
+def _nats_per_token(losses: Sequence[tuple[float, int]]) -> float:
     return sum(nats for nats, _ in losses) / max(1, sum(tokens for _, tokens in losses))
 
 
@@ -118,7 +143,7 @@ def _score(examples: Sequence[Example], answers: Sequence[str], losses: Sequence
     return Score(
         rouge_l=100 * sum(rouge_l(answer, example.outputs) for example, answer in pairs) / len(pairs),
         exact_match=100 * sum(is_exact_match(answer, example.outputs) for example, answer in pairs) / len(pairs),
-        loss=sum(nats for nats, _ in losses) / max(1, sum(tokens for _, tokens in losses)),
+        loss=_nats_per_token(losses),
         num_examples=len(pairs),
         num_tasks=1,
     )

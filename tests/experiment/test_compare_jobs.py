@@ -140,9 +140,9 @@ def test_without_tuning_draws_the_rate_is_the_configurations() -> None:
 
 def test_what_is_left_counts_the_draws_behind_a_choice_that_is_not_made() -> None:
     of = study(distributions=("uniform",), supports={"uniform": TYPES})
-    assert num_jobs_left(of, []) == 3 * 2 + 3
+    assert num_jobs_left(of, []) == {"tuning": 3 * 2, "test": 3}
     rows = [row_of(job, 1.0) for job in due_jobs(of, [])]
-    assert num_jobs_left(of, rows) < 9
+    assert sum(num_jobs_left(of, rows).values()) < 9
     arm = of.arms[0]
     assert chosen_rate(of, arm, "uniform", []) is None
     assert isinstance(arm, Arm)
