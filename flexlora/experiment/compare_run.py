@@ -71,7 +71,8 @@ def run_job(study: Study, job: Job, draws: Draws, scratch: Path) -> dict[str, An
 
 
 def _is_the_machines(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+    # Libraries that write files lose the number of the error.
+    return isinstance(error, OSError) and error.errno in (*DISK_ERRORS, None)
 
 
 def _measured(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path, draws: Draws) -> dict[str, Any]:

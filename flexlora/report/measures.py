@@ -22,6 +22,8 @@ class Measure:
         unit: In which it is given.
         value: Row -> value; None where it was not measured or is not finite.
         digits: Decimals that are worth printing.
+        curve: What the curve of a run calls it, whose round 0 is the base model.
+        not_for: Arms whose value is of other data, so that it compares with nothing.
     """
 
     key: str
@@ -30,6 +32,8 @@ class Measure:
     value: Callable[[Row], float | None]
     lower_is_better: bool = True
     digits: int = 4
+    curve: str | None = None
+    not_for: tuple[str, ...] = ()
 
 
 Scores = dict[tuple[str, str], dict[int, float]]
@@ -83,7 +87,7 @@ def scores(rows: Iterable[Row], measure: Measure) -> Scores:
     The worst value is that of all runs of the same draw and distribution that went well, the base model included; if
     there is none, that of the distribution. Runs at several learning rates must be told apart before.
     """
-    rows = list(rows)
+    rows = [row for row in rows if row["arm"] not in measure.not_for]
     worst = worst_values(rows, measure)
     found: Scores = defaultdict(dict)
     for row in rows:
@@ -94,11 +98,16 @@ def scores(rows: Iterable[Row], measure: Measure) -> Scores:
 
 
 def worst_values(rows: Iterable[Row], measure: Measure) -> dict[tuple[str, int | None], float]:
-    """Return (distribution, draw) -> the worst value of a run that went well; draw None stands for all draws."""
+    """Return (distribution, draw) -> the worst value of a run that went well; draw None stands for all draws.
+
+    The base model counts, with a run of its own or as what a curve starts from.
+    """
     pick = max if measure.lower_is_better else min
     worst: dict[tuple[str, int | None], float] = {}
     for row in rows:
-        value = None if went_wrong(row) else measure.value(row)
+        start = dict(curve_of(row, measure.curve)).get(0.0) if measure.curve else None
+        known = [start, None if went_wrong(row) else measure.value(row)]
+        value = pick((one for one in known if one is not None), default=None)
         if value is None:
             continue
         for key in ((row["distribution"], row["draw"]), (row["distribution"], None)):
@@ -139,19 +148,30 @@ def _last(key: str) -> Callable[[Row], float | None]:
     return mean
 
 
-UNSEEN_LOSS = Measure("unseen_loss", "Loss on unseen tasks", "nats per answer token", _final("unseen_loss"))
-VALIDATION_LOSS = Measure("validation_loss", "Validation loss", "nats per answer token", _final("validation_loss"))
+NATS = "nats per answer token"
+ON_OWN_DATA = ("alone",)
+"""Clients that train alone validate on data of their own."""
+
+
+def _validation(key: str, title: str, value: Callable[[Row], float | None]) -> Measure:
+    return Measure(key, title, NATS, value, curve="validation_loss", not_for=ON_OWN_DATA)
+
+
+def _loss(key: str, title: str, value: Callable[[Row], float | None]) -> Measure:
+    return Measure(key, title, NATS, value, curve="unseen_loss")
+
+
+UNSEEN_LOSS = _loss("unseen_loss", "Loss on unseen tasks", _final("unseen_loss"))
+VALIDATION_LOSS = _validation("validation_loss", "Validation loss", _final("validation_loss"))
 MEASURES = (
     UNSEEN_LOSS,
     VALIDATION_LOSS,
-    Measure("unseen_area", "Loss on unseen tasks, mean over rounds", "nats per answer token", _area("unseen_loss")),
-    Measure("validation_area", "Validation loss, mean over rounds", "nats per answer token", _area("validation_loss")),
-    Measure("unseen_last", "Loss on unseen tasks, last quarter", "nats per answer token", _last("unseen_loss")),
-    Measure("validation_last", "Validation loss, last quarter", "nats per answer token", _last("validation_loss")),
+    _loss("unseen_area", "Loss on unseen tasks, mean over rounds", _area("unseen_loss")),
+    _validation("validation_area", "Validation loss, mean over rounds", _area("validation_loss")),
+    _loss("unseen_last", "Loss on unseen tasks, last quarter", _last("unseen_loss")),
+    _validation("validation_last", "Validation loss, last quarter", _last("validation_loss")),
     Measure("rouge_l", "ROUGE-L on unseen tasks", "0 to 100", _unseen("rouge_l"), False, 2),
     Measure("exact_match", "Exact match on unseen tasks", "% of answers", _unseen("exact_match"), False, 2),
-    Measure(
-        "own_loss", "Loss on the clients' own test data", "nats per answer token", lambda r: number(r.get("own_loss"))
-    ),
+    Measure("own_loss", "Loss on the clients' own test data", NATS, lambda r: number(r.get("own_loss"))),
 )
 """The first is the headline."""

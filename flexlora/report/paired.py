@@ -129,6 +129,7 @@ def summary(rows: Iterable[Row], reference: str = DEFAULT_REFERENCE) -> Summary:
     cells: dict[tuple[str, str, str], Cell] = {}
     found_verdicts: dict[tuple[str, str], Verdict] = {}
     measures = []
+    wrong = {(row["distribution"], row["arm"]) for row in runs if went_wrong(row)}
     for measure in MEASURES:
         values = scores(runs, measure)
         if not any(measure.value(row) is not None for row in runs):
@@ -136,7 +137,7 @@ def summary(rows: Iterable[Row], reference: str = DEFAULT_REFERENCE) -> Summary:
         measures.append(measure)
         for cell in _cells(values, measure, runs, reference):
             cells[measure.key, cell.distribution, cell.arm] = cell
-        for where, verdict in verdicts(values, measure, reference).items():
+        for where, verdict in verdicts(values, measure, reference, wrong).items():
             found_verdicts[measure.key, where] = verdict
     return Summary(
         reference=reference,

@@ -69,7 +69,7 @@ def headline(summary: Summary) -> str:
         return "No test run has ended yet."
     keys = [(measure.key, where) for where in summary.distributions]
     found = [summary.verdicts[key] for key in keys if key in summary.verdicts]
-    if not any(verdict.rivals for verdict in found):
+    if not any(verdict.rivals or verdict.left_out for verdict in found):
         return "There is no second arm to compare with yet."
     won: dict[str, list[Verdict]] = {}
     for verdict in found:
@@ -89,7 +89,8 @@ def verdict_sentence(verdict: Verdict, measure: Measure, with_place: bool = True
     place = f"On {verdict.distribution}, " if with_place else ""
     rival = verdict.runner_up
     if rival is None:
-        return _capital(f"{place}{verdict.first} is the only arm that can be ranked.")
+        others = f"; {listed(verdict.left_out)} cannot: too few draws, or a failed run" if verdict.left_out else ""
+        return _capital(f"{place}{verdict.first} is the only arm that can be ranked{others}.")
     if verdict.is_early:
         words = f"{_EARLY[0].lower()}{_EARLY[1:]}"
         return _capital(f"{place}{words}. In the one there is, {verdict.first} has {_what(measure)}.")

@@ -5,7 +5,7 @@ all distributions. A winner is named only if its difference to the runner-up has
 power wanted. Arms further behind can still be untold from it, because their runs scatter more; they are named too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from flexlora.report.measures import Measure, Scores
@@ -44,7 +44,7 @@ class Verdict:
     Attributes:
         first: The contender with the best mean, over the draws that it shares with the one they are all compared by.
         rivals: All other contenders, best first.
-        left_out: Contenders with too few draws to be ranked.
+        left_out: Contenders that are not ranked: too few draws, or a run went wrong.
     """
 
     distribution: str
@@ -79,12 +79,24 @@ class Verdict:
         return self.rivals[0] if self.rivals else None
 
 
-def verdicts(scores: Scores, measure: Measure, reference: str) -> dict[str, Verdict]:
-    """Return distribution -> who is first, for each with a contender."""
+def verdicts(
+    scores: Scores, measure: Measure, reference: str, wrong: Collection[tuple[str, str]] = ()
+) -> dict[str, Verdict]:
+    """Return distribution -> who is first, for each with a contender.
+
+    Args:
+        scores: Of all arms.
+        measure: Which they are of.
+        reference: By which arms are compared with one another where it has all draws.
+        wrong: (distribution, arm) of those with a run that went wrong. What such a run counts as depends on the other
+            arms, so it must not make its own arm look good.
+    """
     ranked = {}
     for distribution in dict.fromkeys(distribution for distribution, _ in scores):
         arms = {arm: values for (where, arm), values in scores.items() if where == distribution}
-        order, left_out = _order(arms, measure, reference)
+        failed = tuple(arm for arm in arms if (distribution, arm) in wrong and arm not in OUT_OF_REACH)
+        order, few = _order({arm: own for arm, own in arms.items() if arm not in failed}, measure, reference)
+        left_out = (*few, *failed)
         if order:
             pairs = [(arm, pair_statistics(differences(arms[order[0]], arms[arm]))) for arm in order[1:]]
             ranked[distribution] = order[0], pairs, left_out

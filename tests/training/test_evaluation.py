@@ -5,7 +5,7 @@ from flexlora.data.examples import Example
 from flexlora.data.prompts import encode, encode_prompt
 from flexlora.federation.messages import Broadcast
 from flexlora.training.adapted_model import AdaptedModel
-from flexlora.training.evaluation import Score, combine, evaluate
+from flexlora.training.evaluation import Score, combine, evaluate, task_loss
 from flexlora.training.generation import generate
 
 TASKS = {
@@ -42,6 +42,13 @@ def test_tasks_are_scored_apart_and_batches_do_not_matter(talkative):
         alone = evaluate(talkative, None, {task: TASKS[task]}, batch_size=1, **OPTIONS)[task]
         assert alone.loss == pytest.approx(together[task].loss, rel=1e-5)
         assert alone.rouge_l == together[task].rouge_l
+
+
+def test_the_loss_without_text_is_the_loss_with_text(talkative, shapes, random_adapter, scaling):
+    adapter = Broadcast(random_adapter(shapes, {path: 2 for path in shapes}, scaling))
+    whole = combine(list(evaluate(talkative, adapter, TASKS, **OPTIONS).values()))
+    assert task_loss(talkative, adapter, TASKS, "alpaca", 96) == pytest.approx(whole.loss, rel=1e-5)
+    assert task_loss(talkative, None, {"none": []}, "alpaca", 96) == 0
 
 
 def test_no_adapter_means_the_base_alone_whatever_was_loaded(talkative, make_network, tokenizer):
