@@ -81,8 +81,11 @@ def _line(row: Mapping[str, Any]) -> str:
     """Return a finished run in words."""
     kind = "tuning" if row["phase"] == "tuning" else "draw"
     loss = row["validation_loss"]
-    outcome = f"validation loss {loss:.4f}" if loss is not None else f"failed: {row['failure']}"
+    parts = [] if loss is None else [f"validation loss {loss:.4f}"]
     if row["unseen"]:
-        outcome += f", unseen {row['unseen']['loss']:.4f}"
+        parts.append(f"unseen {row['unseen']['loss']:.4f}")
+    if row["failure"] or not parts:
+        parts.append(f"failed: {row['failure'] or 'nothing could be measured'}")
+    outcome = ", ".join(parts)
     rate = f" at {row['learning_rate']:g}" if row["learning_rate"] else ""
     return f"  {kind} {row['draw'] + 1}, {row['distribution']}: {row['arm']}{rate}, {outcome}"

@@ -1,5 +1,6 @@
 """What a comparison is made from, and what is refused before anything is loaded."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,13 +9,14 @@ import pytest
 
 from flexlora.errors import FlexLoraError
 from flexlora.experiment.compare_arms import by_label, controls, read_arms
-from flexlora.experiment.compare_controls import clients_of
+from flexlora.experiment.compare_controls import clients_of, pooled
 from flexlora.experiment.compare_draws import draw_config
 from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_study import make_study, reference_of
 from flexlora.experiment.config_file import load_config
 from flexlora.federation.client_types import four_types
 from flexlora.federation.clients import ClientSpec
+from flexlora.rounds.loop_parts import Loop
 
 DEMO = "configs/demo.yaml"
 
@@ -110,3 +112,16 @@ def test_controls_have_the_ranks_of_the_distribution_even_where_a_draw_lacks_a_t
     assert ranks("centralised") == [{16}]
     # Nobody affords the largest rank here; those with the largest that occurs train.
     assert ranks("large_alone") == [{4, 16}]
+
+
+def test_pooled_training_has_no_simulated_device_and_as_many_steps_as_a_cohort() -> None:
+    config = load_config(DEMO, ["rounds.cohort_size=3", "training.max_steps=4"])
+    clients = [ClientSpec(str(n), four_types(1, 4, 16)["type1"], 100, "c", "phone") for n in range(5)]
+    loaded: Any = SimpleNamespace(
+        config=config, participants=SimpleNamespace(clients=clients), model=None, train_one=None
+    )
+    parts: dict[str, Any] = {field.name: None for field in dataclasses.fields(Loop)}
+    loop = pooled(Loop(**(parts | {"clock": "a clock"})), loaded)
+    engine: Any = loop.engine
+    assert loop.clock is None
+    assert engine.settings.max_steps == 3 * 4

@@ -118,5 +118,56 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished: Path) ->
     before = (finished / ROWS).read_bytes()
     done = compare(finished, *METHODS, "--no-text", "training.batch_size=2")
     assert done.returncode == 2
-    assert "another config" in done.stderr
+    assert "training.batch_size differ" in done.stderr
     assert (finished / ROWS).read_bytes() == before
+
+
+def test_before_the_first_run_there_is_a_result_too(tmp_path: Path) -> None:
+    done = compare(tmp_path / "none", "--methods", "flexlora", "--minutes", "0", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["page"] is None and found["summary"]["cells"] == []
+
+
+def test_a_reference_that_is_no_arm_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    done = compare(tmp_path / "none", "--methods", "flexlora", "--reference", "nobody")
+    assert done.returncode == 2 and "must be the label of an arm" in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
+RAISING = """
+from dataclasses import dataclass
+from flexlora import Broadcast, Traits, aggregation_method, spectrum_of
+
+@aggregation_method("raising")
+@dataclass(frozen=True)
+class Raising:
+    scaling: object
+    traits = Traits(needs_one_rank=True)
+
+    def init(self, adapter) -> dict:
+        return dict(adapter)
+
+    def aggregate(self, state, updates):
+        raise RuntimeError("a bug of mine")
+
+    def broadcast(self, state, ranks):
+        return Broadcast({module: state[module] for module in sorted(ranks)})
+
+    def spectra(self, state):
+        return {module: spectrum_of(factors) for module, factors in state.items()}
+"""
+
+
+def test_a_method_that_raises_costs_its_own_runs_and_is_not_ranked(tmp_path: Path) -> None:
+    (tmp_path / "raising.py").write_text(RAISING)
+    methods = f"raising:path={tmp_path / 'raising.py'},flexlora"
+    options = ("--draws", "1", "--tuning-draws", "0", "--no-controls", "--no-text", "--jobs", "1")
+    label = methods.split(",")[0]
+    done = compare(tmp_path / "cmp", "--methods", methods, *options, "--reference", "flexlora", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    failures = {key[3]: row["failure"] for key, row in rows_of(tmp_path / "cmp").items()}
+    assert failures["flexlora"] is None and "a bug of mine" in str(failures[label])
+    assert "a bug of mine" in (tmp_path / "cmp/report.html").read_text()
+    (verdict,) = [one for one in json.loads(done.stdout)["summary"]["verdicts"] if one["measure"] == "unseen_loss"]
+    assert verdict["left_out"] == [label] and verdict["first"] == "flexlora"

@@ -70,3 +70,9 @@ def test_arms_and_distributions_choose_for_themselves(study_row: MakeRow) -> Non
     rows += tuned(study_row, {0.1: [1.0]}, arm="aligned")
     chosen = {key: choice.learning_rate for key, choice in chosen_rates(rows).items()}
     assert chosen == {("fedit", "uniform"): 0.01, ("fedit", "skewed"): 0.02, ("aligned", "uniform"): 0.1}
+
+
+def test_a_rate_that_diverged_once_is_not_chosen_while_another_never_did(study_row: MakeRow) -> None:
+    rows = tuned(study_row, {0.01: [2.2, 2.2], 0.02: [2.1, 2.1], 0.04: [1.0, None]})
+    (choice,) = chosen_rates(rows).values()
+    assert choice.learning_rate == 0.02

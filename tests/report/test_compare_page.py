@@ -147,3 +147,12 @@ def test_the_page_of_many_runs_stays_small(tmp_path: Path, study_row: MakeRow) -
     rows = [row for n in range(2) for row in study_row.study(gaps, distribution=f"d{n}", seed=n)]
     page_of(tmp_path / "study", rows)
     assert (tmp_path / "study" / "report.html").stat().st_size < 500_000
+
+
+def test_runs_that_serve_several_distributions_are_counted_once(study_row: MakeRow, tmp_path: Path) -> None:
+    rows = [study_row("fedit_smallest", draw, seconds=60.0) for draw in range(2)]
+    rows += [{**row, "distribution": "normal", "copy_of": "uniform"} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_page(tmp_path).read_text()
+    assert "<dt>Runs</dt><dd>2</dd>" in text
+    assert "<dt>Time of all runs</dt><dd>2" in text

@@ -79,3 +79,19 @@ def test_a_draw_on_which_all_diverged_counts_as_the_worst_of_the_distribution(st
     rows = [study_row("wild", 0, None), study_row("tame", 1, 1.8), study_row("base", 1, 2.4)]
     assert scores(rows, BY_KEY["unseen_loss"])["uniform", "wild"] == {0: 2.4}
     assert scores(rows[:1], BY_KEY["unseen_loss"]) == {}
+
+
+def test_where_no_base_model_ran_a_wrong_run_counts_as_what_the_curves_start_from(study_row: MakeRow) -> None:
+    start = {"round": 0, "unseen_loss": 4.5, "validation_loss": 5.5}
+    good = study_row("aligned", loss=1.7)
+    good["curve"] = [start, *good["curve"]]
+    rows = [good, study_row("wild", loss=None)]
+    assert scores(rows, BY_KEY["unseen_loss"])["uniform", "wild"] == {0: 4.5}
+    assert scores(rows, BY_KEY["validation_last"])["uniform", "wild"] == {0: 5.5}
+    assert scores(rows, BY_KEY["unseen_loss"])["uniform", "aligned"] == {0: 1.7}
+
+
+def test_clients_that_train_alone_validate_on_other_data_and_are_not_compared_by_it(study_row: MakeRow) -> None:
+    rows = [study_row("aligned"), study_row("alone", loss=1.0)]
+    assert ("uniform", "alone") not in scores(rows, BY_KEY["validation_loss"])
+    assert scores(rows, BY_KEY["unseen_loss"])["uniform", "alone"] == {0: 1.0}

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from flexlora.report.paired import summary
+from flexlora.report.study_words import headline
 from flexlora.report.verdicts import OUT_OF_REACH
 
 MakeRow = Any
@@ -181,3 +182,19 @@ def test_the_summary_is_json_without_nan_at_every_stage(study_row: MakeRow, stag
     }[stage]
     found = summary(rows).to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == json.loads(json.dumps(found))
+
+
+def test_an_arm_with_a_run_that_went_wrong_is_never_first_or_tied(study_row: MakeRow) -> None:
+    rows = study_row.study({"fedit_smallest": 0.0, "wild": -0.4})
+    # Without a base model, the runs that failed count as those of the only other arm.
+    rows = [{**row, "failure": "a bug"} if row["arm"] == "wild" and row["draw"] < 2 else row for row in rows]
+    found = summary(rows)
+    verdict = found.verdicts["unseen_loss", "uniform"]
+    assert (verdict.first, verdict.rivals, verdict.left_out) == ("fedit_smallest", (), ("wild",))
+    assert "wild cannot: too few draws, or a failed run" in headline(found)
+
+
+def test_pooled_training_sends_nothing_whatever_its_rows_say(study_row: MakeRow) -> None:
+    costs = summary([study_row("fedit_smallest"), study_row("centralised", up_bytes=7, down_bytes=9)]).costs
+    assert (costs["uniform", "centralised"].up_bytes, costs["uniform", "centralised"].down_bytes) == (0, 0)
+    assert costs["uniform", "fedit_smallest"].up_bytes

@@ -75,3 +75,14 @@ def test_the_main_table_marks_places_and_effects(study_row: MakeRow) -> None:
         "near": "open",
         "fedit_smallest": None,
     }
+
+
+def test_one_draw_ranks_nobody(study_row: MakeRow) -> None:
+    rows = study_row.study({"fedit_smallest": 0.0, "aligned": -0.5, "base": 4.0}, draws=1)
+    found = summary(rows)
+    assert headline(found) == (
+        "It takes at least two draws to rank arms. In the one there is, aligned has the lowest loss on unseen tasks."
+    )
+    assert {row.place for row in main_rows(found, found.measures[0], "uniform")} == {"early"}
+    both = summary([*rows, *({**row, "distribution": "normal"} for row in rows)])
+    assert headline(both) == "It takes at least two draws to rank arms; so far, there is one on uniform and normal."
