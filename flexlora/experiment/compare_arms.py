@@ -150,11 +150,6 @@ def _read_arm(entry: str) -> Arm:
             "[LABEL=]METHOD[:KEY=VALUE]...[@RATE]"
         )
     section = _section(entry, method)
-    if section.traits().personal:
-        raise CompareError(
-            f"--methods: {name} leaves a part of its model with each client, so no model of {entry!r} can be scored on "
-            "unseen tasks; leave it out (flexlora run trains it)"
-        )
     if clients is None:
         clients = "smallest" if section.traits().needs_one_rank else "own"
     if clients not in ("own", "smallest", "largest", "only_largest"):

@@ -90,7 +90,7 @@ def _measured(study: Study, job: Job, arm: Arm, loaded: LoadedRun, scratch: Path
     adapter = loop.aggregator.broadcast(outcome.state, loop.federation.server_ranks)
     scored, model = _scored(study, job, loaded, adapter), model_of(loop, outcome)
     if traits_of(loop.aggregator).personal:
-        scored |= {"validation_loss": own_validation_loss(loaded, model)}
+        scored |= {"validation_loss": own_validation_loss(loaded, model), "personal": True}
     loss = scored["validation_loss"]
     # A run that ends in failures has no model of its own; its last one says nothing about the method.
     diverged = not outcome.has_progress or (loss is not None and not math.isfinite(loss))

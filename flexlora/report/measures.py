@@ -11,6 +11,9 @@ from flexlora.report.study_rows import Row, number
 LAST_SHARE = 0.25
 """Share of the rounds, counted from the end, whose evaluations make the measure "last rounds"."""
 
+ALONE = "alone"
+"""The control whose clients train alone."""
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -23,7 +26,7 @@ class Measure:
         value: Row -> value; None where it was not measured or is not finite.
         digits: Decimals that are worth printing.
         curve: What the curve of a run calls it, whose round 0 is the base model.
-        not_for: Arms whose value is of other data, so that it compares with nothing.
+        is_shared: Measured on the same data for all, but for arms that have no model for it.
     """
 
     key: str
@@ -33,7 +36,7 @@ class Measure:
     lower_is_better: bool = True
     digits: int = 4
     curve: str | None = None
-    not_for: tuple[str, ...] = ()
+    is_shared: bool = False
 
 
 Scores = dict[tuple[str, str], dict[int, float]]
@@ -81,13 +84,18 @@ def went_wrong(row: Row) -> bool:
     return all(number(loss) is None for loss in losses)
 
 
+def is_personal(row: Row) -> bool:
+    """Return whether each client has a model of its own, which is validated on its own data, not on everybody's."""
+    return row["arm"] == ALONE or bool(row.get("personal"))
+
+
 def scores(rows: Iterable[Row], measure: Measure) -> Scores:
     """Return the value of a measure for every run, those that went wrong at the worst value of their draw.
 
     The worst value is that of all runs of the same draw and distribution that went well, the base model included; if
     there is none, that of the distribution. Runs at several learning rates must be told apart before.
     """
-    rows = [row for row in rows if row["arm"] not in measure.not_for]
+    rows = [row for row in rows if not (measure.is_shared and is_personal(row))]
     worst = worst_values(rows, measure)
     found: Scores = defaultdict(dict)
     for row in rows:
@@ -149,12 +157,10 @@ def _last(key: str) -> Callable[[Row], float | None]:
 
 
 NATS = "nats per answer token"
-ON_OWN_DATA = ("alone",)
-"""Clients that train alone validate on data of their own."""
 
 
 def _validation(key: str, title: str, value: Callable[[Row], float | None]) -> Measure:
-    return Measure(key, title, NATS, value, curve="validation_loss", not_for=ON_OWN_DATA)
+    return Measure(key, title, NATS, value, curve="validation_loss", is_shared=True)
 
 
 def _loss(key: str, title: str, value: Callable[[Row], float | None]) -> Measure:

@@ -18,7 +18,7 @@ EDGES = {
 
 @dataclass(frozen=True)
 class Flag:
-    """One reservation; ``kind`` is one of edge, diverged, failed, missing, rate, versions."""
+    """One reservation; ``kind`` is one of edge, diverged, failed, missing, rate, personal, versions."""
 
     distribution: str
     arm: str
@@ -40,6 +40,14 @@ def study_flags(
     yield from _rate_flags(runs, rates)
     yield from _wrong_flags(runs)
     yield from _missing_flags(runs, reference)
+    for arm, where in dict.fromkeys((row["arm"], row["distribution"]) for row in runs if row.get("personal")):
+        yield Flag(
+            where,
+            arm,
+            "personal",
+            "its clients keep a part of the model, so unseen tasks see the shared part alone and validation is on the "
+            "clients' own data; compare it by the loss on the clients' own test data",
+        )
     versions = sorted({str(row.get("version")) for row in runs})
     if len(versions) > 1:
         yield Flag("all", "all", "versions", f"rows come from several versions: {', '.join(versions)}")

@@ -56,7 +56,6 @@ def test_an_entry_without_a_label_is_called_as_it_is_written() -> None:
         ("flexlora:fold_tail", "option without a value"),
         ("flexlora@", "no learning rate behind @"),
         ("flexlora:fold_tail=perhaps", "fold_tail: .*valid boolean.*it has "),
-        ("fedsa_lora", "leaves a part of its model with each client"),
         ("own:path=/nowhere.py", "no file"),
     ],
 )

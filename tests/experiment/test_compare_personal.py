@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from flexlora.experiment.compare_arms import Arm, controls
+from flexlora.experiment.compare_arms import Arm
 from flexlora.experiment.compare_draws import Draws
-from flexlora.experiment.compare_jobs import Job, Study
+from flexlora.experiment.compare_jobs import Job
 from flexlora.experiment.compare_run import run_job
+from flexlora.experiment.compare_study import make_study
 
 OVERRIDES = (
     "data.num_clients=4",
@@ -23,17 +24,15 @@ OVERRIDES = (
     "model.num_threads=1",
 )
 
-STUDY = Study(
-    config="configs/demo.yaml",
-    overrides=OVERRIDES,
-    arms=(*controls(), Arm("fedsa_lora", method={"name": "fedsa_lora"})),
+STUDY = make_study(
+    "configs/demo.yaml",
+    OVERRIDES,
+    (Arm("fedsa_lora", method={"name": "fedsa_lora"}),),
     distributions=("uniform",),
-    supports={},
     draws=1,
     tuning_draws=1,
     trials=1,
     learning_rate=1e-3,
-    seed=0,
     evaluations=1,
     text=False,
 )

@@ -198,3 +198,10 @@ def test_pooled_training_sends_nothing_whatever_its_rows_say(study_row: MakeRow)
     costs = summary([study_row("fedit_smallest"), study_row("centralised", up_bytes=7, down_bytes=9)]).costs
     assert (costs["uniform", "centralised"].up_bytes, costs["uniform", "centralised"].down_bytes) == (0, 0)
     assert costs["uniform", "fedit_smallest"].up_bytes
+
+
+def test_methods_that_leave_a_part_with_clients_are_marked_and_not_compared_by_validation(study_row: MakeRow) -> None:
+    found = summary([study_row("fedit_smallest"), study_row("fedsa_lora", personal=True, own_loss=1.1)])
+    assert ("validation_loss", "uniform", "fedsa_lora") not in found.cells
+    assert ("own_loss", "uniform", "fedsa_lora") in found.cells
+    assert [flag.kind for flag in found.flags if flag.arm == "fedsa_lora"] == ["personal"]
