@@ -54,8 +54,7 @@ def draw_config(study: Study, job: Job, arm: Arm | None = None) -> Config:
 
     Controls run under any ``clock.policy``: where their method cannot, they wait for the cohort, as references do.
     """
-    is_compared = arm is not None and arm.method and arm not in controls()
-    method = arm.method if is_compared else {"name": DEFAULT_METHOD}
+    method = {"name": DEFAULT_METHOD} if arm is None or not arm.method or arm in controls() else arm.method
     overrides = [
         f"seed={job.seed}",
         "model.num_processes=1",
