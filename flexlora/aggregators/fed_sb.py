@@ -78,7 +78,10 @@ class FedSb:
         None, "Rounds of cores between two rounds of LoRA that choose B and A anew; null keeps the first ones.", ge=1
     )
 
-    traits = Traits(sends_both_factors=False, takes_own_training=False)
+    @property
+    def traits(self) -> Traits:
+        """What others must know of this method."""
+        return Traits(sends_both_factors=False, takes_own_training=False, least_rounds=self.warmup_rounds + 1)
 
     def init(self, adapter: AdapterState) -> FedSbState:
         """Return the state before the first LoRA round."""

@@ -47,6 +47,7 @@ class Traits:
             only whether a weight is 0 matters then.
         sends_both_factors: Both factors of all trained directions travel, each round and each way. False where one is
             known, kept or left as it was, or where cores or chosen entries travel in their place.
+        least_rounds: Rounds without which a method never comes to what it is for, because its first ones prepare it.
         takes_own_training: Clients can be trained by a function that knows factors alone. False where they train cores
             or chosen entries, or where the method adds a penalty to their loss.
     """
@@ -66,6 +67,7 @@ class Traits:
     counts_examples: bool = True
     sends_both_factors: bool = True
     takes_own_training: bool = True
+    least_rounds: int = 1
 
 
 @dataclass(frozen=True)

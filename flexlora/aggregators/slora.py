@@ -76,7 +76,12 @@ class SLora:
     @property
     def traits(self) -> Traits:
         """What others must know of this method."""
-        return Traits(needs_one_rank=self.stage_two == "fedit", sends_both_factors=False, takes_own_training=False)
+        return Traits(
+            needs_one_rank=self.stage_two == "fedit",
+            sends_both_factors=False,
+            takes_own_training=False,
+            least_rounds=self.sparse_rounds + 1,
+        )
 
     def init(self, adapter: AdapterState) -> SLoraState:
         """Return the state before stage 1: no change yet."""

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_data import InMemoryData, InstructionsData, NaturalInstructionsData, PhoneBookData
 from flexlora.experiment.method_config import DEFAULT_METHOD
+from flexlora.text import count_text
 
 NUM_CLIENTS_SHOWN = 5
 
@@ -32,6 +33,13 @@ def disagreements(config: Config) -> Iterator[str]:
             "rounds.patience waits for a lower validation loss of the model that all share, but clients of "
             f"method.name={config.method.name} keep a part of theirs to themselves, which it lacks; set "
             "rounds.patience=null"
+        )
+    least = config.method.traits().least_rounds
+    if config.rounds.num_rounds < least:
+        yield (
+            f"method.name={config.method.name} prepares itself in its first {count_text(least - 1, 'round')}, and "
+            f"rounds.num_rounds={config.rounds.num_rounds} leaves none to follow; set rounds.num_rounds to at least "
+            f"{least}, or let the method prepare itself for fewer rounds"
         )
     data = config.data
     if isinstance(data, NaturalInstructionsData) and (data.max_examples_per_task or math.inf) < data.min_examples:

@@ -82,3 +82,21 @@ def test_the_optimiser_that_a_method_prescribes_has_its_way(tmp_path: Path) -> N
 def test_a_method_that_sends_to_each_client_needs_the_function_for_it(tmp_path: Path) -> None:
     with pytest.raises(MethodError, match="own needs broadcast_to"):
         aggregator_of(config(tmp_path, "per_client=True").method, Scaling("constant_alpha", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("method", "least"),
+    [
+        ({"name": "slora", "stage_two": "flexlora"}, 6),
+        ({"name": "slora", "sparse_rounds": 2, "stage_two": "flexlora"}, 3),
+        ({"name": "fed_sb"}, 2),
+        ({"name": "fed_sb", "warmup_rounds": 4}, 5),
+    ],
+)
+def test_a_method_that_would_only_prepare_itself_is_refused(method: dict[str, object], least: int) -> None:
+    def read(num_rounds: int) -> Config:
+        return parse_config({"method": method, "rounds": {"num_rounds": num_rounds}}, "here")
+
+    assert read(least).rounds.num_rounds == least
+    with pytest.raises(ConfigError, match=f"to at least {least}"):
+        read(least - 1)
