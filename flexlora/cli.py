@@ -215,11 +215,10 @@ def compare(
     )
     reference = reference_of(study, reference)
     _hide_other_progress_bars()
-    fresh_page = FreshPage(folder, reference)
     until = None if minutes is None else time.time() + 60 * minutes
     with (
         _interruptible("the same command continues with the runs that are left"),
-        CompareProgress(err, hidden=quiet or as_json) as progress,
+        CompareProgress(err, FreshPage(folder, reference), hidden=quiet or as_json) as progress,
     ):
         rows = run_comparison(
             study,
@@ -228,7 +227,7 @@ def compare(
             overwrite=overwrite,
             until=until,
             retry_failed=retry_failed,
-            notify=lambda event: (progress(event), fresh_page(event)),
+            notify=progress,
         )
     found = summary(rows, reference=reference)
     page = write_page(folder, reference) if rows else None

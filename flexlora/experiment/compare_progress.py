@@ -22,8 +22,15 @@ LARGEST_SHARE_OF_PAGES = 0.02
 class CompareProgress:
     """A bar over the runs of a comparison, with one line for each run that ended."""
 
-    def __init__(self, console: Console, *, hidden: bool = False) -> None:
-        """Show nothing yet."""
+    def __init__(self, console: Console, page: "FreshPage | None" = None, *, hidden: bool = False) -> None:
+        """Show nothing yet.
+
+        Args:
+            console: Where to show it.
+            page: Told the same.
+            hidden: Whether only the page is told.
+        """
+        self._page = page
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,6 +54,8 @@ class CompareProgress:
 
     def __call__(self, event: CompareEvent) -> None:
         """Show what a comparison tells."""
+        if self._page is not None:
+            self._page(event)
         left = "starting" if event.seconds_left is None else _minutes(event.seconds_left)
         self._bar.update(self._task, completed=event.num_done, total=event.num_done + event.num_left, left=left)
         if event.row is not None:
