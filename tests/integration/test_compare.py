@@ -137,7 +137,7 @@ def test_a_reference_that_is_no_arm_is_refused_before_anything_runs(tmp_path: Pa
 
 RAISING = """
 from dataclasses import dataclass
-from flexlora import Broadcast, Traits, aggregation_method, spectrum_of
+from flexlora import Broadcast, LoraFactors, Traits, aggregation_method, spectrum_of
 
 @aggregation_method("raising")
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Raising:
     scaling: object
     traits = Traits(needs_one_rank=True)
 
-    def init(self, adapter) -> dict:
+    def init(self, adapter) -> dict[str, LoraFactors]:
         return dict(adapter)
 
     def aggregate(self, state, updates):
