@@ -26,8 +26,13 @@ def capacity_part(path: Path) -> list[str]:
 
 
 def capacity_tables(rows: Sequence[Row]) -> list[str]:
-    """Return the lines of both tables, central training first."""
-    return [*_central_table(rows), "", *_owner_table(rows), "", *_reader_table(rows)]
+    """Return the lines of the tables that there are rows for, central training first."""
+    tables = []
+    if any(row["study"] == "central" for row in rows):
+        tables.append(_central_table(rows))
+    if _final(rows):
+        tables += [_owner_table(rows), _reader_table(rows)]
+    return "\n\n".join("\n".join(table) for table in tables).split("\n")
 
 
 def chosen_rate(results: Mapping[float, list[Row]]) -> float:

@@ -10,7 +10,7 @@ from flexlora.aggregators.base import AggregationError
 from flexlora.aggregators.contract_client import reply
 from flexlora.aggregators.fedit import FedIt
 from flexlora.aggregators.flexlora import FlexLora
-from flexlora.aggregators.settings import Traits, traits_of
+from flexlora.aggregators.settings import traits_of
 from flexlora.aggregators.slora import SLora, SLoraState
 from flexlora.federation.known_rows import mask_of
 from flexlora.federation.messages import Update
@@ -164,8 +164,8 @@ def test_the_order_of_clients_does_not_matter_and_who_lacks_a_module_counts_as_z
 
 def test_mixed_ranks_need_flexlora_in_stage_two():
     fedit, flexlora = SLora(SCALINGS[0]), SLora(SCALINGS[0], stage_two="flexlora")
-    assert traits_of(fedit) == Traits(needs_one_rank=True)
-    assert traits_of(flexlora) == Traits()
+    assert traits_of(fedit).needs_one_rank
+    assert not traits_of(flexlora).needs_one_rank
     state = fedit.init(initial())
     with pytest.raises(AggregationError, match="one rank per module"):
         fedit.broadcast(state, uniform(2))

@@ -51,8 +51,8 @@ def test_what_is_in_the_file_is_not_measured_again(capacity, measured, monkeypat
     monkeypatch.setattr(capacity, "measure", refuse)
     capacity.federated(capacity.Rows(measured), SHORT, ["fedit smallest", "flexlora"], draws=1)
     assert measured.read_bytes() == before
-    table = capacity.report(capacity.Rows(measured))
-    assert "| fedit smallest |" in table and "| flexlora |" in table
+    table = "\n".join(capacity.capacity_tables(capacity.Rows(measured).rows))
+    assert "| `fedit smallest` |" in table and "| `flexlora` |" in table
 
 
 def test_the_rate_with_the_best_recall_is_chosen_and_the_grid_grows_until_it_is_inside(capacity, monkeypatch, tmp_path):
