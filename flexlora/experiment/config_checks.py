@@ -41,6 +41,47 @@ def disagreements(config: Config) -> Iterator[str]:
             f"rounds.num_rounds={config.rounds.num_rounds} leaves none to follow; set rounds.num_rounds to at least "
             f"{least}, or let the method prepare itself for fewer rounds"
         )
+    yield from _data_disagreements(config)
+    types = config.clients.types
+    if isinstance(types, dict):
+        if not types:
+            yield "clients.types is an empty mapping; name at least one type, for example small: {attention: 2, ffn: 2}"
+        for name, ranks in types.items():
+            if ranks.attention == 0 and ranks.ffn == 0 and not any(ranks.patterns.values()):
+                yield f"clients.types.{name} adapts nothing; give attention, ffn or a pattern a rank of at least 1"
+            for pattern, rank in ranks.patterns.items():
+                if rank < 0:
+                    yield f"clients.types.{name}.patterns: rank of {pattern!r} must be 0 or more; got {rank}"
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    yield f"clients.types.{name}.patterns: {pattern!r} must be a regular expression: {error}"
+    known = list(types) if isinstance(types, dict) else ["type1", "type2", "type3", "type4"]
+    yield from _type_disagreements(config, known)
+    yield from _device_disagreements(config, known)
+    yield from _clock_disagreements(config)
+    if isinstance(config.data, PhoneBookData):
+        yield from _phone_book_disagreements(config, config.data, known)
+
+
+def _phone_book_disagreements(config: Config, data: PhoneBookData, known: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with who owns how many facts; ``known`` are the client types."""
+    if data.num_facts is not None:
+        for name in sorted({"facts_per_client", "facts_by_type"} & data.model_fields_set):
+            yield f"data.num_facts deals all facts evenly and data.{name} would be ignored; leave one of them out"
+        if data.num_facts < (data.num_clients or 1):
+            yield (
+                f"data.num_facts must be {data.num_clients} or more, one for each client; got {data.num_facts}: raise "
+                "it or lower data.num_clients"
+            )
+    if data.facts_by_type and config.clients.ranks_from == "devices":
+        yield "data.facts_by_type needs client types and clients.ranks_from=devices has none; set data.facts_per_client"
+    elif unknown := sorted(data.facts_by_type.keys() - set(known)):
+        yield f"data.facts_by_type names {', '.join(unknown)}; clients.types has {', '.join(known)}"
+
+
+def _data_disagreements(config: Config) -> Iterator[str]:
+    """Yield what is wrong with the data of a run."""
     data = config.data
     if isinstance(data, NaturalInstructionsData) and (data.max_examples_per_task or math.inf) < data.min_examples:
         yield (
@@ -68,42 +109,6 @@ def disagreements(config: Config) -> Iterator[str]:
             yield "data.unseen_owners and data.unseen_labels both hold examples out; leave one of them empty"
         if not (data.unseen_owners or data.unseen_labels or data.unseen_fraction):
             yield "data holds out nothing to score; set data.unseen_owners, unseen_labels or unseen_fraction"
-    types = config.clients.types
-    if isinstance(types, dict):
-        if not types:
-            yield "clients.types is an empty mapping; name at least one type, for example small: {attention: 2, ffn: 2}"
-        for name, ranks in types.items():
-            if ranks.attention == 0 and ranks.ffn == 0 and not any(ranks.patterns.values()):
-                yield f"clients.types.{name} adapts nothing; give attention, ffn or a pattern a rank of at least 1"
-            for pattern, rank in ranks.patterns.items():
-                if rank < 0:
-                    yield f"clients.types.{name}.patterns: rank of {pattern!r} must be 0 or more; got {rank}"
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    yield f"clients.types.{name}.patterns: {pattern!r} must be a regular expression: {error}"
-    known = list(types) if isinstance(types, dict) else ["type1", "type2", "type3", "type4"]
-    yield from _type_disagreements(config, known)
-    yield from _device_disagreements(config, known)
-    yield from _clock_disagreements(config)
-    if isinstance(data, PhoneBookData):
-        yield from _phone_book_disagreements(config, data, known)
-
-
-def _phone_book_disagreements(config: Config, data: PhoneBookData, known: Sequence[str]) -> Iterator[str]:
-    """Yield what is wrong with who owns how many facts; ``known`` are the client types."""
-    if data.num_facts is not None:
-        for name in sorted({"facts_per_client", "facts_by_type"} & data.model_fields_set):
-            yield f"data.num_facts deals all facts evenly and data.{name} would be ignored; leave one of them out"
-        if data.num_facts < (data.num_clients or 1):
-            yield (
-                f"data.num_facts must be {data.num_clients} or more, one for each client; got {data.num_facts}: raise "
-                "it or lower data.num_clients"
-            )
-    if data.facts_by_type and config.clients.ranks_from == "devices":
-        yield "data.facts_by_type needs client types and clients.ranks_from=devices has none; set data.facts_per_client"
-    elif unknown := sorted(data.facts_by_type.keys() - set(known)):
-        yield f"data.facts_by_type names {', '.join(unknown)}; clients.types has {', '.join(known)}"
 
 
 def _type_disagreements(config: Config, known: Sequence[str]) -> Iterator[str]:
