@@ -110,6 +110,20 @@ STUDIES: Mapping[str, StudySpec] = {
         overrides=(*LONG_RUNS, "training.schedule=constant"),
         text=False,
     ),
+    "demo": StudySpec(
+        "What rank is worth in the demo",
+        "Is rank a limit within the demo's two and a half minutes? FedIT with every client at rank 1 and at rank 16, "
+        "each at its rate in the demo, and the demo's method.",
+        "rank_1=fedit:clients=smallest@0.048,rank_16=fedit:clients=largest@0.024,aligned@0.024",
+        ("heavy_tail_strong",),
+        draws=4,
+        overrides=(),
+        tuning_draws=0,
+        reference="rank_1",
+        with_controls=False,
+        text=False,
+        config="configs/demo.yaml",
+    ),
     "smoke": StudySpec(
         "A dry run",
         "Does everything run from end to end?",

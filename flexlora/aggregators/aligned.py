@@ -23,14 +23,14 @@ It is not invariant under ``(B M, M^-1 A)`` of a single client: clients must ret
 updates are not taken: they were trained in the coordinates of an earlier round.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flexlora.aggregators.base import require_rank_within, weighed
+from flexlora.aggregators.nested import first_directions, folded, payloads_of, spectra_of, within_server_ranks
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import Traits, option
 from flexlora.federation.messages import Broadcast, Update
@@ -87,10 +87,8 @@ class Aligned:
 
     def init(self, adapter: AdapterState) -> AlignedState:
         """Return the initial adapter as the server's factors."""
-        return AlignedState(
-            {module: adapter[module].to(torch.float64).with_scaling(1.0) for module in sorted(adapter)},
-            {module: adapter[module].to(torch.float64).A for module in sorted(adapter)},
-        )
+        own = folded(adapter)
+        return AlignedState(own, {module: factors.A.clone() for module, factors in own.items()})
 
     def aggregate(self, state: AlignedState, updates: Iterable[Update]) -> AlignedState:
         """Return the factors moved by the mean changes, decomposed again where that is due.
@@ -98,9 +96,8 @@ class Aligned:
         Raises:
             AggregationError: If an update has a larger rank than the server's factors.
         """
-        moved = mean_directions(
-            state.factors, _within_server_ranks(state.factors, updates), self.holder_exponent, self.server_learning_rate
-        )
+        payloads = payloads_of(within_server_ranks(state.factors, updates))
+        moved = mean_directions(state.factors, payloads, self.holder_exponent, self.server_learning_rate)
         rounds = state.rounds + 1
         if self.decompose_every is not None and rounds % self.decompose_every == 0:
             moved = {module: self._in_new_coordinates(moved[module], state.initial_rows[module]) for module in moved}
@@ -112,28 +109,17 @@ class Aligned:
         Raises:
             AggregationError: If a rank exceeds the server's.
         """
-        trainable: dict[str, LoraFactors] = {}
-        for module, rank in sorted(ranks.items()):
-            require_rank_within(state.factors[module], module, rank)
-            trainable[module] = state.factors[module].truncate(rank).with_scaling(self.scaling(rank)).to(torch.float32)
+        trainable = first_directions(state.factors, ranks, self.scaling)
         return Broadcast(trainable, _tails(state.factors, ranks) if self.fold_tail else None)
 
     def spectra(self, state: AlignedState) -> dict[str, Spectrum]:
         """Return the decomposed product of the server's factors; nothing of it was discarded."""
-        return {module: spectrum_of(factors) for module, factors in state.factors.items()}
+        return spectra_of(state.factors)
 
     def _in_new_coordinates(self, factors: LoraFactors, initial_rows: Tensor) -> LoraFactors:
         """Return the same change in the coordinates of its decomposition, at the same rank."""
         spectrum = spectrum_of(factors, factors.rank)
         return spectrum.factors(factors.rank, 1.0, self.split, initial_rows).to(torch.float64)
-
-
-def _within_server_ranks(factors: AdapterState, updates: Iterable[Update]) -> Iterator[tuple[AdapterState, float]]:
-    """Yield factors and weight of each update, checked to have no rank above the server's."""
-    for update in weighed(factors, updates):
-        for module, own in update.payload.items():
-            require_rank_within(factors[module], module, own.rank)
-        yield update.payload, update.weight
 
 
 def _tails(factors: AdapterState, ranks: Mapping[str, int]) -> dict[str, LoraFactors] | None:

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from flexlora.aggregators.base import require_rank_within, weighed
 from flexlora.aggregators.direction_choice import chosen_directions, seed_of, sender_of
+from flexlora.aggregators.nested import folded, spectra_of
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import Traits, option
 from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
-from flexlora.lora.product import Spectrum, spectrum_of
+from flexlora.lora.global_change import branch_factors
+from flexlora.lora.product import Spectrum
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,7 @@ class FedPLora:
 
     def init(self, adapter: AdapterState) -> FedPLoraState:
         """Return the initial adapter, whose ranks are the numbers of rank-1 modules."""
-        own = {module: adapter[module].to(torch.float64).with_scaling(1.0) for module in sorted(adapter)}
-        return FedPLoraState(own, seed_of(adapter), 0)
+        return FedPLoraState(folded(adapter), seed_of(adapter), 0)
 
     def aggregate(self, state: FedPLoraState, updates: Iterable[Update]) -> FedPLoraState:
         """Return the mean of each rank-1 module over those who trained it.
@@ -104,14 +105,14 @@ class FedPLora:
         trainable: dict[str, LoraFactors] = {}
         frozen: dict[str, LoraFactors] = {}
         for module, own in state.adapter.items():
-            folded = own.B.any(0)
+            others = own.B.any(0)
             if module in ranks:
                 chosen = self._chosen(state, client_id, module, ranks[module])
-                folded[chosen] = False
+                others[chosen] = False
                 picked = LoraFactors(own.A[chosen], own.B[:, chosen], own.scaling)
                 trainable[module] = picked.with_scaling(self.scaling(ranks[module])).to(torch.float32)
-            if folded.any():
-                frozen[module] = LoraFactors(own.A[folded], own.B[:, folded], own.scaling).to(torch.float32)
+            if others.any():
+                frozen[module] = LoraFactors(own.A[others], own.B[:, others], own.scaling).to(torch.float32)
         return Broadcast(trainable, frozen or None)
 
     def broadcast(self, state: FedPLoraState, ranks: Mapping[str, int]) -> Broadcast:
@@ -121,20 +122,17 @@ class FedPLora:
             AggregationError: If a rank exceeds the server's.
         """
         trainable: dict[str, LoraFactors] = {}
-        frozen: dict[str, LoraFactors] = {}
-        for module, spectrum in self.spectra(state).items():
-            own, rank = state.adapter[module], ranks.get(module, 0)
-            if rank:
-                require_rank_within(own, module, rank)
-                trainable[module] = spectrum.factors(rank, self.scaling(rank), spare=own.A).to(torch.float32)
-            rest = spectrum.below(rank)
-            if len(rest.S) > 0:
-                frozen[module] = rest.factors(len(rest.S), 1.0).to(torch.float32)
-        return Broadcast(trainable, frozen or None)
+        spectra = self.spectra(state)
+        for module, rank in sorted(ranks.items()):
+            own = state.adapter[module]
+            require_rank_within(own, module, rank)
+            trainable[module] = spectra[module].factors(rank, self.scaling(rank), spare=own.A).to(torch.float32)
+        rest = {module: spectrum.below(ranks.get(module, 0)) for module, spectrum in spectra.items()}
+        return Broadcast(trainable, branch_factors(rest))
 
     def spectra(self, state: FedPLoraState) -> dict[str, Spectrum]:
         """Return the decomposed sum of the rank-1 modules; nothing of it was discarded."""
-        return {module: spectrum_of(factors) for module, factors in state.adapter.items()}
+        return spectra_of(state.adapter)
 
     def _chosen(self, state: FedPLoraState, client_id: str, module: str, rank: int) -> Tensor:
         """Return the directions that a client of this rank trains in the coming round, ascending."""

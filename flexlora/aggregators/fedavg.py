@@ -7,14 +7,12 @@ flaw, that the product of the means is not the mean of the products. What differ
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from flexlora.aggregators.fedit import FedItState
-from flexlora.aggregators.one_rank import at_one_rank, at_server, whole
+from flexlora.aggregators.fedit import FedIt, FedItState
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import Traits
 from flexlora.federation.messages import Broadcast, Update
-from flexlora.lora.factor_mean import mean_factors
 from flexlora.lora.factors import AdapterState, Scaling
-from flexlora.lora.product import Spectrum, spectrum_of
+from flexlora.lora.product import Spectrum
 
 
 @aggregation_method("fedavg")
@@ -32,7 +30,7 @@ class FedAvg:
 
     def init(self, adapter: AdapterState) -> FedItState:
         """Return the initial adapter, its scalings taken over by the rule."""
-        return FedItState(at_server(adapter, self.scaling))
+        return FedIt(self.scaling).init(adapter)
 
     def aggregate(self, state: FedItState, updates: Iterable[Update]) -> FedItState:
         """Return the weighted mean of ``A`` and of ``B``, module by module.
@@ -40,7 +38,7 @@ class FedAvg:
         Raises:
             AggregationError: If an update lacks a module or has another rank than the server's adapter.
         """
-        return FedItState(mean_factors(state.adapter, at_one_rank(state.adapter, updates)))
+        return FedIt(self.scaling).aggregate(state, updates)
 
     def broadcast(self, state: FedItState, ranks: Mapping[str, int]) -> Broadcast:
         """Return the averaged adapter in float32; ``ranks`` must be the server's.
@@ -48,8 +46,8 @@ class FedAvg:
         Raises:
             AggregationError: If they are not.
         """
-        return Broadcast(whole(state.adapter, ranks))
+        return FedIt(self.scaling).broadcast(state, ranks)
 
     def spectra(self, state: FedItState) -> dict[str, Spectrum]:
         """Return the decomposed product of the averaged factors; nothing of it was discarded."""
-        return {module: spectrum_of(factors) for module, factors in state.adapter.items()}
+        return FedIt(self.scaling).spectra(state)

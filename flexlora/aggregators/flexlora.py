@@ -61,7 +61,8 @@ from flexlora.aggregators.base import AggregationError, weighed
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import OptionError, Traits, option
 from flexlora.federation.messages import Broadcast, Change, Update
-from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
+from flexlora.lora.factors import AdapterState, Scaling
+from flexlora.lora.global_change import branch_factors
 from flexlora.lora.product import (
     ProductSum,
     Spectrum,
@@ -250,7 +251,10 @@ class FlexLora:
             .to(torch.float32)
             for module, rank in sent.items()
         }
-        return Broadcast(trainable, _tails(state, sent) if self.fold_tail else None)
+        if not self.fold_tail:
+            return Broadcast(trainable)
+        rest = {module: spectrum.below(sent.get(module, 0)) for module, spectrum in state.spectra.items()}
+        return Broadcast(trainable, branch_factors(rest))
 
     def _num_directions(self, spectrum: Spectrum, rank: int) -> int:
         """Return how many directions of a module a client of this rank is sent; all while nothing has been learned."""
@@ -273,13 +277,3 @@ def _covered_weight(weight_by_rank: Mapping[int, float], spectrum: Spectrum) -> 
     for rank, weight in sorted(weight_by_rank.items()):
         covered += weight * (directions < rank)
     return covered
-
-
-def _tails(state: FlexLoraState, ranks: Mapping[str, int]) -> dict[str, LoraFactors] | None:
-    """Return ``G - T_r(G)`` of every module where it is not zero, or None if it is zero everywhere."""
-    tails: dict[str, LoraFactors] = {}
-    for module, spectrum in state.spectra.items():
-        rest = spectrum.below(ranks.get(module, 0))
-        if rest.S.shape[0] > 0:
-            tails[module] = rest.factors(rest.S.shape[0], 1.0).to(torch.float32)
-    return tails or None

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from flexlora.aggregators.base import require_rank_within, weighed
 from flexlora.aggregators.direction_choice import chosen_directions, seed_of, sender_of
+from flexlora.aggregators.nested import folded, spectra_of
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import Traits
 from flexlora.federation.messages import Broadcast, Update
@@ -64,8 +65,7 @@ class FsLora:
 
     def init(self, adapter: AdapterState) -> FsLoraState:
         """Return the initial adapter, whose ranks are the largest a client may have."""
-        own = {module: adapter[module].to(torch.float64).with_scaling(1.0) for module in sorted(adapter)}
-        return FsLoraState(own, seed_of(adapter), 0)
+        return FsLoraState(folded(adapter), seed_of(adapter), 0)
 
     def aggregate(self, state: FsLoraState, updates: Iterable[Update]) -> FsLoraState:
         """Return the factors with the weighted mean of the clients' changes added; who lacks a module changes none.
@@ -120,7 +120,7 @@ class FsLora:
 
     def spectra(self, state: FsLoraState) -> dict[str, Spectrum]:
         """Return the decomposed product of the global factors; nothing of it was discarded."""
-        return {module: spectrum_of(factors) for module, factors in state.adapter.items()}
+        return spectra_of(state.adapter)
 
 
 def sketched(server: LoraFactors, chosen: Tensor, scaling: float) -> LoraFactors:

@@ -126,13 +126,6 @@ def num_jobs_left(study: Study, rows: Iterable[Row]) -> dict[Phase, int]:
     return left
 
 
-def chosen_rate(study: Study, arm: Arm, distribution: str, rows: Iterable[Row]) -> float | None:
-    """Return the learning rate of an arm, or None while it is being chosen."""
-    done = {_key_of(row): row for row in rows}
-    rate = _choice(study, arm, distribution, done)
-    return rate if isinstance(rate, int | float) else None
-
-
 def _due_of(study: Study, arm: Arm, distribution: str, done: Mapping[Any, Row]) -> list[Job]:
     choice = _choice(study, arm, distribution, done)
     if isinstance(choice, int | float):

@@ -9,12 +9,12 @@ clients with ``r_i >= j``:
 weight that holds each direction are all that is needed of the clients.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
-from flexlora.lora.factors import AdapterState, FactorsError, LoraFactors
+from flexlora.lora.factor_mean import FactorSums, factor_sums
+from flexlora.lora.factors import AdapterState, LoraFactors
 
 
 def mean_directions(
@@ -37,40 +37,17 @@ def mean_directions(
         FactorsError: If an update has a module or rank that ``start`` has not, or the weights do not add up to more
             than 0.
     """
-    A = {module: torch.zeros_like(factors.A) for module, factors in start.items()}
-    B = {module: torch.zeros_like(factors.B) for module, factors in start.items()}
-    held = {module: torch.zeros_like(factors.A[:, 0]) for module, factors in start.items()}
-    total = 0.0
-    for adapter, weight in updates:
-        total += weight
-        for module, factors in adapter.items():
-            _require_rank_within(start, module, factors.rank)
-            client = factors.to(torch.float64).with_scaling(start[module].scaling)
-            A[module][: factors.rank] += weight * client.A
-            B[module][:, : factors.rank] += weight * client.B
-            held[module][: factors.rank] += weight
-    if not total > 0:
-        raise FactorsError(f"weights of updates must add up to more than 0; got {total}")
-    return {
-        module: _moved(factors, A[module], B[module], held[module], total, exponent, step)
-        for module, factors in start.items()
-    }
+    sums, total = factor_sums(start, updates)
+    return {module: _moved(factors, sums[module], total, exponent, step) for module, factors in start.items()}
 
 
-def _moved(
-    start: LoraFactors, A: Tensor, B: Tensor, held: Tensor, total: float, exponent: float, step: float
-) -> LoraFactors:
+def _moved(start: LoraFactors, sums: FactorSums, total: float, exponent: float, step: float) -> LoraFactors:
     """Return one module's start moved by ``step * (sum - held * start) / (total * (held / total)^exponent)``."""
-    share = held / total
-    factor = torch.where(held > 0, step / (total * share.clamp_min(1e-300) ** exponent), torch.zeros_like(held))
+    held = sums.held
+    share = (held / total).clamp_min(1e-300)
+    factor = torch.where(held > 0, step / (total * share**exponent), torch.zeros_like(held))
     return LoraFactors(
-        start.A + factor[:, None] * (A - held[:, None] * start.A),
-        start.B + (B - start.B * held) * factor,
+        start.A + factor[:, None] * (sums.A - held[:, None] * start.A),
+        start.B + (sums.B - start.B * held) * factor,
         start.scaling,
     )
-
-
-def _require_rank_within(start: Mapping[str, LoraFactors], module: str, rank: int) -> None:
-    most = start[module].rank if module in start else 0
-    if rank > most:
-        raise FactorsError(f"{module}: rank must be in 0..{most}, the rank of the server's factors; got {rank}")

@@ -45,7 +45,28 @@ def mean_factors(
         FactorsError: If an update has a module or rank that ``start`` has not, or the weights do not add up to more
             than 0.
     """
-    sums = {module: _Sums.of_nothing(factors) for module, factors in start.items()}
+    sums, total = factor_sums(start, updates, averaged=averaged, importance=importance)
+    means: dict[str, LoraFactors] = {}
+    for module, own in sums.items():
+        everyone = total if importance is None else own.total
+        means[module] = own.mean(start[module], None if over == "holders" else everyone, averaged)
+    return means
+
+
+def factor_sums(
+    start: AdapterState,
+    updates: Iterable[tuple[AdapterState, float]],
+    *,
+    averaged: Literal["both", "A", "B"] = "both",
+    importance: Callable[[LoraFactors], float] | None = None,
+) -> tuple[dict[str, "FactorSums"], float]:
+    """Return the weighted sums of the factors per module and the weight of all updates; see ``mean_factors``.
+
+    Raises:
+        FactorsError: If an update has a module or rank that ``start`` has not, or the weights do not add up to more
+            than 0.
+    """
+    sums = {module: FactorSums.of_nothing(factors) for module, factors in start.items()}
     total = 0.0
     for adapter, weight in updates:
         total += weight
@@ -57,15 +78,11 @@ def mean_factors(
             sums[module].add(client, weight if importance is None else weight * importance(client), averaged)
     if not total > 0:
         raise FactorsError(f"weights of updates must add up to more than 0; got {total}")
-    means: dict[str, LoraFactors] = {}
-    for module, own in sums.items():
-        everyone = total if importance is None else own.total
-        means[module] = own.mean(start[module], None if over == "holders" else everyone, averaged)
-    return means
+    return sums, total
 
 
 @dataclass
-class _Sums:
+class FactorSums:
     """Weighted sums of one module while updates come in; changed in place.
 
     Attributes:
@@ -81,10 +98,12 @@ class _Sums:
     covered: int = 0
 
     @classmethod
-    def of_nothing(cls, start: LoraFactors) -> "_Sums":
+    def of_nothing(cls, start: LoraFactors) -> "FactorSums":
+        """Return the sums before any update, in the shapes of ``start``."""
         return cls(torch.zeros_like(start.A), torch.zeros_like(start.B), torch.zeros_like(start.A[:, 0]))
 
     def add(self, client: LoraFactors, weight: float, averaged: str) -> None:
+        """Add a client's factors, or one of them, with its weight."""
         rank = client.rank
         if averaged != "B":
             self.A[:rank] += weight * client.A

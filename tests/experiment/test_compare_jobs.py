@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from flexlora.experiment.compare_arms import Arm, controls, read_arms
-from flexlora.experiment.compare_jobs import FIRST_TEST_SEED, Job, Study, chosen_rate, due_jobs, num_jobs_left
+from flexlora.experiment.compare_arms import controls, read_arms
+from flexlora.experiment.compare_jobs import FIRST_TEST_SEED, Job, Study, due_jobs, num_jobs_left
 
 TYPES = ("type1", "type4")
 
@@ -143,6 +143,3 @@ def test_what_is_left_counts_the_draws_behind_a_choice_that_is_not_made() -> Non
     assert num_jobs_left(of, []) == {"tuning": 3 * 2, "test": 3}
     rows = [row_of(job, 1.0) for job in due_jobs(of, [])]
     assert sum(num_jobs_left(of, rows).values()) < 9
-    arm = of.arms[0]
-    assert chosen_rate(of, arm, "uniform", []) is None
-    assert isinstance(arm, Arm)
