@@ -97,7 +97,7 @@ def test_numbers_on_the_wire_are_those_that_nobody_else_can_make() -> None:
         ({"kept": "B"}, {"A"}),
         ({"train_factors": "core", "cores": {"m": torch.eye(3)}}, {"core"}),
     ],
-    ids=str,
+    ids=["both", "A", "B", "kept", "core"],
 )
 def test_the_client_of_the_contract_changes_only_what_it_may_train(fields: dict, changed: set[str]) -> None:
     sent = Broadcast({"m": factors()}, **fields)
