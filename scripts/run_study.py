@@ -37,6 +37,7 @@ def study_of(spec: StudySpec) -> Study:
         trials=spec.trials,
         tune_on=spec.tune_on,
         text=spec.text,
+        evaluations=spec.evaluations,
         with_controls=spec.with_controls,
     )
 
@@ -84,8 +85,27 @@ def _order(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["phase"] != "tuning", row["distribution"], row["arm"], row["learning_rate"], row["draw"]
 
 
+def shared_rows(spec: StudySpec) -> list[dict[str, Any]]:
+    """Return the rows of the study that shares its rows with this one: its runs are runs of this one too."""
+    path = RESULTS / f"{spec.shares}.jsonl"
+    if spec.shares is None or not path.exists():
+        return []
+    own, other = study_of(spec), study_of(STUDIES[spec.shares])
+    same_settings = own.settings == other.settings and (own.text, own.evaluations) == (other.text, other.evaluations)
+    if not same_settings or own.tune_on != other.tune_on:
+        raise SystemExit(f"{spec.shares} has other settings than the study that shares its rows")
+    arms, draws = {arm.label for arm in own.arms if arm in other.arms}, {"tuning": own.tuning_draws, "test": own.draws}
+    rows = [row for row in read_rows(path) if row["arm"] in arms and row["distribution"] in own.distributions]
+    # A copy of the row of a distribution that this study lacks is the run itself here.
+    return [
+        row | {"copy_of": row["copy_of"] if row.get("copy_of") in own.distributions else None}
+        for row in rows
+        if row["draw"] < draws[row["phase"]]
+    ]
+
+
 def take_up(name: str, folder: Path) -> None:
-    """Fill an empty folder with the rows that results/ has of a study."""
+    """Fill an empty folder with the rows that results/ has of a study, or of one that shares its rows."""
     path = RESULTS / f"{name}.jsonl"
     if (folder / "study.json").exists() or not path.exists():
         return

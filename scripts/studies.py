@@ -5,8 +5,13 @@ from dataclasses import dataclass
 
 FOUR_DISTRIBUTIONS = ("uniform", "heavy_tail_light", "heavy_tail_strong", "normal")
 
+_MORE_HELD_OUT = ("data.validation_examples=256", "data.num_unseen_tasks=128")
+
+RUNS = ("rounds.num_rounds=30", "rounds.cohort_size=12", "training.batch_size=4", *_MORE_HELD_OUT)
+"""The federation of the demo for some more rounds, scored on more text."""
+
 LONG_RUNS = ("rounds.num_rounds=40", "rounds.cohort_size=24", "training.max_steps=4")
-"""The federation of the configuration for ten times its client steps, long enough that rank is a limit."""
+"""Five times the examples of ``RUNS``."""
 
 COMPENSATED = "compensated=flexlora:error_compensation=true:fold_tail=true"
 
@@ -28,6 +33,9 @@ class StudySpec:
         reference: Arm that differences are paired with.
         with_controls: Whether the controls run too.
         text: Whether answers are generated and scored.
+        evaluations: Points of each learning curve.
+        config: Path of the configuration.
+        shares: Study of the same settings whose rows count here too, for the arms and distributions of both.
         in_verdict: Whether the first paragraph of the page of results rests on it.
     """
 
@@ -36,14 +44,16 @@ class StudySpec:
     methods: str
     distributions: tuple[str, ...]
     draws: int
-    overrides: tuple[str, ...] = LONG_RUNS
+    overrides: tuple[str, ...] = RUNS
     tuning_draws: int = 1
     trials: int = 4
     tune_on: str | None = None
     reference: str = "fedit_smallest"
     with_controls: bool = True
     text: bool = True
+    evaluations: int = 4
     config: str = "configs/study.yaml"
+    shares: str | None = None
     in_verdict: bool = False
 
 
@@ -51,9 +61,8 @@ STUDIES: Mapping[str, StudySpec] = {
     "main": StudySpec(
         "The paper's methods, plain and with FlexLoRA, and ours",
         "Do mixed ranks beat FedIT at the smallest rank, and how near do they come to FedIT at the largest?",
-        "fedavg=fedavg:start=1.0,slora=slora:stage_two=fedit,fedavg_flexlora=flexlora:training.optimizer=sgd:start=1.0,flexlora,"
-        f"slora_flexlora=slora:stage_two=flexlora,{COMPENSATED},aligned=aligned:holder_exponent=0.0,"
-        "aligned_half=aligned:holder_exponent=0.5",
+        "fedavg=fedavg:start=2.0,slora=slora:stage_two=fedit,fedavg_flexlora=flexlora:training.optimizer=sgd:start=2.0,flexlora,"
+        f"slora_flexlora=slora:stage_two=flexlora,{COMPENSATED},aligned",
         FOUR_DISTRIBUTIONS,
         draws=8,
         in_verdict=True,
@@ -62,43 +71,53 @@ STUDIES: Mapping[str, StudySpec] = {
         "All methods at one distribution",
         "Where do the other methods stand when every rank is equally frequent?",
         f"flexlora,{COMPENSATED},aligned,zero_pad,het_lora,dimension_wise,lora_fair,ffa_lora,rolora,flora,fedex_lora,florist,"
-        "ra_flora,fed_svd,fed_sb,fed_plora,fs_lora",
+        "ra_flora,fed_svd,fed_sb,fed_plora,fs_lora,fedsa_lora",
         ("uniform",),
         draws=4,
+        shares="main",
+    ),
+    "long": StudySpec(
+        "Longer runs",
+        "Does the order hold for five times the examples, where rank collapse has had time?",
+        "fedavg=fedavg:start=1.0,slora=slora:stage_two=fedit,fedavg_flexlora=flexlora:training.optimizer=sgd:start=1.0,flexlora,"
+        f"slora_flexlora=slora:stage_two=flexlora,{COMPENSATED},aligned=aligned:holder_exponent=0.0,"
+        "aligned_half=aligned:holder_exponent=0.5",
+        FOUR_DISTRIBUTIONS,
+        draws=8,
+        overrides=LONG_RUNS,
+        evaluations=8,
     ),
     "aligned": StudySpec(
         "What makes aligned averaging work",
         "Which weights, which split, how often to decompose, and how large a server step?",
-        "between=aligned:holder_exponent=0.5,holders=aligned:holder_exponent=1.0,all=aligned:holder_exponent=0.0,"
-        "balanced=aligned:holder_exponent=0.5:split=balanced,nested=aligned:holder_exponent=0.5:decompose_every=null,"
-        "every_5=aligned:holder_exponent=0.5:decompose_every=5,no_fold=aligned:holder_exponent=0.5:fold_tail=false,"
-        "larger_step=aligned:holder_exponent=0.5:server_learning_rate=1.5,"
-        f"flexlora,{COMPENSATED}",
-        ("heavy_tail_light", "heavy_tail_strong", "uniform"),
+        f"flexlora,{COMPENSATED},aligned,"
+        "between=aligned:holder_exponent=0.5,holders=aligned:holder_exponent=1.0,"
+        "balanced=aligned:split=balanced,nested=aligned:decompose_every=null,every_5=aligned:decompose_every=5,"
+        "no_fold=aligned:fold_tail=false,larger_step=aligned:server_learning_rate=1.5",
+        ("heavy_tail_light", "heavy_tail_strong"),
         draws=4,
-        reference="between",
-        text=False,
+        reference="aligned",
+        shares="main",
     ),
     "scaling": StudySpec(
         "Scaling rules under one shared learning rate",
         "Fixed lora_alpha, constant ratio, or rsLoRA?",
-        "rslora=aligned,constant_alpha=aligned:lora.scaling=constant_alpha:lora.lora_alpha=4,"
+        "aligned,constant_alpha=aligned:lora.scaling=constant_alpha:lora.lora_alpha=4,"
         "constant_ratio=aligned:lora.scaling=constant_ratio:lora.lora_alpha=1,"
-        "flexlora_rslora=flexlora,flexlora_constant_alpha=flexlora:lora.scaling=constant_alpha:lora.lora_alpha=4,"
+        "flexlora,flexlora_constant_alpha=flexlora:lora.scaling=constant_alpha:lora.lora_alpha=4,"
         "flexlora_constant_ratio=flexlora:lora.scaling=constant_ratio:lora.lora_alpha=1",
         ("uniform",),
         draws=4,
-        reference="rslora",
-        with_controls=False,
-        text=False,
+        reference="aligned",
+        shares="main",
     ),
     "small_cohorts": StudySpec(
         "Small cohorts",
         "Does the order hold when few clients take part in a round?",
-        f"flexlora,{COMPENSATED},aligned,holders=aligned:holder_exponent=1.0,all=aligned:holder_exponent=0.0",
+        f"flexlora,{COMPENSATED},aligned",
         ("heavy_tail_light", "heavy_tail_strong"),
         draws=4,
-        overrides=("rounds.num_rounds=60", "rounds.cohort_size=8", "training.max_steps=4"),
+        overrides=(*RUNS, "rounds.num_rounds=90", "rounds.cohort_size=4"),
         text=False,
     ),
     "constant_rate": StudySpec(
@@ -107,7 +126,7 @@ STUDIES: Mapping[str, StudySpec] = {
         f"flexlora,{COMPENSATED},aligned",
         ("heavy_tail_light", "heavy_tail_strong"),
         draws=4,
-        overrides=(*LONG_RUNS, "training.schedule=constant"),
+        overrides=(*RUNS, "training.schedule=constant"),
         text=False,
     ),
     "demo": StudySpec(
@@ -122,6 +141,7 @@ STUDIES: Mapping[str, StudySpec] = {
         reference="rank_1",
         with_controls=False,
         text=False,
+        evaluations=8,
         config="configs/demo.yaml",
     ),
     "smoke": StudySpec(
@@ -142,6 +162,7 @@ STUDIES: Mapping[str, StudySpec] = {
         draws=2,
         overrides=("rounds.num_rounds=400", "rounds.cohort_size=24", "training.max_steps=4"),
         tuning_draws=0,
+        evaluations=8,
         text=False,
     ),
 }
