@@ -9,9 +9,10 @@ from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.owned_examples import OwnedRow
 from flexlora.data.partition import fixed_validation
 from flexlora.experiment.client_plans import devices_of_each, plan_of_each
-from flexlora.experiment.config import Config, ConfigError
+from flexlora.experiment.config import Config
 from flexlora.experiment.corpora import corpus_of
 from flexlora.experiment.device_ranks import Affordable, affordable_plans, left_out_clients, never_there
+from flexlora.experiment.one_rank_methods import refuse_expected_ranks, refuse_ranks
 from flexlora.experiment.workload import Workload, workload_of
 from flexlora.federation.clients import ClientError, ClientSpec, RankPlan, count_plans
 from flexlora.federation.streams import stream
@@ -61,6 +62,7 @@ def gather_participants(config: Config, examples: Iterable[OwnedRow] | None = No
         config: The run.
         examples: Those of ``data.name: in_memory``, None for every other.
     """
+    refuse_expected_ranks(config)
     corpus, warnings = corpus_of(config, examples)
     rng = stream(config.seed, "validation")
     validation = fixed_validation(corpus.clients, config.data.validation_examples, rng)
@@ -83,7 +85,7 @@ def gather_participants(config: Config, examples: Iterable[OwnedRow] | None = No
     if chosen and not clients:
         raise ClientError(f"no device affords any rank. {' '.join(left_out_clients(chosen, corpus))}")
     used = {client.plan.name: client.plan for client in clients}
-    _require_one_rank(config, used)
+    refuse_ranks(config, used)
     had = {client.device for client in clients}
     devices = {name: profile for name, profile in profiles.items() if name in had}
     by_size = [chosen[client_id] for client_id in sorted(chosen, key=lambda name: len(corpus.clients[name].train))]
@@ -100,20 +102,6 @@ def gather_participants(config: Config, examples: Iterable[OwnedRow] | None = No
     )
     never = [] if workload is None else never_there(config, workload, devices, clients)
     return replace(found, warnings=(*warnings, *never))
-
-
-def _require_one_rank(config: Config, used: Mapping[str, RankPlan]) -> None:
-    """Raise if the method needs one rank and the clients have several."""
-    if config.method.traits().needs_one_rank and len({tuple(sorted(plan.patterns)) for plan in used.values()}) > 1:
-        one_type = f"clients.distribution='{{{min(used)}: 1}}' without clients.counts and clients.assigned"
-        one_rank = "devices.rank_choices=[1]" if config.clients.ranks_from == "devices" else one_type
-        raise ConfigError(
-            [
-                f"method.name={config.method.name} needs one rank for all clients, but they have the types "
-                f"{', '.join(sorted(used))}; give all of them one, for example {one_rank}"
-            ],
-            "the configuration",
-        )
 
 
 def policy_of(config: Config, traits: Traits, cohort_size: int) -> Policy:

@@ -136,7 +136,7 @@ def assign_plans(
     Raises:
         ClientError: For an unknown distribution or type, or weights that are not a distribution.
     """
-    drawn = draw_names(client_ids, _weights(plans, distribution), seed, "client-type")
+    drawn = draw_names(client_ids, type_weights(plans, distribution), seed, "client-type")
     return {client_id: plans[name] for client_id, name in drawn.items()}
 
 
@@ -223,7 +223,12 @@ def check_known(client_ids: Iterable[str], assigned: Iterable[str], section: str
         )
 
 
-def _weights(plans: Mapping[str, RankPlan], distribution: str | Mapping[str, float]) -> dict[str, float]:
+def type_weights(plans: Mapping[str, RankPlan], distribution: str | Mapping[str, float]) -> dict[str, float]:
+    """Return type name -> weight, in the unit of the distribution.
+
+    Raises:
+        ClientError: For an unknown distribution or type, or weights that are not a distribution.
+    """
     if isinstance(distribution, str):
         if distribution not in DISTRIBUTIONS:
             raise ClientError(f"clients.distribution must be one of {', '.join(DISTRIBUTIONS)}; got {distribution!r}")

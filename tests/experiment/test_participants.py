@@ -1,7 +1,10 @@
 """Who takes part in a run, with what data and which ranks."""
 
+from pathlib import Path
+
 import pytest
 
+from flexlora.errors import FlexLoraError
 from flexlora.experiment.config import Config, ConfigError
 from flexlora.experiment.config_file import parse_config
 from flexlora.experiment.participants import gather_participants
@@ -78,3 +81,17 @@ def test_several_clients_can_own_a_task_and_share_no_example_with_each_other_or_
     alone = gather_participants(config_of(data={**data, "clients_per_task": 1})).corpus
     assert all(corpus.clients[name] == own for name, own in list(alone.clients.items())[::97])
     assert dict(corpus.unseen) == dict(alone.unseen)
+
+
+def test_a_method_that_needs_one_rank_is_refused_before_any_data_are_read(tmp_path: Path) -> None:
+    missing = {"name": "instructions", "path": str(tmp_path / "missing.jsonl")}
+    mixed = [
+        {"distribution": "uniform"},
+        {"distribution": {"type1": 1, "type4": 3}},
+        {"counts": {"type1": 3, "type4": 2}},
+    ]
+    for clients in mixed:
+        with pytest.raises(ConfigError, match=r"method\.name=fedit needs one rank for all clients.*type1.*type4"):
+            gather_participants(config_of(method={"name": "fedit"}, data=missing, clients=clients))
+    with pytest.raises(FlexLoraError, match=r"missing\.jsonl"):
+        gather_participants(config_of(method={"name": "fedit"}, data=missing, clients={"distribution": {"type4": 1}}))
