@@ -5,17 +5,13 @@ import pytest
 import torch
 
 from flexlora.aggregators.base import AggregationError
-from flexlora.aggregators.contract_case import SCALINGS, SHAPES, Case
+from flexlora.aggregators.contract_case import SCALINGS, Case
 from flexlora.aggregators.dimension_wise import DimensionWise
 from flexlora.aggregators.fedit import FedIt
 from flexlora.federation.messages import Update
 
 CASES = [Case(DimensionWise, {}, scaling) for scaling in SCALINGS]
 every_scaling = pytest.mark.parametrize("case", CASES, ids=lambda case: case.scaling.policy)
-
-
-def all_modules(rank: int) -> dict[str, int]:
-    return dict.fromkeys(SHAPES, rank)
 
 
 @every_scaling
@@ -86,7 +82,7 @@ def test_a_client_that_lacks_a_module_has_no_say_in_it() -> None:
 
 
 def test_both_factors_travel_at_the_ranks_of_the_client() -> None:
-    sent = CASES[0].aggregator.broadcast(CASES[0].start(), all_modules(2))
+    sent = CASES[0].broadcast(CASES[0].start(), CASES[0].all_modules(2))
     assert (sent.train_factors, sent.kept, sent.known_A, sent.frozen) == ("both", None, None, None)
 
 
@@ -94,4 +90,4 @@ def test_ranks_above_the_servers_are_refused() -> None:
     case = CASES[0]
     state = case.start()
     with pytest.raises(AggregationError, match=r"1\.\.5, the rank of the server's adapter in 'attn\.k_proj'; got 6"):
-        case.aggregator.broadcast(state, all_modules(6))
+        case.aggregator.broadcast(state, case.all_modules(6))

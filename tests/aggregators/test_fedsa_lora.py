@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, SHAPES, Case
+from flexlora.aggregators.contract_case import SCALINGS, SERVER_RANK, Case
 from flexlora.aggregators.fedsa_lora import FedSaLora
 from flexlora.aggregators.settings import traits_of
 from flexlora.federation.messages import Update
@@ -12,10 +12,6 @@ from flexlora.lora.factors import LoraFactors
 
 CASES = [Case(FedSaLora, {}, scaling) for scaling in SCALINGS]
 every_scaling = pytest.mark.parametrize("case", CASES, ids=lambda case: case.scaling.policy)
-
-
-def all_modules(rank: int) -> dict[str, int]:
-    return dict.fromkeys(SHAPES, rank)
 
 
 @every_scaling
@@ -33,7 +29,7 @@ def test_each_row_of_a_is_the_mean_of_its_holders(case: Case) -> None:
 @every_scaling
 def test_there_is_no_global_change_whatever_clients_bring(case: Case) -> None:
     state = case.after_a_round()
-    sent = case.aggregator.broadcast(state, all_modules(3))
+    sent = case.aggregator.broadcast(state, case.all_modules(3))
     assert sent.kept == "B" and sent.train_factors == "both" and traits_of(case.aggregator).personal
     assert not any(factors.B.any() for factors in sent.trainable.values())
     assert all(factors.A.any(dim=1).all() for factors in sent.trainable.values())
@@ -74,7 +70,7 @@ def test_one_client_gets_its_own_a_back() -> None:
     state = case.start()
     payload = case.updates(state)[2].payload
     after = case.aggregator.aggregate(state, [Update("only", payload, 4.0)])
-    for module, factors in case.aggregator.broadcast(after, all_modules(SERVER_RANK)).trainable.items():
+    for module, factors in case.aggregator.broadcast(after, case.all_modules(SERVER_RANK)).trainable.items():
         assert torch.equal(factors.A, payload[module].A)
 
 

@@ -14,10 +14,6 @@ CASES = [Case(FfaLora, {}, scaling) for scaling in SCALINGS]
 every_scaling = pytest.mark.parametrize("case", CASES, ids=lambda case: case.scaling.policy)
 
 
-def all_modules(rank: int) -> dict[str, int]:
-    return dict.fromkeys(SHAPES, rank)
-
-
 def trained_b(sent: Broadcast, seed: int) -> AdapterState:
     """Return what was sent with noise on every ``B``."""
     rng = torch.Generator().manual_seed(seed)
@@ -38,7 +34,7 @@ def mean_of_products(updates: list[Update], module: str) -> np.ndarray:
 @every_scaling
 def test_at_one_rank_the_mean_is_that_of_the_products_exactly(case: Case) -> None:
     state = case.after_a_round()
-    sent = case.aggregator.broadcast(state, all_modules(SERVER_RANK))
+    sent = case.aggregator.broadcast(state, case.all_modules(SERVER_RANK))
     updates = [Update(str(i), trained_b(sent, seed=i), 1.0 + i) for i in range(4)]
     after = case.aggregator.aggregate(state, updates)
     for module, factors in after.adapter.items():
@@ -66,7 +62,7 @@ def test_a_is_what_every_client_can_draw_and_never_changes(case: Case) -> None:
     state = case.start()
     for _ in range(2):
         for rank in range(1, SERVER_RANK + 1):
-            sent = case.aggregator.broadcast(state, all_modules(rank))
+            sent = case.aggregator.broadcast(state, case.all_modules(rank))
             assert isinstance(sent.known_A, int) and sent.train_factors == "B"
             for module, factors in sent.trainable.items():
                 assert torch.equal(factors.A, known_rows(sent.known_A, module, rank, SHAPES[module][1]))

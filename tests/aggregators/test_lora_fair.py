@@ -14,10 +14,6 @@ from flexlora.lora.factors import LoraFactors
 every_scaling = pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling.policy)
 
 
-def all_modules(rank: int) -> dict[str, int]:
-    return dict.fromkeys(SHAPES, rank)
-
-
 def dense_parts(updates: list[Update], module: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the padded means of ``A`` and of ``s B``, and the mean of the products."""
     out_features, in_features = SHAPES[module]
@@ -81,7 +77,7 @@ def test_an_echo_decays_each_direction_by_its_coverage_once_and_not_twice() -> N
     case = Case(LoraFair, {"ridge": 0.0}, SCALINGS[0])
     state = case.after_a_round()
     cohort = [(2, 1.0), (4, 2.0), (5, 1.0)]
-    echoes = [Update(str(r), case.aggregator.broadcast(state, all_modules(r)).trainable, w) for r, w in cohort]
+    echoes = [Update(str(r), case.aggregator.broadcast(state, case.all_modules(r)).trainable, w) for r, w in cohort]
     after = case.aggregator.aggregate(state, echoes)
     coverage = torch.tensor([1, 1, 0.75, 0.75, 0.25], dtype=torch.float64)
     for module, before in state.adapter.items():
@@ -101,5 +97,5 @@ def test_what_nobody_covers_is_kept_as_it_was() -> None:
 
 def test_both_factors_travel() -> None:
     case = Case(LoraFair, {}, SCALINGS[0])
-    sent = case.aggregator.broadcast(case.start(), all_modules(2))
+    sent = case.aggregator.broadcast(case.start(), case.all_modules(2))
     assert (sent.train_factors, sent.kept, sent.known_A, sent.frozen) == ("both", None, None, None)

@@ -13,10 +13,6 @@ CASES = [Case(RoLora, {}, scaling) for scaling in SCALINGS]
 every_scaling = pytest.mark.parametrize("case", CASES, ids=lambda case: case.scaling.policy)
 
 
-def all_modules(rank: int) -> dict[str, int]:
-    return dict.fromkeys(SHAPES, rank)
-
-
 def trained(sent: Broadcast, seed: int) -> AdapterState:
     """Return what was sent with noise on the factor that is to be trained."""
     rng = torch.Generator().manual_seed(seed)
@@ -43,7 +39,7 @@ def test_b_is_trained_first_because_a_has_no_gradient_while_b_is_zero() -> None:
     state = case.start()
     for expected in ("B", "A", "B", "A"):
         for rank in (1, SERVER_RANK):
-            assert case.aggregator.broadcast(state, all_modules(rank)).train_factors == expected
+            assert case.aggregator.broadcast(state, case.all_modules(rank)).train_factors == expected
         state = case.aggregator.aggregate(state, case.updates(state))
     assert all(factors.B.any() for factors in state.adapter.values())
 
@@ -54,7 +50,7 @@ def test_every_round_is_exact_at_one_rank(case: Case, num_rounds: int) -> None:
     state = case.start()
     for server_round in range(num_rounds):
         state = case.aggregator.aggregate(state, case.updates(state, seed=server_round))
-    sent = case.aggregator.broadcast(state, all_modules(SERVER_RANK))
+    sent = case.aggregator.broadcast(state, case.all_modules(SERVER_RANK))
     updates = [Update(str(i), trained(sent, seed=i), 1.0 + i) for i in range(4)]
     after = case.aggregator.aggregate(state, updates)
     for module, factors in after.adapter.items():
