@@ -157,7 +157,8 @@ def command_line_page() -> str:
 
 
 ROOMS = (
-    ("cli", "what a person types, and what the terminal shows"),
+    ("cli", "the command line: its verbs with examples, and how a command starts"),
+    ("verbs", "what a person types, and what the terminal shows: one file a verb"),
     ("testing", "checks for methods of other people"),
     ("trainers", "training loops of other people"),
     ("experiment", "from a configuration to a run and what is made of it; the only room that knows the configuration"),

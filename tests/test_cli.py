@@ -9,6 +9,7 @@ import pytest
 
 from flexlora import cli
 from flexlora.rounds.records import RoundRecord, append_record
+from flexlora.verbs.leaving import guarded, interruptible
 
 
 @pytest.mark.parametrize(
@@ -36,16 +37,16 @@ def test_an_interruption_anywhere_in_a_command_ends_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("flexlora.experiment.config_file.load_config", interrupt)
-    assert cli._guarded(lambda: cli.app(["plan", "any.yaml"])) == 130
+    assert guarded(lambda: cli.app(["plan", "any.yaml"])) == 130
     assert capsys.readouterr().err == "Interrupted.\n"
-    assert cli._guarded(interrupt) == 130
+    assert guarded(interrupt) == 130
     assert capsys.readouterr().err == "Interrupted.\n"
 
     def merge() -> None:
-        with cli._interruptible("nothing was written"):
+        with interruptible("nothing was written"):
             interrupt()
 
-    assert cli._guarded(merge) == 130
+    assert guarded(merge) == 130
     assert capsys.readouterr().err == "Interrupted; nothing was written.\n"
 
 

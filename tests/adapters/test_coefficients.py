@@ -9,9 +9,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from flexlora import cli
 from flexlora.adapters.coefficients import COEFFICIENTS
 from flexlora.adapters.merge import merge
+from flexlora.verbs.merge import merge as merge_verb
 
 Helper = Callable[..., Any]
 Check = Callable[..., None]
@@ -56,4 +56,4 @@ def test_weights_whose_sum_leaves_the_range_of_numbers_are_still_shares(
 
 
 def test_the_command_line_offers_every_method() -> None:
-    assert get_args(get_type_hints(cli.merge)["method"]) == tuple(COEFFICIENTS)
+    assert get_args(get_type_hints(merge_verb)["method"]) == tuple(COEFFICIENTS)

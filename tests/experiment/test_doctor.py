@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from flexlora import cli
 from flexlora.experiment import doctor
 from flexlora.experiment.doctor import Finding, examine
+from flexlora.verbs.leaving import EXIT_MACHINE
 
 
 def test_the_doctor_names_extras_and_folders_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +32,7 @@ def test_a_package_that_is_missing_is_fatal_and_an_extra_is_not(monkeypatch: pyt
     monkeypatch.setattr(doctor, "REQUIRED", ("no-such-package",))
     monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_extra": ("flexlora[some]", "something")})
     told = CliRunner().invoke(cli.app, ["doctor", "--json"])
-    assert told.exit_code == cli.EXIT_MACHINE
+    assert told.exit_code == EXIT_MACHINE
     found = {one["check"]: one for one in json.loads(told.stdout)}
     missing, extra = found["no-such-package"], found["no_such_extra"]
     assert (missing["is_fine"], missing["is_fatal"], missing["fix"]) == (False, True, "pip install no-such-package")

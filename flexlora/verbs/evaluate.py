@@ -1,0 +1,27 @@
+"""The verb ``eval``: scores the adapter of a run."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from flexlora.verbs.arguments import JsonOption, OverridesArgument, RunArgument
+from flexlora.verbs.terminal import hide_other_progress_bars, out, print_json
+
+
+def evaluate(
+    run_folder: RunArgument,
+    overrides: OverridesArgument = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Cut the adapter to this rank first.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score the adapter of a run on its unseen tasks, compared with the base model alone."""
+    from flexlora.experiment.score_run import evaluate_run
+    from flexlora.experiment.terminal import print_evaluation
+
+    hide_other_progress_bars()
+    scores = evaluate_run(run_folder, overrides or (), rank=rank)
+    if as_json:
+        print_json({name: json.loads(record.model_dump_json()) for name, record in scores.items()})
+    else:
+        print_evaluation(out, scores)

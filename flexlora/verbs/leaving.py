@@ -1,0 +1,55 @@
+"""How a command ends: its exit codes and what it says about each."""
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from flexlora.errors import FlexLoraError
+from flexlora.verbs.terminal import err
+
+EXIT_ERROR, EXIT_WRONG_INPUT, EXIT_NO_PROGRESS, EXIT_MACHINE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+
+
+class Interrupted(Exception):
+    """The user interrupted the command; the message says what that means."""
+
+
+@contextmanager
+def interruptible(consequence: str) -> Iterator[None]:
+    """Say ``consequence`` if the user interrupts the ``with`` block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(consequence) from None
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Call ``command`` and return its exit code, having said on stderr what went wrong."""
+    try:
+        command()
+    except FlexLoraError as error:
+        err.print("[bold red]Error:[/]", end=" ")
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return EXIT_WRONG_INPUT
+    except Interrupted as interruption:
+        err.print(f"Interrupted; {interruption}.")
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        err.print("Interrupted.")
+        return EXIT_INTERRUPTED
+    except SystemExit as leaving:
+        if leaving.code == EXIT_INTERRUPTED:
+            err.print("Interrupted.")  # Caught by typer, which says nothing.
+        return leaving.code if isinstance(leaving.code, int) else EXIT_ERROR
+    except (OSError, MemoryError) as error:
+        err.print("[bold red]System error:[/]", end=" ")
+        err.print(f"{error or type(error).__name__}", markup=False, highlight=False)
+        return EXIT_MACHINE
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            err.print("[bold red]Out of device memory.[/] Lower training.batch_size, evaluation.batch_size or ranks.")
+            return EXIT_MACHINE
+        err.print(traceback.format_exc(), markup=False, highlight=False)
+        err.print("[bold red]This should not have happened.[/] Please report it with the lines above.")
+        return EXIT_ERROR
+    return 0

@@ -1,0 +1,17 @@
+"""The verb ``plan``: shows what a run will cost."""
+
+from flexlora.verbs.arguments import ConfigArgument, JsonOption, OverridesArgument
+from flexlora.verbs.terminal import out, print_json
+
+
+def plan(config: ConfigArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Show what a run will do and what it will cost each kind of client, before any weight is loaded."""
+    from flexlora.experiment.config_file import load_config
+    from flexlora.experiment.estimate import estimate_experiment
+    from flexlora.experiment.terminal import print_estimate
+
+    estimate = estimate_experiment(load_config(config, overrides or (), check_paths=True))
+    if as_json:
+        print_json(estimate.to_json())
+    else:
+        print_estimate(out, estimate)

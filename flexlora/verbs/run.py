@@ -1,0 +1,45 @@
+"""The verb ``run``: fine-tunes a model across clients."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from flexlora.verbs.arguments import ConfigArgument, JsonOption, OverridesArgument
+from flexlora.verbs.leaving import EXIT_NO_PROGRESS, interruptible
+from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json
+
+
+def run(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/run"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in --out first.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the final table.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a model across clients; write adapters, records and a report."""
+    from flexlora.experiment.config_file import load_config
+    from flexlora.experiment.live_progress import LiveProgress
+    from flexlora.experiment.run import run_experiment
+    from flexlora.experiment.terminal import print_summary
+
+    settings = load_config(config, overrides or (), check_paths=True)
+    hide_other_progress_bars()
+    with (
+        interruptible("the same command with --resume continues from the last checkpoint"),
+        LiveProgress(err, hidden=quiet or as_json) as progress,
+    ):
+        result = run_experiment(settings, folder, resume=resume, overwrite=overwrite, notify=progress)
+    if as_json:
+        print_json(result.summary())
+    else:
+        print_summary(out, result)
+    if not result.has_progress:
+        err.print(
+            f"[bold red]No progress:[/] {escape(result.stopped or 'no client ever sent a usable update')}. "
+            f"The reasons are in {escape(str(result.report))}."
+        )
+        raise typer.Exit(EXIT_NO_PROGRESS)
