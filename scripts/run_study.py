@@ -48,7 +48,7 @@ def command_of(spec: StudySpec) -> str:
         f"--methods {shlex.quote(spec.methods)}",
         f"--distributions {','.join(spec.distributions)}",
         f"--draws {spec.draws} --tuning-draws {spec.tuning_draws} --trials {spec.trials}",
-        f"--reference {spec.reference}",
+        f"--evaluations {spec.evaluations} --reference {spec.reference}",
         *([f"--tune-on {spec.tune_on}"] if spec.tune_on else []),
         *([] if spec.text else ["--no-text"]),
         *([] if spec.with_controls else ["--no-controls"]),

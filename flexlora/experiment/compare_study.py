@@ -41,7 +41,12 @@ def make_study(
         CompareError: If a number is out of range or a distribution has no such name.
         ConfigError: If the configuration is wrong, or does not suit an arm.
     """
-    for name, value, least in (("draws", draws, 1), ("tuning_draws", tuning_draws, 0), ("trials", trials, 1)):
+    for name, value, least in (
+        ("draws", draws, 1),
+        ("tuning_draws", tuning_draws, 0),
+        ("trials", trials, 1),
+        ("evaluations", evaluations, 1),
+    ):
         if value < least:
             raise CompareError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
     if own := [override for override in overrides if override.startswith(("method=", "method."))]:

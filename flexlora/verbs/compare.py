@@ -33,6 +33,9 @@ def compare(
         str | None,
         typer.Option("--tune-on", help="The distribution that learning rates are chosen on; default each its own."),
     ] = None,
+    evaluations: Annotated[
+        int, typer.Option("--evaluations", min=1, help="Points of each learning curve; more of them cost more time.")
+    ] = 8,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -74,6 +77,7 @@ def compare(
         draws=draws,
         tuning_draws=tuning_draws,
         trials=trials,
+        evaluations=evaluations,
         text=not no_text,
         tune_on=tune_on,
         with_controls=not no_controls,
