@@ -1,8 +1,8 @@
 """Keeps examples in a file: one record an owner, written as they come and read when they are used.
 
 A record is JSON: the instructions that occur, then one list per example of the number of its instruction, its input,
-its outputs and its history. Where records are and which part their examples belong to is a small
-``Owner`` each; nothing else of a corpus is kept in memory.
+its outputs and its history, and if there are any its tools and the fields of its answer. Where records are and which
+part their examples belong to is a small ``Owner`` each; nothing else of a corpus is kept in memory.
 """
 
 import hashlib
@@ -73,10 +73,16 @@ class ExampleFile:
         """Add a record of these examples."""
         numbers: dict[str, int] = {}
         rows = [
-            (numbers.setdefault(example.instruction, len(numbers)), example.input, example.outputs, example.history)
+            (
+                numbers.setdefault(example.instruction, len(numbers)),
+                example.input,
+                example.outputs,
+                example.history,
+                *((example.tools, example.answer_fields) if example.tools or example.answer_fields else ()),
+            )
             for example in examples
         ]
-        # Scraped texts may hold halves of surrogate pairs.
+        # Examples made from Python may hold halves of surrogate pairs.
         content = _ENCODER.encode([list(numbers), rows]).encode("utf-8", "surrogatepass")
         return Record(self._file.append(content), len(content), len(examples))
 
@@ -91,8 +97,8 @@ class ExampleFile:
     def _decoded(self, record: Record) -> tuple[Example, ...]:
         instructions, rows = json.loads(bytes(self.view(record)).decode("utf-8", "surrogatepass"))
         return tuple(
-            Example(instructions[number], text, tuple(outputs), tuple((role, content) for role, content in history))
-            for number, text, outputs, history in rows
+            Example(instructions[number], text, tuple(outputs), tuple(map(tuple, history)), *more)
+            for number, text, outputs, history, *more in rows
         )
 
 

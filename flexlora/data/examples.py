@@ -3,23 +3,39 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
+
+# Role and content; the third, if any, is a JSON object of what else a chat template is given for the turn.
+Turn: TypeAlias = tuple[str, str] | tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Example:
     """One instruction with its accepted answers.
 
+    Without instruction and input, the answer follows the last turn of ``history``; without any, it is a text that
+    stands alone, in no template.
+
     Attributes:
         instruction: The task definition or the user's request.
         input: The instance the instruction is applied to; may be empty.
         outputs: Accepted answers, at least one; training picks one, ROUGE-L takes the best over all.
         history: Earlier turns of a chat as (role, content) pairs; empty for single turns.
+        tools: JSON list of the tools that the assistant may call; empty for none.
+        answer_fields: JSON object of what else a chat template is given for the answer, such as its tool calls.
     """
 
     instruction: str
     input: str
     outputs: tuple[str, ...]
-    history: tuple[tuple[str, str], ...] = ()
+    history: tuple[Turn, ...] = ()
+    tools: str = ""
+    answer_fields: str = ""
+
+    @property
+    def is_text_alone(self) -> bool:
+        """Whether there is nothing that the answer answers."""
+        return not (self.instruction or self.input or self.history)
 
 
 @dataclass(frozen=True)

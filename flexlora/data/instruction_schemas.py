@@ -1,59 +1,149 @@
-"""Turns the columns of a row into examples, by the first schema that fits.
+"""Turns the columns of a row into examples, by the first schema whose columns hold something in that row.
 
-A schema is a set of column names. The first row decides for all.
+A schema is a set of column names. What a column holds decides, not that it is there: tables that were merged have
+columns of several schemas, empty where they do not belong.
 """
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
+from flexlora.data.cells import Fields, answers_of, is_missing, text_of
+from flexlora.data.conversations import ParsedTurn, examples_of, listed, parsed_json, turns_of
+from flexlora.data.data_notes import DataNotes
 from flexlora.data.examples import Example
 from flexlora.data.found_values import abridged, column_list
-from flexlora.data.instruction_files import Fields, InstructionDataError
+from flexlora.data.instruction_errors import InstructionDataError
 
 SCHEMAS = (
-    "messages (a list of role and content)",
+    "messages or conversations (a list of turns)",
     "prompt and completion",
     "instruction, response or output, and optionally context or input",
+    "text alone",
 )
-COLUMN_NAMES = ("messages", "prompt", "completion", "instruction", "context", "input", "response", "output")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+INPUTS, ANSWERS, SYSTEMS, TOOLS = ("context", "input"), ("response", "output"), ("system", "system_prompt"), "tools"
+BEFORE = (*SYSTEMS, "history", TOOLS)
+PICTURES = ("image", "images", "video", "videos", "audio", "audios")
+COLUMN_NAMES = (*CONVERSATIONS, "prompt", "completion", "instruction", *INPUTS, *ANSWERS, "text", *BEFORE)
 
-ROLES = ("system", "user", "assistant")
 
-# Turns the columns of a row and its place, for error messages, into examples; none if prompt or answer is empty.
-Convert = Callable[[Fields, str], tuple[Example, ...]]
+@dataclass(frozen=True)
+class RowReader:
+    """How the rows of a data set become examples.
 
-
-def schema_of(fields: Fields, columns: Mapping[str, str], place: str) -> Convert:
-    """Return what turns rows into examples, given the first of them; of several schemas, one with a renamed column.
-
-    Raises:
-        InstructionDataError: No schema fits, or ``columns`` renames to a name that no schema has.
+    Attributes:
+        notes: Told about columns that are not used.
+        columns: Our column name -> the one in the data.
+        trains_all: Whether the loss looks at all tokens (``data.loss_on: all``).
+        elsewhere: Columns with a meaning of their own, such as that of the owner.
     """
-    unknown = sorted(set(columns) - set(COLUMN_NAMES))
-    if unknown:
-        raise InstructionDataError(f"data.columns must rename to {', '.join(COLUMN_NAMES)}; got {', '.join(unknown)}")
-    found = set(renamed(fields, columns, place))
-    fitting: list[tuple[set[str], Convert]] = []
-    if "messages" in found:
-        fitting.append(({"messages"}, _from_messages))
-    if found >= {"prompt", "completion"}:
-        fitting.append(({"prompt", "completion"}, _from_completion))
-    if "instruction" in found and found & {"response", "output"}:
-        fitting.append(({"instruction", "context", "input", "response", "output"}, _from_instruction))
-    for names, convert in fitting:
-        if not columns or names & set(columns):
-            return convert
-    if fitting:
-        return fitting[0][1]
-    raise InstructionDataError(
-        f"{place}: the columns must be {'; or '.join(SCHEMAS)}; found {column_list(fields)}. "
-        "Rename them, for example with data.columns={instruction: question, response: answer}"
-    )
+
+    notes: DataNotes
+    columns: Mapping[str, str]
+    trains_all: bool = False
+    elsewhere: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.columns) - set(COLUMN_NAMES))
+        if unknown:
+            raise InstructionDataError(
+                f"data.columns must rename to {', '.join(COLUMN_NAMES)}; got {', '.join(unknown)}"
+            )
+
+    def examples(self, row: Fields, place: str) -> tuple[Example, ...]:
+        """Return the examples of a row, none if its prompt or its answer is empty.
+
+        Raises:
+            InstructionDataError: No schema fits, a column holds something else than it should, or two columns that
+                mean the same hold something.
+        """
+        fields = renamed(row, self.columns, place)
+        for name in PICTURES:
+            if not is_missing(fields.get(name)) and name not in self.elsewhere:
+                raise InstructionDataError(
+                    f"{place}: the column {name!r} cannot be trained, only texts are; remove it, or the row"
+                )
+        schema = self._schema(fields, place)
+        own = {*schema.names, *BEFORE, *self.elsewhere}
+        unused = (str(name) for name in fields if name not in own and not is_missing(fields[name]))
+        self.notes.unused.update(unused)
+        return schema.read(self, fields, place)
+
+    def _schema(self, fields: Fields, place: str) -> "_Schema":
+        fitting = [schema for schema in _SCHEMAS if schema.is_filled(fields)]
+        # If none says anything, the row is empty; whether it could say something depends on its columns.
+        fitting = fitting or [schema for schema in _SCHEMAS if schema.is_there(fields)]
+        meant = [schema for schema in fitting if set(schema.names) & set(self.columns)]
+        if not fitting:
+            lacking = {"instruction": "response", "prompt": "completion"}
+            lacks = [f"there is no {other!r}" for name, other in lacking.items() if name in fields]
+            rule = lacks[0] if lacks else f"the columns must be {'; or '.join(SCHEMAS)}"
+            raise InstructionDataError(
+                f"{place}: {rule}; found {column_list(fields)}. "
+                "Rename them, for example with data.columns={instruction: question, response: answer}"
+            )
+        return (meant or fitting)[0]
+
+    def one_of(self, fields: Fields, names: tuple[str, ...], place: str) -> str:
+        """Return which of the columns that mean the same holds something; a renamed one comes first.
+
+        Raises:
+            InstructionDataError: Several do, and not the same.
+        """
+        filled = [name for name in names if not is_missing(fields.get(name))]
+        meant = [name for name in filled if name in self.columns] or filled
+        if len(meant) > 1 and any(fields[name] != fields[meant[0]] for name in meant):
+            first, second = meant[:2]
+            raise InstructionDataError(
+                f"{place}: {first!r} and {second!r} mean the same and both hold something: "
+                f"{abridged(fields[first])} and {abridged(fields[second])}; empty one of them, or name the right "
+                f"one in data.columns, for example {{{first}: {second}}}"
+            )
+        there = [name for name in names if name in fields]
+        return (meant or there or [names[0]])[0]
+
+    def before(self, fields: Fields, place: str) -> list[ParsedTurn]:
+        """Return the turns that columns put before the question: of the system, and of a history."""
+        name = self.one_of(fields, SYSTEMS, place)
+        said = text_of(fields, name, place, optional=True)
+        return ([ParsedTurn("system", said)] if said else []) + self._history(fields.get("history"), place)
+
+    def _history(self, value: object, place: str) -> list[ParsedTurn]:
+        if is_missing(value):
+            return []
+        turns: list[ParsedTurn] = []
+        found = listed(value, place)
+        if found is not None and all(isinstance(turn, Mapping) for turn in found):
+            return turns_of(found, "history", place, self.notes, trains_all=self.trains_all)
+        for pair in found or [None]:
+            match pair:
+                case [str(question), str(answer)]:
+                    turns += [ParsedTurn("user", question), ParsedTurn("assistant", answer)]
+                case _:
+                    raise InstructionDataError(
+                        f"{place}: 'history' must be a list of pairs of a question and its answer, or of turns; "
+                        f"got {abridged(value)}"
+                    )
+        return turns
+
+    def tools(self, fields: Fields, place: str) -> str:
+        """Return the tools of a row as the JSON of a list, empty for none."""
+        value = fields.get(TOOLS)
+        if is_missing(value):
+            return ""
+        tools = listed(value, place)
+        if tools is None:
+            raise InstructionDataError(f"{place}: 'tools' must be a list of tools; got {abridged(value)}")
+        parsed = [parsed_json(tool, place) if isinstance(tool, str) else tool for tool in tools]
+        return json.dumps(parsed, ensure_ascii=False) if parsed else ""
 
 
 def renamed(fields: Fields, columns: Mapping[str, str], place: str) -> Fields:
     """Return the columns of a row under our names.
 
     Args:
+        fields: Under the names of the data.
         columns: Our column name -> the one in the data.
         place: File and line of the row, for error messages.
 
@@ -72,72 +162,118 @@ def renamed(fields: Fields, columns: Mapping[str, str], place: str) -> Fields:
     return kept | {ours: fields[theirs] for ours, theirs in columns.items()}
 
 
-def _from_instruction(fields: Fields, place: str) -> tuple[Example, ...]:
+def _filled(fields: Fields, names: tuple[str, ...]) -> bool:
+    return any(not is_missing(fields.get(name)) for name in names)
+
+
+def _read_conversation(reader: RowReader, fields: Fields, place: str) -> tuple[Example, ...]:
+    name = reader.one_of(fields, CONVERSATIONS, place)
+    if is_missing(fields.get(name)):
+        return ()
+    turns = turns_of(fields[name], name, place, reader.notes, trains_all=reader.trains_all)
+    before = reader.before(fields, place)
+    if before and turns[0].role == "system":
+        raise InstructionDataError(
+            f"{place}: both a column and the first turn say what the system says; remove one of the two"
+        )
+    return examples_of([*before, *turns], reader.tools(fields, place), place, reader.notes)
+
+
+def _read_completion(reader: RowReader, fields: Fields, place: str) -> tuple[Example, ...]:
+    prompt, completion = fields.get("prompt"), fields.get("completion")
+    if is_missing(prompt) or is_missing(completion):
+        return ()
+    turns = reader.before(fields, place)
+    answers = listed(completion, place) if not isinstance(completion, str) else None
+    is_chat = bool(answers) and all(isinstance(turn, Mapping) for turn in answers or ())
+    if not is_chat and isinstance(prompt, str):
+        return _single(reader, fields, turns, prompt, "", answers_of(fields, "completion", place), place)
+    if isinstance(prompt, str):
+        turns.append(ParsedTurn("user", prompt))
+    else:
+        turns += turns_of(prompt, "prompt", place, reader.notes, trains_all=reader.trains_all)
+    tools = reader.tools(fields, place)
+    if is_chat:
+        own = turns_of(completion, "completion", place, reader.notes, trains_all=reader.trains_all)
+        return examples_of([*turns, *own], tools, place, reader.notes, len(turns))
+    texts = answers_of(fields, "completion", place)
+    found = examples_of([*turns, ParsedTurn("assistant", texts[0])], tools, place, reader.notes, len(turns))
+    return tuple(replace(example, outputs=texts) for example in found)
+
+
+def _read_instruction(reader: RowReader, fields: Fields, place: str) -> tuple[Example, ...]:
     instruction = text_of(fields, "instruction", place)
-    text_input = text_of(fields, "context" if "context" in fields else "input", place, optional=True)
-    answers = answers_of(fields, "output" if "output" in fields and "response" not in fields else "response", place)
-    return (Example(instruction, text_input, answers),) if answers and (instruction or text_input) else ()
+    text_input = text_of(fields, reader.one_of(fields, INPUTS, place), place, optional=True)
+    answers = answers_of(fields, reader.one_of(fields, ANSWERS, place), place)
+    return _single(reader, fields, reader.before(fields, place), instruction, text_input, answers, place)
 
 
-def _from_completion(fields: Fields, place: str) -> tuple[Example, ...]:
-    prompt, answers = text_of(fields, "prompt", place), answers_of(fields, "completion", place)
-    return (Example(prompt, "", answers),) if answers and prompt else ()
+def _single(
+    reader: RowReader,
+    fields: Fields,
+    before: list[ParsedTurn],
+    instruction: str,
+    text_input: str,
+    answers: tuple[str, ...],
+    place: str,
+) -> tuple[Example, ...]:
+    """Return the example of one question, or none if it or its answer is empty."""
+    if not answers or not (instruction or text_input):
+        return ()
+    history = tuple(turn.as_turn() for turn in before)
+    return (Example(instruction, text_input, answers, history, reader.tools(fields, place)),)
 
 
-def _from_messages(fields: Fields, place: str) -> tuple[Example, ...]:
-    """Return one example per answer of the assistant, with everything before its question as history."""
-    messages = fields.get("messages")
-    if not isinstance(messages, list):
-        raise InstructionDataError(f"{place}: messages must be a list of turns; got {abridged(messages)}")
-    turns: list[tuple[str, str]] = []
-    examples = []
-    for number, message in enumerate(messages, start=1):
-        turn = f"{place}, turn {number}"
-        if not isinstance(message, dict):
-            raise InstructionDataError(f"{turn}: must be an object with role and content; got {abridged(message)}")
-        role, content = message.get("role"), text_of(message, "content", turn)
-        if role not in ROLES:
-            raise InstructionDataError(f"{turn}: role must be system, user or assistant; got {abridged(role)}")
-        if role == "assistant" and content and turns:
-            asked_by, question = turns[-1]
-            if asked_by != "user":
-                raise InstructionDataError(
-                    f"{turn}: an answer of the assistant must follow a turn of the user; got one after {asked_by}"
-                )
-            if question:
-                examples.append(Example(question, "", (content,), history=tuple(turns[:-1])))
-        turns.append((str(role), content))
-    return tuple(examples)
+def _read_text(reader: RowReader, fields: Fields, place: str) -> tuple[Example, ...]:
+    text = text_of(fields, "text", place)
+    if text and not reader.trains_all:
+        raise InstructionDataError(
+            f"{place}: a text alone has no answer that the loss could look at; set data.loss_on to all, or give "
+            f"the columns {SCHEMAS[2]}"
+        )
+    return (Example("", "", (text,)),) if text else ()
 
 
-def text_of(fields: Fields, name: str, place: str, *, optional: bool = False) -> str:
-    """Return a text without outer white space, empty if there is none.
+@dataclass(frozen=True)
+class _Schema:
+    """A set of columns and what makes examples of them.
 
-    Args:
-        place: File and line of the row, for error messages.
-        optional: Whether the column may be missing.
-
-    Raises:
-        InstructionDataError: The column is missing or holds something else.
+    Attributes:
+        names: All its columns.
+        needs: Of each of these groups one column must be there.
+        holds: Of each of these one must hold something.
+        read: Makes the examples.
+        is_alone: Whether the columns of other schemas must be empty.
     """
-    if name not in fields and not optional:
-        raise InstructionDataError(f"{place}: there is no {name!r}; found {column_list(fields)}")
-    value = fields.get(name)
-    if value is not None and not isinstance(value, str):
-        raise InstructionDataError(f"{place}: {name!r} must be a text; got {abridged(value)}")
-    return (value or "").strip()
+
+    names: tuple[str, ...]
+    needs: tuple[tuple[str, ...], ...]
+    holds: tuple[tuple[str, ...], ...]
+    read: Callable[[RowReader, Fields, str], tuple[Example, ...]]
+    is_alone: bool = False
+
+    def is_there(self, fields: Fields) -> bool:
+        """Return whether a row has the columns."""
+        return all(any(name in fields for name in names) for names in self.needs)
+
+    def is_filled(self, fields: Fields) -> bool:
+        """Return whether they hold something."""
+        others = tuple(name for name in COLUMN_NAMES if name not in self.names) if self.is_alone else ()
+        return (
+            self.is_there(fields)
+            and not _filled(fields, others)
+            and all(_filled(fields, names) for names in self.holds)
+        )
 
 
-def answers_of(fields: Fields, name: str, place: str) -> tuple[str, ...]:
-    """Return the accepted answers that are not empty; a list in the data is several of them.
-
-    Raises:
-        InstructionDataError: The column is missing or holds something else.
-    """
-    value = fields.get(name)
-    if not isinstance(value, list | tuple):
-        text = text_of(fields, name, place)
-        return (text,) if text else ()
-    if not all(isinstance(text, str) for text in value):
-        raise InstructionDataError(f"{place}: {name!r} must be a text or a list of texts; got {abridged(value)}")
-    return tuple(dict.fromkeys(text.strip() for text in value if text.strip()))
+_SCHEMAS = (
+    _Schema(CONVERSATIONS, (CONVERSATIONS,), (CONVERSATIONS,), _read_conversation),
+    _Schema(("prompt", "completion"), (("prompt",), ("completion",)), (("prompt",), ("completion",)), _read_completion),
+    _Schema(
+        ("instruction", *INPUTS, *ANSWERS),
+        (("instruction",), ANSWERS),
+        (("instruction", *INPUTS), ANSWERS),
+        _read_instruction,
+    ),
+    _Schema(("text",), (("text",),), (("text",),), _read_text, is_alone=True),
+)

@@ -7,18 +7,20 @@ and split as ``load_instructions`` does with ``partition="natural"``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import isnan
-from numbers import Integral
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TypeAlias
 
+from flexlora.data.cells import Fields, answers_of, name_of, text_of
+from flexlora.data.conversations import ROLES
 from flexlora.data.corpus_file import ExampleFile
-from flexlora.data.examples import Example, FederatedCorpus
+from flexlora.data.data_notes import DataNotes
+from flexlora.data.examples import Example, FederatedCorpus, Turn
 from flexlora.data.found_values import abridged, column_list
-from flexlora.data.instruction_files import Fields, InstructionDataError
-from flexlora.data.instruction_schemas import ROLES, Convert, answers_of, schema_of, text_of
+from flexlora.data.instruction_errors import InstructionDataError
+from flexlora.data.instruction_schemas import RowReader
 from flexlora.data.row_dealing import InstructionSummary, RowDealing, deal_rows
 from flexlora.data.rows import Row, StoredRows
+from flexlora.data.surrogates import whole_value
 
 OWNER_KEY = "owner"
 LABEL_KEY = "label"
@@ -58,6 +60,7 @@ def load_owned_examples(
     unseen_owners: Sequence[str | int] = (),
     unseen_labels: Sequence[str | int] = (),
     unseen_fraction: float = 0.0,
+    trains_all: bool = False,
     file: ExampleFile | None = None,
 ) -> tuple[FederatedCorpus, InstructionSummary]:
     """Return one client per owner, 80/10/10 inside each, and what was left out.
@@ -65,13 +68,14 @@ def load_owned_examples(
     Args:
         examples: ``OwnedExample`` objects, ``(owner, Example)`` pairs, or mappings with the key ``owner``, optionally
             ``label``, and columns as files of instruction data have them (``messages``, ``prompt`` and
-            ``completion``, or ``instruction`` and ``response``). The first mapping decides which columns are read.
+            ``completion``, or ``instruction`` and ``response``).
         num_clients: Keep this many owners, drawn by the seed; None keeps all.
         min_examples: Owners with fewer rows are left out; 3 or more.
         unseen_owners: Owners that are no clients; each is one unseen task.
         unseen_labels: Labels that no client has; each is one unseen task.
         unseen_fraction: Share of the rows held out; one unseen task per label, if there are labels. At most one of
             the three ``unseen`` arguments may be given.
+        trains_all: Whether the loss looks at all tokens, which mappings of nothing but a ``text`` need.
         file: Where examples are written; None takes a file that is deleted when the process ends.
 
     Raises:
@@ -91,29 +95,35 @@ def load_owned_examples(
         unseen_labels=tuple(map(str, unseen_labels)),
         unseen_fraction=unseen_fraction,
     )
-    rows = StoredRows(within_clients=True)
-    for row in rows_of(examples):
+    rows, notes = StoredRows(within_clients=True), DataNotes()
+    for row in rows_of(examples, RowReader(notes, {}, trains_all)):
         rows.add(row)
     if rows.num_read == 0:
         raise InstructionDataError("data holds no row; pass examples with an owner")
-    return deal_rows(rows, seed, dealing, file or ExampleFile(), "data")
+    corpus, summary = deal_rows(rows, seed, dealing, file or ExampleFile(), "data")
+    return corpus, replace(summary, notes=(*notes.sentences(), *summary.notes))
 
 
-def rows_of(examples: Iterable[OwnedRow]) -> Iterator[Row]:
+def rows_of(examples: Iterable[OwnedRow], reader: RowReader | None = None) -> Iterator[Row]:
     """Yield every example as a row; one without prompt or answer has no examples.
+
+    Args:
+        examples: As in ``load_owned_examples``.
+        reader: Makes examples of mappings, and is told what is not used.
 
     Raises:
         InstructionDataError: A row is broken; the message names its number, from 1 on, and the field.
     """
-    convert: Convert | None = None
-    for number, item in enumerate(examples, start=1):
+    reader = RowReader(DataNotes(), {}) if reader is None else reader
+    for number, given in enumerate(examples, start=1):
         place = f"data, row {number}"
+        item = _whole(given)
+        reader.notes.num_repaired += item is not given
         if isinstance(item, Mapping):
             if OWNER_KEY not in item:
                 raise InstructionDataError(f"{place}: there is no {OWNER_KEY!r}; found {column_list(item)}")
-            fields: Fields = {name: value for name, value in item.items() if name not in (OWNER_KEY, LABEL_KEY)}
-            convert = convert or schema_of(fields, {}, place)
-            found, owner, label = convert(fields, place), item[OWNER_KEY], item.get(LABEL_KEY)
+            columns: Fields = {name: value for name, value in item.items() if name not in (OWNER_KEY, LABEL_KEY)}
+            found, owner, label = reader.examples(columns, place), item[OWNER_KEY], item.get(LABEL_KEY)
         elif isinstance(item, OwnedExample):
             found, owner, label = _checked(item, "answer", place), item.owner, item.label
         elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Example):
@@ -124,41 +134,48 @@ def rows_of(examples: Iterable[OwnedRow]) -> Iterator[Row]:
                 f"{place}: must be an OwnedExample, an (owner, Example) pair or a mapping with the key "
                 f"{OWNER_KEY!r}; got {abridged(item)}"
             )
-        client = _name(owner, OWNER_KEY, place)
+        client = name_of(owner, OWNER_KEY, place)
         if not client:
             raise InstructionDataError(f"{place}: {OWNER_KEY!r} must name who has the row; got {abridged(owner)}")
-        yield Row(found, _name(label, LABEL_KEY, place), client)
+        yield Row(found, name_of(label, LABEL_KEY, place), client)
+
+
+def _whole(item: OwnedRow) -> OwnedRow:
+    """Return an example with all its texts whole; the very same object where nothing had to be replaced."""
+    if isinstance(item, tuple) and len(item) == 2:
+        owner, example = whole_value(item[0]), _whole(item[1])  # pyright: ignore[reportArgumentType]
+        return item if owner is item[0] and example is item[1] else (owner, example)  # pyright: ignore[reportReturnType]
+    if is_dataclass(item):
+        values = {own.name: getattr(item, own.name) for own in fields(item)}
+        changed = {name: new for name, value in values.items() if (new := whole_value(value)) is not value}
+        return replace(item, **changed) if changed else item
+    return whole_value(item)
 
 
 def _checked(item: OwnedExample | Example, answers_field: str, place: str) -> tuple[Example, ...]:
-    """Return an example without outer white space, or none if it has no prompt or no answer."""
-    fields = {name: getattr(item, name) for name in ("instruction", "input", answers_field)}
-    instruction, text_input = text_of(fields, "instruction", place), text_of(fields, "input", place)
-    answers = answers_of(fields, answers_field, place)
-    if not answers or not (instruction or text_input):
+    """Return an example as it stands, or none if it has no prompt or no answer."""
+    values = {name: getattr(item, name) for name in ("instruction", "input", answers_field)}
+    instruction, text_input = text_of(values, "instruction", place), text_of(values, "input", place)
+    answers, history = answers_of(values, answers_field, place), _turns(item.history, place)
+    more = (item.tools, item.answer_fields) if isinstance(item, Example) else ()
+    if not answers or not (instruction or text_input or (more and history)):
         return ()
-    return (Example(instruction, text_input, answers, _turns(item.history, place)),)
+    return (Example(instruction, text_input, answers, history, *more),)
 
 
-def _turns(history: object, place: str) -> tuple[tuple[str, str], ...]:
+def _turns(history: object, place: str) -> tuple[Turn, ...]:
     if not isinstance(history, Sequence) or isinstance(history, str):
         raise InstructionDataError(f"{place}: 'history' must be (role, content) pairs; got {abridged(history)}")
     turns = []
     for turn in history:
         match turn:
             case (str(role), str(content)) if role in ROLES:
-                turns.append((role, content.strip()))
+                turns.append((ROLES[role], content))
+            case (str(role), str(content), str(more)) if role in ROLES:
+                turns.append((ROLES[role], content, more))
             case _:
+                names = ", ".join(dict.fromkeys(ROLES.values()))
                 raise InstructionDataError(
-                    f"{place}: 'history' must be pairs of a role ({', '.join(ROLES)}) and a text; got {abridged(turn)}"
+                    f"{place}: 'history' must be pairs of a role ({names}) and a text; got {abridged(turn)}"
                 )
     return tuple(turns)
-
-
-def _name(value: object, field: str, place: str) -> str:
-    """Return an owner or a label as text, empty for None, not-a-number and an empty text."""
-    if value is None or (isinstance(value, float) and isnan(value)):
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | Integral):
-        raise InstructionDataError(f"{place}: {field!r} must be a text or a whole number; got {abridged(value)}")
-    return str(value)

@@ -1,16 +1,18 @@
 """Deals rows to clients: rows held out as unseen tasks, clients by one of three partitions, splits inside each client.
 
-Prompts that some client trains on are then left out of all validation and test parts, those of unseen tasks included.
+Rows that share a prompt stay together: on one side of every split, and where they are tested on, as one example that
+accepts the answers of all. Prompts that some client trains on are then left out of all validation and test parts, those
+of unseen tasks included.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from flexlora.data.corpus_file import ExampleFile, Owner, stored_corpus
 from flexlora.data.examples import FederatedCorpus
-from flexlora.data.instruction_files import InstructionDataError
+from flexlora.data.instruction_errors import InstructionDataError
 from flexlora.data.partition import Indices, by_id, dirichlet, iid, train_validation_test
 from flexlora.data.rows import StoredRows
 from flexlora.federation.streams import stream
@@ -68,7 +70,7 @@ class InstructionSummary:
         num_clients: Clients made.
         num_unseen: Unseen tasks made.
         num_empty: Rows left out because their prompt or their answer is empty.
-        num_repeated: Rows merged into another one with the same prompt.
+        num_repeated: Rows whose prompt an earlier one has; all are trained on, on one side of every split.
         num_too_small: Natural clients left out for having too few rows.
         num_not_drawn: Natural clients left out because ``num_clients`` was reached.
         num_leaked: Examples taken out of validation and test parts because some client trains on the same prompt.
@@ -76,6 +78,7 @@ class InstructionSummary:
         num_validation: Validation examples of all clients.
         num_test: Test examples of all clients.
         num_unseen_test: Examples of unseen tasks.
+        notes: Sentences about what was skipped, not used or repaired, and about sizes of clients.
     """
 
     num_rows: int
@@ -90,15 +93,16 @@ class InstructionSummary:
     num_validation: int
     num_test: int
     num_unseen_test: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """The rows of a client or of an unseen task, by number."""
+    """The rows of a client or of an unseen task, by number; those tested on in groups that share a prompt."""
 
     train: Sequence[int]
-    validation: Sequence[int]
-    test: Sequence[int]
+    validation: Sequence[Sequence[int]]
+    test: Sequence[Sequence[int]]
     category: str
 
 
@@ -116,20 +120,20 @@ def deal_rows(
         PartitionError: There are too few rows for so many clients.
     """
     held_out = _hold_out(rows, dealing, seed)
-    taken = {number for numbers in held_out.values() for number in numbers}
-    left = [number for number in range(len(rows)) if number not in taken]
+    taken = {number for groups in held_out.values() for group in groups for number in group}
+    left = rows.groups(number for number in range(len(rows)) if number not in taken)
     if not left:
         raise InstructionDataError(f"{source}: no row is left for clients; hold out fewer labels or a smaller fraction")
     dealt, num_too_small, num_not_drawn = _deal(rows, left, dealing, seed)
     clients = {name: _split(rows, name, [left[index] for index in part], seed) for name, part in dealt.items()}
-    unseen = {name: _Parts((), (), numbers, _category(rows, numbers)) for name, numbers in held_out.items()}
+    unseen = {name: _Parts((), (), groups, _category(rows, groups)) for name, groups in held_out.items()}
     trained = {prompt for parts in clients.values() for number in parts.train for prompt in rows.prompts(number)}
     stored, stored_unseen = (
         [_write(rows, name, parts, trained, file) for name, parts in sorted(owners.items())]
         for owners in (clients, unseen)
     )
     num_tested = sum(
-        len(rows.prompts(number)) for parts in (*clients.values(), *unseen.values()) for number in _tested(parts)
+        len(rows.prompts(group[0])) for parts in (*clients.values(), *unseen.values()) for group in _tested(parts)
     )
     num_scored = sum(owner.num_validation + owner.num_test for owner in (*stored, *stored_unseen))
     return stored_corpus(file, stored, stored_unseen), InstructionSummary(
@@ -145,29 +149,48 @@ def deal_rows(
         num_validation=sum(owner.num_validation for owner in stored),
         num_test=sum(owner.num_test for owner in stored),
         num_unseen_test=sum(owner.num_test for owner in stored_unseen),
+        notes=_sizes_noted(dealt, left, dealing),
     )
 
 
-def _hold_out(rows: StoredRows, dealing: RowDealing, seed: int) -> dict[str, list[int]]:
-    """Return unseen task -> its rows in random order."""
+def _hold_out(rows: StoredRows, dealing: RowDealing, seed: int) -> dict[str, list[list[int]]]:
+    """Return unseen task -> its groups of rows in random order."""
     labels, owners = dealing.unseen_labels, dealing.unseen_owners
     if labels:
         _check_known("data.unseen_labels", "labels", labels, rows.labels)
-        held_out = {number for number, label in enumerate(rows.labels) if label in labels}
+        groups = rows.groups(number for number, label in enumerate(rows.labels) if label in labels)
     elif owners:
         _check_known("unseen_owners", "owners", owners, rows.clients)
-        held_out = {number for number, client in enumerate(rows.clients) if client in owners}
+        groups = rows.groups(number for number, client in enumerate(rows.clients) if client in owners)
     else:
-        fraction = dealing.unseen_fraction
-        order = stream(seed, "held-out-rows").permutation(len(rows))
-        held_out = set(order[: max(round(fraction * len(rows)), int(fraction > 0))].tolist())
-    tasks: dict[str, list[int]] = {}
+        fraction, groups = dealing.unseen_fraction, rows.groups(range(len(rows)))
+        order = stream(seed, "held-out-rows").permutation(len(groups))
+        drawn = order[: max(round(fraction * len(groups)), int(fraction > 0))]
+        groups = [groups[index] for index in sorted(drawn.tolist())]
+    tasks: dict[str, list[list[int]]] = {}
+    group_of = {group[0]: group for group in groups}
     for number in stream(seed, "unseen-order").permutation(len(rows)).tolist():
-        if number in held_out:
+        if number in group_of:
             label = rows.labels[number]
             unnamed = f"{HELD_OUT}-{label}" if label else HELD_OUT
-            tasks.setdefault(label if labels else rows.clients[number] if owners else unnamed, []).append(number)
+            name = label if labels else rows.clients[number] if owners else unnamed
+            tasks.setdefault(name, []).append(group_of[number])
     return tasks
+
+
+def _sizes_noted(dealt: Mapping[str, Indices], left: Sequence[Sequence[int]], dealing: RowDealing) -> tuple[str, ...]:
+    """Return a sentence about clients that have no more than the fewest rows, which a Dirichlet draw does not say."""
+    if dealing.partition != "dirichlet":
+        return ()
+    sizes = [sum(len(left[index]) for index in part) for part in dealt.values()]
+    num_smallest = sum(size <= dealing.min_examples for size in sizes)
+    if not num_smallest:
+        return ()
+    return (
+        f"{num_smallest:,} of {len(sizes):,} clients have data.min_examples={dealing.min_examples} rows, the fewest "
+        f"allowed: data.dirichlet_alpha={dealing.dirichlet_alpha:g} leaves them fewer, and rows of the largest clients "
+        f"fill them up. The largest client has {max(sizes):,}.",
+    )
 
 
 def _check_known(key: str, noun: str, asked: Sequence[str], found: Iterable[str]) -> None:
@@ -180,24 +203,31 @@ def _check_known(key: str, noun: str, asked: Sequence[str], found: Iterable[str]
         )
 
 
-def _deal(rows: StoredRows, left: Sequence[int], dealing: RowDealing, seed: int) -> tuple[dict[str, Indices], int, int]:
+def _deal(
+    rows: StoredRows, left: Sequence[Sequence[int]], dealing: RowDealing, seed: int
+) -> tuple[dict[str, Indices], int, int]:
     """Return client id -> indices into ``left``, and how many natural clients were too small or not drawn."""
     if dealing.partition == "natural":
-        return _deal_natural([rows.clients[number] for number in left], dealing, seed)
+        return _deal_natural(rows, left, dealing, seed)
     rng = stream(seed, "partition")
     size = DEFAULT_NUM_CLIENTS if dealing.num_clients is None else dealing.num_clients
+    num_rows = [len(group) for group in left]
     if dealing.partition == "iid":
-        parts = iid(len(left), size, rng, dealing.min_examples)
+        parts = iid(len(left), size, rng, dealing.min_examples, num_rows)
     else:
-        labels = [rows.labels[number] for number in left]
-        parts = dirichlet(labels, size, dealing.dirichlet_alpha, rng, dealing.min_examples)
+        labels = [rows.labels[group[0]] for group in left]
+        parts = dirichlet(labels, size, dealing.dirichlet_alpha, rng, dealing.min_examples, num_rows)
     width = max(len(str(size - 1)), 4)
     return {f"client-{number:0{width}d}": part for number, part in enumerate(parts)}, 0, 0
 
 
-def _deal_natural(clients: Sequence[str], dealing: RowDealing, seed: int) -> tuple[dict[str, Indices], int, int]:
-    owned = by_id(clients)
-    large = {name: part for name, part in owned.items() if len(part) >= dealing.min_examples}
+def _deal_natural(
+    rows: StoredRows, left: Sequence[Sequence[int]], dealing: RowDealing, seed: int
+) -> tuple[dict[str, Indices], int, int]:
+    owned = by_id([rows.clients[group[0]] for group in left])
+    large = {
+        name: part for name, part in owned.items() if sum(len(left[index]) for index in part) >= dealing.min_examples
+    }
     wanted = len(large) if dealing.num_clients is None else dealing.num_clients
     if not 1 <= wanted <= len(large):
         raise InstructionDataError(
@@ -210,19 +240,19 @@ def _deal_natural(clients: Sequence[str], dealing: RowDealing, seed: int) -> tup
     return {name: large[name] for name in names}, len(owned) - len(large), len(large) - wanted
 
 
-def _split(rows: StoredRows, client_id: str, numbers: Sequence[int], seed: int) -> _Parts:
-    parts = train_validation_test(len(numbers), stream(seed, "row-split", client_id))
-    train, validation, test = ([numbers[index] for index in part] for part in parts)
-    return _Parts(train, validation, test, _category(rows, numbers))
+def _split(rows: StoredRows, client_id: str, groups: Sequence[Sequence[int]], seed: int) -> _Parts:
+    parts = train_validation_test(len(groups), stream(seed, "row-split", client_id))
+    train, validation, test = ([groups[index] for index in part] for part in parts)
+    return _Parts([number for group in train for number in group], validation, test, _category(rows, groups))
 
 
-def _category(rows: StoredRows, numbers: Sequence[int]) -> str:
+def _category(rows: StoredRows, groups: Sequence[Sequence[int]]) -> str:
     """Return the label that all these rows have; empty if they have several."""
-    labels = {rows.labels[number] for number in numbers}
+    labels = {rows.labels[number] for group in groups for number in group}
     return labels.pop() if len(labels) == 1 else ""
 
 
-def _tested(parts: _Parts) -> list[int]:
+def _tested(parts: _Parts) -> list[Sequence[int]]:
     return [*parts.validation, *parts.test]
 
 
@@ -231,8 +261,8 @@ def _write(rows: StoredRows, name: str, parts: _Parts, trained: set[bytes], file
     validation, test = (
         [
             example
-            for number in part
-            for prompt, example in zip(rows.prompts(number), rows.examples(number), strict=True)
+            for group in part
+            for prompt, example in zip(rows.prompts(group[0]), rows.merged(group), strict=True)
             if prompt not in trained
         ]
         for part in (parts.validation, parts.test)

@@ -98,8 +98,16 @@ def _data_disagreements(config: Config) -> Iterator[str]:
     if isinstance(data, InstructionsData):
         if data.partition == "dirichlet" and data.label_column is None:
             yield "data.partition=dirichlet needs the name of the label column; set data.label_column"
-        if data.partition == "natural" and data.client_column is None:
-            yield "data.partition=natural needs the column with the owner of a row; set data.client_column"
+        if data.partition == "natural" and data.client_column is None and data.client_from == "column":
+            yield (
+                "data.partition=natural needs the column with the owner of a row; set data.client_column, or "
+                "data.client_from=file if every owner has a file"
+            )
+        if data.client_from == "file" and (data.client_column is not None or data.partition != "natural"):
+            yield (
+                "data.client_from=file needs data.partition=natural and no data.client_column; got "
+                f"data.partition={data.partition} and data.client_column={data.client_column}"
+            )
         if data.unseen_labels and data.label_column is None:
             yield "data.unseen_labels needs the name of the label column; set data.label_column"
         if not data.unseen_labels and data.unseen_fraction == 0:

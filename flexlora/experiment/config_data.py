@@ -90,7 +90,7 @@ class NaturalInstructionsData(CommonData):
 
 
 class InstructionsData(CommonData):
-    """Any instruction data: JSON, JSON lines, CSV, parquet, or a hub data set."""
+    """Any instruction data: JSON, JSON lines, CSV, TSV, parquet, compressed or not, or a hub data set."""
 
     name: Literal["instructions"]
     path: str = Field(description="A file, a folder of files, or a hub id.")
@@ -102,6 +102,12 @@ class InstructionsData(CommonData):
     )
     client_column: str | None = Field(
         default=None, description="Column with the owner of a row, for `partition: natural`."
+    )
+    client_from: Literal["column", "file"] = Field(
+        default="column",
+        description=(
+            "Where the owner of a row stands, for `partition: natural`: in `client_column`, or in the name of its file."
+        ),
     )
     label_column: str | None = Field(
         default=None, description="Column with the label, for `partition: dirichlet` and tables."

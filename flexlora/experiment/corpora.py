@@ -55,6 +55,9 @@ def corpus_of(config: Config, examples: Iterable[OwnedRow] | None = None) -> tup
         raise ConfigError([f"data.name must be in_memory for a run with data=; got {data.name}"], "the configuration")
     is_embedded = name == "embedded" or Path(name).expanduser().resolve() == BASE_FOLDER
     decided_by = {"seed": seed, "data": data.model_dump(mode="json", exclude=NOT_IN_CORPUS)}
+    if isinstance(data, InstructionsData):
+        # Which rows are refused depends on it.
+        decided_by["loss_on"] = data.loss_on
     files = None if isinstance(data, GeneratedData | PhoneBookData) else Path(data.path).expanduser()
     if files is not None and files.exists():
         decided_by["files"] = files_state(files) + files_state(BASE_FOLDER / INSTANCES_FILE)
@@ -111,6 +114,7 @@ def _read_examples(
         unseen_owners=data.unseen_owners,
         unseen_labels=data.unseen_labels,
         unseen_fraction=0.0 if data.unseen_owners or data.unseen_labels else data.unseen_fraction,
+        trains_all=data.loss_on == "all",
     )
     return corpus, _rows_left_out(summary)
 
@@ -125,7 +129,9 @@ def _read_rows(data: InstructionsData, seed: int, file: ExampleFile) -> tuple[Fe
         min_examples=data.min_examples,
         label_column=data.label_column,
         client_column=data.client_column,
+        client_from=data.client_from,
         columns=data.columns,
+        trains_all=data.loss_on == "all",
         unseen_labels=data.unseen_labels,
         unseen_fraction=0.0 if data.unseen_labels else data.unseen_fraction,
         file=file,
@@ -136,11 +142,10 @@ def _read_rows(data: InstructionsData, seed: int, file: ExampleFile) -> tuple[Fe
 def _rows_left_out(summary: InstructionSummary) -> tuple[str, ...]:
     counts = {
         "rows without prompt or answer": summary.num_empty,
-        "rows merged into one with the same prompt": summary.num_repeated,
         "clients with too few rows": summary.num_too_small,
         "test examples that a client trains on": summary.num_leaked,
     }
-    return _left_out(counts)
+    return _left_out(counts) + summary.notes
 
 
 def _left_out(counts: Mapping[str, int]) -> tuple[str, ...]:

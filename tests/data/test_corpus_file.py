@@ -78,3 +78,10 @@ def test_the_hash_is_about_examples_and_not_about_places():
     assert (
         store_corpus(ExampleFile(), moved).hashes["unseen"] == store_corpus(ExampleFile(), corpus()).hashes["clients"]
     )
+
+
+def test_tools_and_fields_of_turns_and_answers_are_kept():
+    history = (("user", "q"), ("assistant", "c", '{"tool_calls": []}'), ("tool", "2", '{"name": "add"}'))
+    examples = [Example("", "", ("a",), history, '[{"name": "add"}]', '{"tool_calls": []}'), Example("p", "", ("b",))]
+    file = ExampleFile()
+    assert file.read(file.append(examples)) == tuple(examples)

@@ -1,11 +1,17 @@
 """Rows of columns from JSON, JSON lines, CSV, parquet, folders and the hub, and the errors of broken files."""
 
+import bz2
 import csv
+import gzip
+import io
 import json
+import lzma
 
 import pytest
 
-from flexlora.data.instruction_files import InstructionDataError, read_fields
+from flexlora.data.data_notes import DataNotes
+from flexlora.data.instruction_errors import InstructionDataError
+from flexlora.data.instruction_files import read_fields
 
 
 def rows(num):
@@ -69,7 +75,7 @@ def test_a_folder_is_all_its_files_in_order(tmp_path):
             "data.csv, line 3: must have the 2 columns of the header; got 3",
         ),
         ("data.csv", 'prompt,completion\n"p" q,c', "data.csv, line 2: not valid CSV"),
-        ("data.xlsx", "x", "files must end in .json, .jsonl, .csv, .parquet"),
+        ("data.xlsx", "x", "files must end in .json, .jsonl, .* or one of these with .gz"),
     ],
 )
 def test_a_broken_file_is_refused_by_its_name(tmp_path, name, content, message):
@@ -105,4 +111,83 @@ def test_a_hub_data_set_is_read_and_its_failure_explained(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InstructionDataError, match=r"org/name is no local file .*no route.*; check name and network"):
+        read("org/name")
+
+
+def test_compressed_files_are_read_as_what_is_in_them(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    lines = "".join(json.dumps(row) + "\n" for row in rows(3)).encode()
+    for name, content in (("a.jsonl.gz", gzip.compress(lines)), ("b.jsonl.bz2", bz2.compress(lines))):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(lines))
+    with pyarrow.CompressedOutputStream(str(tmp_path / "d.JSONL.ZST"), "zstd") as file:
+        file.write(lines)
+    table = io.BytesIO()
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows(3)), table)
+    (tmp_path / "e.parquet.gz").write_bytes(gzip.compress(table.getvalue()))
+    for file in tmp_path.iterdir():
+        assert read(file) == rows(3), file
+    for name, content in (("a.jsonl.gz", lines), ("b.jsonl.bz2", lines), ("c.jsonl.xz", lines), ("d.JSONL.ZST", lines)):
+        (tmp_path / name).write_bytes(content[:40])
+        with pytest.raises(InstructionDataError, match=f"{name} must be a whole, readable file"):
+            read(tmp_path / name)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
+    with pytest.raises(InstructionDataError, match="must be a whole, readable file"):
+        read(tmp_path / "a.jsonl.gz")
+
+
+def test_cells_longer_than_the_csv_module_takes_by_itself_are_read(tmp_path):
+    content = [{"prompt": "p", "completion": "word " * 40_000}]
+    with (tmp_path / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(content)
+    assert read(tmp_path / "table.csv") == content
+
+
+def test_line_ends_in_cells_and_blank_lines_before_the_header_are_as_the_standard_says(tmp_path):
+    # RFC 4180, section 2.6: fields with line breaks are enclosed in double quotes.
+    (tmp_path / "table.csv").write_bytes(b'\r\nprompt,completion\r\n"a\r\nb","""c"""\r\n')
+    assert read(tmp_path / "table.csv") == [{"prompt": "a\r\nb", "completion": '"c"'}]
+    (tmp_path / "table.tsv").write_text("prompt\tcompletion\na, b\tc\n", encoding="utf-8")
+    assert read(tmp_path / "table.tsv") == [{"prompt": "a, b", "completion": "c"}]
+    # Line separators of Unicode and single carriage returns end no line of JSON.
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a\u2028\x85b", "completion": "c"}\r\n', encoding="utf-8")
+    assert read(tmp_path / "lines.jsonl") == [{"prompt": "a\u2028\x85b", "completion": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "prompt,completion,prompt\na,b,c\n", "t.csv, line 1: every column must have a name of its own; 'pro"),
+        ("t.jsonl", '{"prompt": "a", "prompt": "b"}', "t.jsonl, line 1: .*the key 'prompt' occurs twice"),
+        ("t.json", '[{"prompt": "a", "prompt": "b"}]', "t.json must be JSON .the key 'prompt' occurs twice"),
+        ("t.jsonl", '{"a":' * 100_000, "t.jsonl, line 1: must be one JSON object per line"),
+    ],
+)
+def test_two_values_under_one_name_and_endless_nesting_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(InstructionDataError, match=message):
+        read(tmp_path / name)
+
+
+def test_halves_of_surrogate_pairs_are_replaced_and_counted(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"prompt": "\\ud83d", "n": 1}\n{"prompt": "\\ud83d\\ude00"}\n', encoding="utf-8")
+    notes = DataNotes()
+    assert [fields for _, fields in read_fields(tmp_path / "t.jsonl", notes)] == [
+        {"prompt": "\ufffd", "n": 1},
+        {"prompt": "😀"},
+    ]
+    assert notes.num_repaired == 1
+    assert any("1 rows held halves of surrogate pairs" in sentence for sentence in notes.sentences())
+
+
+def test_a_failure_of_the_hub_is_told_whole(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def fail(name, split):
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InstructionDataError, match=r"Please pick one among the available configs: \['main'"):
         read("org/name")

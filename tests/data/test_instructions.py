@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flexlora.data.instruction_files import InstructionDataError
+from flexlora.data.instruction_errors import InstructionDataError
 from flexlora.data.instructions import load_instructions
 
 SHARED = Path(os.environ.get("FLEXLORA_SHARED", Path(__file__).parents[2].parent / "shared"))
@@ -45,14 +45,28 @@ def test_rows_without_an_answer_or_a_prompt_are_left_out_and_counted(tmp_path):
     assert (summary.num_rows, summary.num_empty) == (63, 3)
 
 
-def test_repeated_prompts_are_one_example_and_never_straddle_splits(tmp_path):
+def test_every_answer_to_a_repeated_prompt_is_trained_and_none_straddles_splits(tmp_path):
     again = [{**row, "response": "another answer"} for row in rows(200)]
     file = write_lines(tmp_path / "data.jsonl", [*rows(200), *again])
     corpus, summary = load_instructions(file, 0, num_clients=4)
-    dealt = [example for splits in corpus.clients.values() for example in everything(splits)]
+    trained = [example for splits in corpus.clients.values() for example in splits.train]
+    tested = [
+        example for splits in corpus.clients.values() for part in (splits.validation, splits.test) for example in part
+    ]
     assert summary.num_repeated == 200
-    assert len(dealt) == len({example.instruction for example in dealt}) == 200
-    assert all(len(example.outputs) == 2 for example in dealt)
+    assert len({example.instruction for example in trained}) == len(trained) / 2
+    assert all(len(example.outputs) == 1 for example in trained) and all(len(own.outputs) == 2 for own in tested)
+    assert len({example.instruction for example in [*trained, *tested]}) == len(trained) / 2 + len(tested) == 200
+
+
+def test_two_hundred_answers_to_ten_prompts_are_all_dealt(tmp_path):
+    content = [{"prompt": f"question {n % 10}", "completion": f"answer {n}"} for n in range(200)]
+    corpus, summary = load_instructions(write_lines(tmp_path / "data.jsonl", content), 0, num_clients=1)
+    (splits,) = corpus.clients.values()
+    # One of ten prompts is for validation and one for testing; each has 20 answers.
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (160, 1, 1)
+    assert sorted(len(example.outputs) for example in everything(splits)) == [1] * 160 + [20] * 2
+    assert summary.num_train == 160
 
 
 @pytest.mark.parametrize(
@@ -97,3 +111,34 @@ def test_dolly_is_dealt_to_two_hundred_clients():
     assert (summary.num_rows, summary.num_clients, summary.num_empty) == (13510, 200, 0)
     assert min(len(everything(splits)) for splits in corpus.clients.values()) >= 10
     assert set(corpus.unseen) == {"closed_qa"}
+
+
+@pytest.mark.parametrize("owner", [None, "", "  "])
+def test_an_empty_owner_is_no_client(tmp_path, owner):
+    file = write_lines(tmp_path / "data.jsonl", [*rows(30), {**rows(1)[0], "owner": owner}])
+    with pytest.raises(
+        InstructionDataError, match="line 31: column 'owner' must name the owner of the row; got nothing"
+    ):
+        load_instructions(file, 0, partition="natural", client_column="owner")
+
+
+def test_the_name_of_a_file_can_be_the_owner(tmp_path):
+    for name in ("north.JSONL", "south.jsonl"):
+        write_lines(tmp_path / name, [{**row, "instruction": f"{name} {row['instruction']}"} for row in rows(20)])
+    corpus, _ = load_instructions(tmp_path, 0, partition="natural", client_from="file")
+    assert {name: len(everything(splits)) for name, splits in corpus.clients.items()} == {"north": 20, "south": 20}
+
+
+def test_what_was_not_read_is_in_the_summary(tmp_path):
+    write_lines(tmp_path / "site.jsonl", rows(40))
+    (tmp_path / "site.xlsx").write_bytes(b"")
+    _, summary = load_instructions(tmp_path, 0, num_clients=2)
+    text = " ".join(summary.notes)
+    assert "site.xlsx" in text and "Not used: category, owner." in text
+
+
+def test_answers_keep_their_leading_spaces_from_the_file_to_the_client(tmp_path):
+    content = [{"prompt": f"q {n}", "completion": f"    return {n}\n"} for n in range(10)]
+    corpus, _ = load_instructions(write_lines(tmp_path / "code.jsonl", content), 0, num_clients=1)
+    (splits,) = corpus.clients.values()
+    assert {example.outputs[0] for example in everything(splits)} == {row["completion"] for row in content}

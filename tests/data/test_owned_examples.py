@@ -6,8 +6,10 @@ import tracemalloc
 
 import pytest
 
+from flexlora.data.data_notes import DataNotes
 from flexlora.data.examples import Example
-from flexlora.data.instruction_files import InstructionDataError
+from flexlora.data.instruction_errors import InstructionDataError
+from flexlora.data.instruction_schemas import RowReader
 from flexlora.data.instructions import load_instructions
 from flexlora.data.owned_examples import OwnedExample, load_owned_examples, rows_of
 
@@ -74,12 +76,12 @@ def test_numbers_are_names_of_owners_too():
     assert (list(corpus.clients), list(corpus.unseen)) == (["0", "1", "2"], ["3"])
 
 
-def test_outer_white_space_and_empty_answers_do_not_count():
+def test_empty_answers_do_not_count_and_white_space_stays():
     (row, empty) = rows_of(
-        [OwnedExample("x", " Do. ", ("Done. ", " ", "Done."), history=[("user", " Hi ")])] * 1
+        [OwnedExample("x", " Do. ", ("  Done. ", " ", "  Done. "), history=[("user", " Hi ")])] * 1
         + [OwnedExample("x", "q", " ")]
     )
-    assert row.examples == (Example("Do.", "", ("Done.",), history=(("user", "Hi"),)),)
+    assert row.examples == (Example(" Do. ", "", ("  Done. ",), history=(("user", " Hi "),)),)
     assert empty.examples == ()
 
 
@@ -108,7 +110,7 @@ def test_conversations_are_read_from_mappings():
         ({"owner": "x", "instruction": 7, "output": "c"}, "data, row 2: 'instruction' must be a text; got 7"),
         (OwnedExample("x", "p", 7), "data, row 2: 'answer' must be a text; got 7"),  # type: ignore[arg-type]
         (OwnedExample("x", "p", ["a", 7]), "data, row 2: 'answer' must be a text or a list of texts"),  # type: ignore[list-item]
-        (OwnedExample("x", "p", "a", history=[("tool", "b")]), "data, row 2: 'history' must be pairs of a role"),
+        (OwnedExample("x", "p", "a", history=[("narrator", "b")]), "data, row 2: 'history' must be pairs of a role"),
         (OwnedExample("x", "p", "a", history="Hi"), "data, row 2: 'history' must be .* pairs; got 'Hi'"),  # type: ignore[arg-type]
         (("x", Example("p", 7, ("a",))), "data, row 2: 'input' must be a text; got 7"),  # type: ignore[arg-type]
         (("x", "p"), r"data, row 2: must be an OwnedExample, an \(owner, Example\) pair or a mapping"),
@@ -152,3 +154,17 @@ def test_texts_are_not_kept_in_memory():
     finally:
         tracemalloc.stop()
     assert peak < 10_000_000
+
+
+def test_halves_of_surrogate_pairs_are_replaced_in_every_kind_of_example():
+    half, notes = "a\ud83d", DataNotes()
+    given = [
+        {"owner": half, "prompt": half, "completion": "c"},
+        OwnedExample("x", half, [half], history=[("user", half)]),
+        ("x", Example("p", half, ("c",))),
+        {"owner": "x", "prompt": "p", "completion": "c"},
+    ]
+    found = list(rows_of(given, RowReader(notes, {})))
+    assert repr(found).count("a\\ufffd") + repr(found).count("a\ufffd") == 6
+    assert "ud83d" not in repr(found)
+    assert notes.num_repaired == 3

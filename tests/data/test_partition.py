@@ -150,3 +150,33 @@ def test_the_fixed_validation_set_is_whatever_there_is_when_more_is_asked_for():
     assert sorted(fixed_validation(clients, 99, rng())) == ["a0", "c0", "c1"]
     assert fixed_validation(clients, 0, rng()) == ()
     assert fixed_validation({}, 5, rng()) == ()
+
+
+def test_items_of_several_rows_are_dealt_as_evenly_as_they_allow():
+    num_rows = [20] * 10 + [1] * 40
+    for parts in (
+        iid(50, 4, np.random.default_rng(0), 10, num_rows),
+        dirichlet([n % 3 for n in range(50)], 4, 0.05, np.random.default_rng(0), 10, num_rows),
+    ):
+        assert sorted(np.concatenate(parts).tolist()) == list(range(50))
+        sizes = [sum(num_rows[item] for item in part) for part in parts]
+        assert sum(sizes) == 240 and min(sizes) >= 10
+    # No client can be further from the mean than the largest item.
+    assert all(40 <= sum(num_rows[i] for i in part) <= 80 for part in iid(50, 4, np.random.default_rng(0), 1, num_rows))
+
+
+def test_items_of_one_row_are_dealt_as_without_weights():
+    labels = [n % 3 for n in range(100)]
+    for own, weighted in (
+        (iid(100, 7, np.random.default_rng(1), 3), iid(100, 7, np.random.default_rng(1), 3, [1] * 100)),
+        (
+            dirichlet(labels, 7, 0.1, np.random.default_rng(1), 3),
+            dirichlet(labels, 7, 0.1, np.random.default_rng(1), 3, [1] * 100),
+        ),
+    ):
+        assert all(np.array_equal(one, other) for one, other in zip(own, weighted, strict=True))
+
+
+def test_too_few_prompts_for_so_many_clients_are_refused():
+    with pytest.raises(PartitionError, match="4 clients with at least 10 rows each are not possible with 2 different"):
+        iid(2, 4, np.random.default_rng(0), 10, [50, 50])

@@ -7,7 +7,7 @@ import pytest
 
 from flexlora.data.corpus_file import ExampleFile
 from flexlora.data.examples import Example
-from flexlora.data.instruction_files import InstructionDataError
+from flexlora.data.instruction_errors import InstructionDataError
 from flexlora.data.partition import PartitionError
 from flexlora.data.row_dealing import RowDealing, deal_rows
 from flexlora.data.rows import Row, StoredRows
@@ -148,3 +148,28 @@ def test_dealing_is_a_function_of_the_seed():
 def test_impossible_dealings_are_refused(options, message):
     with pytest.raises(InstructionDataError, match=message):
         RowDealing(**options)
+
+
+def test_clients_at_the_minimum_of_rows_are_counted():
+    content = rows(3000)
+    corpus, summary = deal(content, partition="dirichlet", num_clients=100, dirichlet_alpha=0.01)
+    smallest = sum(len(everything(splits)) == 10 for splits in corpus.clients.values())
+    assert smallest > 50
+    assert any(f"{smallest} of 100 clients have data.min_examples=10 rows" in note for note in summary.notes)
+    assert not deal(content, num_clients=100)[1].notes
+    assert not deal(content, partition="dirichlet", num_clients=3, dirichlet_alpha=100.0)[1].notes
+
+
+def test_answers_to_one_prompt_stay_on_one_side_whatever_the_partition():
+    content = [
+        Row((Example(f"question {n % 40}", "", (f"answer {n}",)),), label="ab"[n % 2], client="xy"[n % 2])
+        for n in range(400)
+    ]
+    for options in ({}, {"partition": "dirichlet", "num_clients": 3}, {"partition": "natural"}):
+        corpus, summary = deal(content, **{"num_clients": 2, **options}, unseen_fraction=0.1)
+        trained = [example for splits in corpus.clients.values() for example in splits.train]
+        tested = [e for s in corpus.clients.values() for e in (*s.validation, *s.test)]
+        tested += [example for splits in corpus.unseen.values() for example in splits.test]
+        assert not {e.instruction for e in trained} & {e.instruction for e in tested}
+        assert all(len(e.outputs) == 1 for e in trained) and all(len(e.outputs) > 1 for e in tested)
+        assert len(trained) + sum(len(e.outputs) for e in tested) == 400 and summary.num_repeated == 360

@@ -1,4 +1,4 @@
-"""Rows in a file: what is merged, what is counted, and what identifies a prompt."""
+"""Rows in a file: which share a prompt, what is counted, and what identifies a prompt."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,26 +18,33 @@ def stored(content, *, within_clients=False):
     return rows
 
 
-def test_a_repeated_prompt_is_one_row_that_accepts_all_answers_in_their_order():
+def test_rows_with_one_prompt_are_a_group_that_accepts_all_answers_in_their_order():
     rows = stored([row("p", "a", label="first"), row("q", "b"), row("p", "c", label="second"), row("p", "a")])
     assert [rows.examples(number) for number in range(len(rows))] == [
-        (Example("p", "", ("a", "c")),),
-        (Example("q", "", ("b",)),),
+        (Example(prompt, "", (answer,)),) for prompt, answer in (("p", "a"), ("q", "b"), ("p", "c"), ("p", "a"))
     ]
-    assert (rows.labels, rows.num_read, rows.num_repeated, rows.num_empty) == (["first", ""], 4, 2, 0)
+    assert rows.groups(range(4)) == [[0, 2, 3], [1]] and rows.groups([3, 1]) == [[3], [1]]
+    assert rows.merged([0, 2, 3]) == (Example("p", "", ("a", "c")),)
+    assert (rows.labels, rows.num_read, rows.num_repeated, rows.num_empty) == (["first", "", "second", ""], 4, 2, 0)
+
+
+def test_texts_that_stand_alone_share_no_prompt():
+    rows = stored([row("", "one text"), row("", "another"), row("", "one text")])
+    assert rows.groups(range(3)) == [[0, 2], [1]]
 
 
 def test_equal_prompts_of_two_clients_stay_apart_only_within_clients():
     content = [row("p", "a", "x"), row("p", "b", "y"), row("p", "c", "x")]
     apart = stored(content, within_clients=True)
-    assert apart.clients == ["x", "y"] and apart.examples(0)[0].outputs == ("a", "c")
-    assert stored(content).clients == ["x"]
+    assert apart.clients == ["x", "y", "x"] and apart.groups(range(3)) == [[0, 2], [1]]
+    assert stored(content).groups(range(3)) == [[0, 1, 2]]
 
 
-def test_conversations_are_merged_only_if_all_their_prompts_are_equal():
+def test_conversations_are_one_group_only_if_all_their_prompts_are_equal():
     first, second = Example("Hi", "", ("a",)), Example("more", "", ("b",), history=(("user", "Hi"),))
     rows = stored([Row((first,)), Row((first, second)), Row((first, second)), Row((second,))])
-    assert [len(rows.prompts(number)) for number in range(len(rows))] == [1, 2, 1]
+    assert [len(rows.prompts(number)) for number in range(len(rows))] == [1, 2, 2, 1]
+    assert rows.groups(range(4)) == [[0], [1, 2], [3]]
     assert rows.prompts(1) == [prompt_hash(first), prompt_hash(second)]
 
 
@@ -57,5 +64,9 @@ prompts = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(prompts, prompts)
-def test_two_examples_have_one_hash_exactly_if_their_prompts_are_equal(one, other):
-    assert (prompt_hash(one) == prompt_hash(other)) == (one == other)
+def test_two_examples_have_one_hash_exactly_if_their_prompts_are_equal_up_to_outer_white_space(one, other):
+    def stripped(example):
+        history = tuple((role, content.strip()) for role, content in example.history)
+        return example.instruction.strip(), example.input.strip(), history
+
+    assert (prompt_hash(one) == prompt_hash(other)) == (stripped(one) == stripped(other))

@@ -1,0 +1,241 @@
+"""Turns conversations into examples: one for each turn of the assistant that is to be trained.
+
+Turns come as OpenAI and the Hugging Face libraries write them (``role`` and ``content``) or as ShareGPT does (``from``
+and ``value``). What a turn holds besides is honoured, refused by name if it would be lost, or noted as not used.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flexlora.data.cells import is_missing, text_of
+from flexlora.data.data_notes import DataNotes
+from flexlora.data.examples import Example, Turn
+from flexlora.data.found_values import abridged
+from flexlora.data.instruction_errors import InstructionDataError
+
+# What data call a role -> what chat templates call it. OpenAI's developers say what only the system said before.
+ROLES: Mapping[str, str] = {
+    **{name: "system" for name in ("system", "developer")},
+    **{name: "user" for name in ("user", "human")},
+    **{name: "assistant" for name in ("assistant", "gpt", "chatgpt", "bard", "bing", "model", "function_call")},
+    **{name: "tool" for name in ("tool", "function", "observation", "function_response", "ipython")},
+}
+# Fields that say whether a turn of the assistant is trained.
+WEIGHTS = ("weight", "train", "loss")
+# Fields that would be lost, and what to do about them.
+REFUSED = {
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "put it into the content, or remove it"),
+    **dict.fromkeys(("audio", "image", "images", "video", "videos"), "only texts are trained; remove it"),
+    "refusal": "put it into the content",
+}
+_KNOWN = {"role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id", *WEIGHTS, *REFUSED}
+
+
+@dataclass(frozen=True)
+class ParsedTurn:
+    """One turn of a conversation.
+
+    Attributes:
+        role: As chat templates call it.
+        content: As a text, tool calls as JSON behind it.
+        fields: JSON object of what a chat template is given besides; empty for none.
+        is_trained: What the turn says about that; None if nothing.
+    """
+
+    role: str
+    content: str
+    fields: str = ""
+    is_trained: bool | None = None
+
+    def as_turn(self) -> Turn:
+        """Return the turn as histories hold it."""
+        return (self.role, self.content, self.fields) if self.fields else (self.role, self.content)
+
+
+def examples_of(
+    turns: Sequence[ParsedTurn], tools: str, place: str, notes: DataNotes, first: int = 0
+) -> tuple[Example, ...]:
+    """Return one example per answer of the assistant, with everything before its question as history.
+
+    Turns whose weight is 0 are context only, and so are those before the first question.
+
+    Args:
+        turns: The conversation.
+        tools: JSON list of tools; empty for none.
+        place: File and line of the row, for error messages.
+        notes: Told about answers without a question.
+        first: Turns before this one are context only.
+
+    Raises:
+        InstructionDataError: An answer follows neither a question nor the result of a tool.
+    """
+    examples = []
+    for index, turn in enumerate(turns):
+        if index < first or turn.role != "assistant" or not turn.content.strip() or turn.is_trained is False:
+            continue
+        before = turns[index - 1] if index else None
+        if all(earlier.role != "user" for earlier in turns[:index]):
+            notes.num_unasked += 1
+        elif before is None or before.role not in ("user", "tool"):
+            raise InstructionDataError(
+                f"{place}, turn {index + 1}: an answer of the assistant must follow a turn of the user or of a tool; "
+                f"got one after {before.role if before else 'nothing'}"
+            )
+        elif before.role == "tool" or before.content.strip():
+            # A question is cut last; whatever else an answer follows stays the turn that it is.
+            asks = before.role == "user" and not before.fields
+            history = tuple(earlier.as_turn() for earlier in turns[: index - 1 if asks else index])
+            question = before.content if asks else ""
+            examples.append(Example(question, "", (turn.content,), history, tools, turn.fields))
+    return tuple(examples)
+
+
+def turns_of(value: object, name: str, place: str, notes: DataNotes, *, trains_all: bool = False) -> list[ParsedTurn]:
+    """Return the turns that a column holds, as a list or as the JSON of one.
+
+    Args:
+        value: Of the column.
+        name: Of the column.
+        place: File and line of the row, for error messages.
+        notes: Told about fields that are not used.
+        trains_all: Whether the loss looks at all tokens, whatever a turn says.
+
+    Raises:
+        InstructionDataError: A turn is broken or holds what would be lost; the message names turn and field.
+    """
+    messages = listed(value, place)
+    if messages is None:
+        raise InstructionDataError(f"{place}: {name} must be a list of turns; got {abridged(value)}")
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        turn = f"{place}, turn {number}"
+        if not isinstance(message, Mapping):
+            raise InstructionDataError(f"{turn}: must be an object with role and content; got {abridged(message)}")
+        turns.append(_turn(message, turn, notes, trains_all))
+    return turns
+
+
+def listed(value: object, place: str) -> list[object] | None:
+    """Return a list, or what the JSON of one holds, as in a cell of a table; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parsed_json(value, place)
+    return list(value) if isinstance(value, list | tuple) else None
+
+
+def parsed_json(text: str, place: str) -> object:
+    """Return what a JSON text in a cell or a field says.
+
+    Raises:
+        InstructionDataError: It is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InstructionDataError(f"{place}: {abridged(text)} must be JSON ({error}); repair it") from error
+
+
+def _turn(message: Mapping[str, object], place: str, notes: DataNotes, trains_all: bool) -> ParsedTurn:
+    for field, remedy in REFUSED.items():
+        if not is_missing(message.get(field)):
+            raise InstructionDataError(f"{place}: the field {field!r} cannot be trained; {remedy}")
+    named = message.get("role") if not is_missing(message.get("role")) else message.get("from")
+    role = ROLES.get(named.lower()) if isinstance(named, str) else None
+    if role is None:
+        raise InstructionDataError(
+            f"{place}: role must be system, user, assistant or tool, or another name of one of these; "
+            f"got {abridged(named)}"
+        )
+    calls = _calls(message, place)
+    key = "value" if "content" not in message and "value" in message else "content"
+    if calls and key not in message:
+        content = ""
+    elif named == "function_call":
+        content, calls = "", [_call(parsed_json(text_of(message, key, place), place), place)]
+    else:
+        content = _content(message, key, place)
+    notes.unused.update(f"{field} (of turns)" for field in set(message) - _KNOWN if not is_missing(message[field]))
+    fields: dict[str, object] = {
+        name: message[name] for name in ("name", "tool_call_id") if not is_missing(message.get(name))
+    }
+    text = content
+    if calls:
+        if role != "assistant":
+            raise InstructionDataError(f"{place}: only the assistant may have 'tool_calls'; the role is {role}")
+        fields |= {"content": content, "tool_calls": calls}
+        functions = [call["function"] if isinstance(call, Mapping) else call for call in calls]
+        text = "\n".join(part for part in (content, _json(functions)) if part)
+    is_trained = _is_trained(message, role, place, trains_all)
+    return ParsedTurn(role, text, _json(fields) if fields else "", is_trained)
+
+
+def _content(message: Mapping[str, object], key: str, place: str) -> str:
+    """Return what a turn says; parts that are texts are joined."""
+    value = message.get(key)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return text_of(message, key, place)
+    texts = []
+    for part in value:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = str(part.get("type") or "text") if isinstance(part, Mapping) else "text"
+        if not kind.endswith("text") or not isinstance(text, str):
+            raise InstructionDataError(
+                f"{place}: {key!r} must be a text or a list of texts; one of its parts is {abridged(part)}: only texts "
+                "are trained, remove the row or the part"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(message: Mapping[str, object], place: str) -> list[Mapping[str, object]]:
+    calls = message.get("tool_calls")
+    if is_missing(calls):
+        legacy = message.get("function_call")
+        return [] if is_missing(legacy) else [_call(legacy, place)]
+    found = listed(calls, place)
+    if found is None:
+        raise InstructionDataError(f"{place}: 'tool_calls' must be a list of calls; got {abridged(calls)}")
+    return [_call(call, place) for call in found]
+
+
+def _call(call: object, place: str) -> Mapping[str, object]:
+    """Return a tool call as chat templates take it: its arguments as an object."""
+    if isinstance(call, str):
+        call = parsed_json(call, place)
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InstructionDataError(
+            f"{place}: a tool call must be an object with the name and the arguments of a function; got "
+            f"{abridged(call)}"
+        )
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
+        arguments = parsed_json(arguments, place)
+    identity = {"id": call["id"]} if isinstance(call, Mapping) and not is_missing(call.get("id")) else {}
+    return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+
+
+def _is_trained(message: Mapping[str, object], role: str, place: str, trains_all: bool) -> bool | None:
+    for field in WEIGHTS:
+        value = message.get(field)
+        if is_missing(value):
+            continue
+        if value not in (0, 1):
+            raise InstructionDataError(f"{place}: {field!r} must be 0 or 1; got {abridged(value)}")
+        if role == "assistant" and not value and trains_all:
+            raise InstructionDataError(
+                f"{place}: {field!r} is 0, but data.loss_on=all trains every turn; set data.loss_on to answers"
+            )
+        if role != "assistant" and value and not trains_all:
+            raise InstructionDataError(
+                f"{place}: {field!r} is 1 on a turn of {role}, and only the assistant's are trained; remove it, or set "
+                "data.loss_on to all"
+            )
+        return bool(value)
+    return None
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,105 @@
+"""Conversations of every common writer become examples; what a turn says about itself is honoured or refused."""
+
+import json
+
+import pytest
+
+from flexlora.data.data_notes import DataNotes
+from flexlora.data.examples import Example
+from flexlora.data.instruction_errors import InstructionDataError
+from flexlora.data.instruction_schemas import RowReader
+
+QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
+
+
+def read(row, notes=None, **options):
+    return list(RowReader(notes or DataNotes(), {}, **options).examples(row, "line 1"))
+
+
+def test_an_answer_of_weight_zero_is_context_and_not_trained():
+    # https://platform.openai.com/docs/guides/fine-tuning: "a weight key (0 or 1)" on assistant messages.
+    turns = [QUESTION, {**ANSWER, "weight": 0}, {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]
+    assert read({"messages": turns}) == [Example("r", "", ("b",), history=(("user", "q"), ("assistant", "a")))]
+
+
+@pytest.mark.parametrize("field", ["weight", "train", "loss"])
+@pytest.mark.parametrize(("value", "num"), [(0, 0), (0.0, 0), (False, 0), (1, 1), (True, 1), (None, 1)])
+def test_every_name_of_a_weight_is_honoured(field, value, num):
+    assert len(read({"messages": [QUESTION, {**ANSWER, field: value}]})) == num
+
+
+@pytest.mark.parametrize(
+    ("turn", "options", "message"),
+    [
+        ({**ANSWER, "weight": 0.5}, {}, "line 1, turn 2: 'weight' must be 0 or 1; got 0.5"),
+        ({**ANSWER, "train": "no"}, {}, "turn 2: 'train' must be 0 or 1; got 'no'"),
+        ({**ANSWER, "weight": 0}, {"trains_all": True}, "'weight' is 0, but data.loss_on=all trains every turn"),
+        ({**QUESTION, "weight": 1}, {}, "'weight' is 1 on a turn of user, and only the assistant's are trained"),
+        ({**ANSWER, "reasoning_content": "hm"}, {}, "turn 2: the field 'reasoning_content' cannot be trained; put it"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, {}, "one of its parts is .*image_url"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}, {}, "a tool call must be an object with"),
+        ({**QUESTION, "tool_calls": [CALL]}, {}, "only the assistant may have 'tool_calls'"),
+        ({"from": "human", "value": 7}, {}, "turn 2: 'value' must be a text; got 7"),
+    ],
+)
+def test_what_would_be_lost_is_refused_by_turn_and_field(turn, options, message):
+    with pytest.raises(InstructionDataError, match=message):
+        read({"messages": [QUESTION, turn]}, **options)
+
+
+def test_sharegpt_is_read_as_the_same_conversation_of_openai():
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    openai = [{"role": role, "content": content} for role, content in turns]
+    sharegpt = [{"from": names[role], "value": content} for role, content in turns]
+    assert read({"conversations": sharegpt}) == read({"messages": openai}) != []
+    assert read({"conversations": json.dumps(sharegpt)}) == read({"messages": openai})
+    # What LLaMA-Factory's variant has in a column of its own.
+    assert read({"conversations": sharegpt[1:], "system": "s"}) == read({"messages": openai})
+    with pytest.raises(InstructionDataError, match="both a column and the first turn say what the system says"):
+        read({"conversations": sharegpt, "system": "s"})
+
+
+def test_developers_speak_as_the_system_and_text_parts_are_joined():
+    parts = [{"type": "text", "text": "q"}, {"type": "text", "text": "?"}]
+    turns = [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}, ANSWER]
+    assert read({"messages": turns}) == [Example("q?", "", ("a",), history=(("system", "s"),))]
+
+
+def test_tool_calls_and_their_results_are_turns_like_others():
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    result = {"role": "tool", "tool_call_id": "call00001", "content": "2"}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    called, answered = read({"messages": [QUESTION, call, result, ANSWER], "tools": tools})
+    assert called.outputs == ('[{"name": "add", "arguments": {"x": 1}}]',)
+    assert json.loads(called.answer_fields)["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert (answered.instruction, answered.outputs) == ("", ("a",))
+    assert [turn[0] for turn in answered.history] == ["user", "assistant", "tool"]
+    assert json.loads(answered.history[2][2]) == {"tool_call_id": "call00001"}
+    assert json.loads(called.tools) == tools == json.loads(answered.tools)
+    # Earlier words for the same.
+    old = [QUESTION, {"role": "assistant", "function_call": CALL["function"]}, {"role": "function", "content": "2"}]
+    assert len(read({"messages": [*old, ANSWER]})) == 2
+    sharegpt = [("human", "q"), ("function_call", json.dumps(CALL["function"])), ("observation", "2"), ("gpt", "a")]
+    turns = [{"from": role, "value": content} for role, content in sharegpt]
+    assert [example.outputs for example in read({"conversations": turns})] == [called.outputs, ("a",)]
+
+
+def test_prompt_and_completion_may_be_conversations_of_which_the_completion_is_trained():
+    # The conversational form of TRL's prompt-completion data sets.
+    expected = [Example("r", "", ("b",), history=(("user", "q"), ("assistant", "a")))]
+    prompt, completion = [QUESTION, ANSWER, {"role": "user", "content": "r"}], [{"role": "assistant", "content": "b"}]
+    assert read({"prompt": prompt, "completion": completion}) == expected
+    assert read({"prompt": prompt, "completion": "b"}) == expected
+    assert read({"prompt": "q", "completion": [ANSWER]}) == [Example("q", "", ("a",))]
+
+
+def test_answers_before_the_first_question_are_counted_and_fields_that_are_not_used_named():
+    notes = DataNotes()
+    greeting = {"role": "assistant", "content": "Hello", "timestamp": 7}
+    (example,) = read({"messages": [greeting, QUESTION, ANSWER], "source": "web"}, notes)
+    assert example.history == (("assistant", "Hello"),)
+    assert notes.num_unasked == 1
+    assert set(notes.unused) == {"timestamp (of turns)", "source"}
+    assert "Not used: source, timestamp (of turns)." in notes.sentences()
