@@ -1,10 +1,26 @@
-"""Writes numbers, sizes, durations, ranks and module names as text for people."""
+"""Writes numbers, sizes, durations, ranks and names as text for people."""
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 NONE = "–"
+
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_BUT_LINE_BREAKS = {code: text for code, text in _CONTROLS.items() if code != ord("\n")}
+
+
+def printable(text: str, *, keep_lines: bool = False) -> str:
+    """Return a text with its control characters (C0, DEL and C1) written as ``\\x1b``.
+
+    A terminal takes these as commands: names from files of others must not reach one as they are.
+
+    Args:
+        text: What will be shown.
+        keep_lines: Leave line breaks as they are, in texts that have some of their own.
+    """
+    return text.translate(_BUT_LINE_BREAKS if keep_lines else _CONTROLS)
 
 
 def describe_ranks(ranks: Mapping[str, int]) -> str:

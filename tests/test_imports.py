@@ -16,10 +16,14 @@ ROOT_FILE = PACKAGE / "__init__.py"
 HEAVY = {"torch", "transformers", "peft", "datasets", "flwr", "matplotlib", "ray", "pandas"}
 
 RANKS = {
+    "text": -1,
     "errors": 0,
     "files": 0,
-    "text": 0,
     "progress": 0,
+    "foreign": 1,
+    "locks": 1,
+    "patterns": 1,
+    "seal": 1,
     "lora": 1,
     "federation": 2,
     "data": 3,

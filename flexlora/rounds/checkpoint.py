@@ -1,7 +1,8 @@
 """Saves the server's state after a round and reads it back to the same bits, so that a run survives being killed.
 
 One checkpoint is one folder ``round-NNNN`` with ``state.safetensors`` (every tensor) and ``state.json`` (everything
-else, and the digest of the tensors). The folder appears under its name only when both files are on disk.
+else, the digest of the tensors, and a digest of itself). The folder appears under its name only when both files are on
+disk.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,23 @@ from torch import Tensor
 from flexlora.errors import FlexLoraError
 from flexlora.federation.messages import Broadcast, KeptFactors, SparseMask, TailPenalty
 from flexlora.files import appearing_whole, write_whole
+from flexlora.foreign import read_json
 from flexlora.lora.factors import LoraFactors
+from flexlora.seal import sealed, unsealed
+from flexlora.text import printable
 
 log = logging.getLogger(__name__)
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+UNSEALED_VERSION = 1
+"""The format before, which is still read: its ``state.json`` has no digest of itself."""
+
+
+MOST_LOOKS = 5
+"""Times that a folder is read again because a live run replaced what was being read."""
 
 
 TENSORS_FILE = "state.safetensors"
@@ -62,7 +74,10 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
-    """Write ``folder/round-NNNN`` atomically, then drop all but the newest ``keep`` checkpoints."""
+    """Write ``folder/round-NNNN`` atomically, then drop all but the newest ``keep`` checkpoints.
+
+    Checkpoints of later rounds are dropped too: the run has gone back behind them because they are damaged.
+    """
     tensors: dict[str, Tensor] = {}
     tree = _encode(checkpoint.state, tensors, "state")
     others = {"sent": _encode(checkpoint.sent, tensors, "sent")}
@@ -79,47 +94,78 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
             "state": tree,
             **others,
         }
-        (partial / TREE_FILE).write_text(json.dumps(description), encoding="utf-8")
-    for old in _folders(folder)[keep:]:
+        (partial / TREE_FILE).write_text(sealed(json.dumps(description)), encoding="utf-8")
+    there = _folders(folder)
+    later = [path for path in there if _round_of(path) > checkpoint.server_round]
+    for old in (*later, *there[len(later) + keep :]):
         shutil.rmtree(old)
 
 
 def replace_progress(folder: Path, server_round: int, progress: Mapping[str, Any]) -> None:
-    """Replace the progress in the checkpoint of ``server_round``, atomically; its state stays."""
-    path = _folder_of(folder, server_round) / TREE_FILE
-    description = {**json.loads(path.read_bytes()), "progress": dict(progress)}
-    write_whole(path, json.dumps(description))
+    """Replace the progress in the checkpoint of ``server_round``, atomically; its state stays.
+
+    Raises:
+        CheckpointError: If that checkpoint is damaged.
+    """
+    place = _folder_of(folder, server_round)
+    description = {**_description(place), "format_version": FORMAT_VERSION, "progress": dict(progress)}
+    write_whole(place / TREE_FILE, sealed(json.dumps(description)))
 
 
-def load_latest(folder: Path, types: tuple[type, ...]) -> Checkpoint | None:
+def load_latest(
+    folder: Path, types: tuple[type, ...], check: Callable[[Checkpoint], object] = lambda checkpoint: None
+) -> Checkpoint | None:
     """Return the newest checkpoint that is whole, or None when there is none.
 
-    A damaged checkpoint is skipped, with a warning in the log, and the one before it is read.
+    A damaged checkpoint is skipped, with a warning in the log, and the one before it is read. A run may be writing to
+    the folder meanwhile.
 
     Args:
         folder: The ``checkpoints`` folder of a run.
         types: The dataclasses that states may be made of.
+        check: Raises for a checkpoint that is whole but cannot be used; then the one before it is read.
 
     Raises:
         CheckpointError: Checkpoints exist but none can be read.
     """
-    candidates = _folders(folder)
-    problems = []
-    for candidate in candidates:
-        try:
-            return _read(candidate, {kind.__name__: kind for kind in types})
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            problems.append(f"{candidate}: {error}")
-            log.warning("checkpoint skipped: %s", problems[-1])
+    known = {kind.__name__: kind for kind in types}
+    for _ in range(MOST_LOOKS):
+        candidates, problems = _folders(folder), []
+        for candidate in candidates:
+            try:
+                found = _read(candidate, known)
+                check(found)
+                return found
+            except MemoryError:
+                raise
+            except Exception as error:  # What damage does to bytes cannot be listed.
+                told = error if isinstance(error, FlexLoraError) else f"{type(error).__name__}: {error}"
+                problems.append(f"{candidate}: {told}")
+                if candidate.exists():
+                    log.warning("checkpoint skipped: %s", printable(problems[-1]))
+        if _folders(folder) == candidates:
+            break
+    else:
+        problems.append("it was replaced again and again while it was read")
     if problems:
-        raise CheckpointError("no checkpoint can be read; start anew with --overwrite. " + "; ".join(problems))
+        raise CheckpointError(
+            "no checkpoint can be read; put a copy of the folder back, or start anew with --overwrite. "
+            + "; ".join(problems)
+        )
     return None
 
 
+def held_progress(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the progress in every checkpoint whose description is whole, newest first."""
+    for place in _folders(folder):
+        try:
+            yield _description(place)["progress"]
+        except (OSError, KeyError, ValueError):
+            continue
+
+
 def _read(folder: Path, types: Mapping[str, type]) -> Checkpoint:
-    description = json.loads((folder / TREE_FILE).read_bytes())
-    if description["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(f"format {description['format_version']} is not {FORMAT_VERSION}, the one read here")
+    description = _description(folder)
     content = (folder / TENSORS_FILE).read_bytes()
     if hashlib.sha256(content).hexdigest() != description["sha256"]:
         raise CheckpointError(f"{TENSORS_FILE} does not have the digest that {TREE_FILE} names; the file is damaged")
@@ -131,14 +177,38 @@ def _read(folder: Path, types: Mapping[str, type]) -> Checkpoint:
     return Checkpoint(description["server_round"], state, description["progress"], sent, kept)
 
 
+def _description(folder: Path) -> dict[str, Any]:
+    """Return what the JSON file of a checkpoint says, without its digest.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    path = folder / TREE_FILE
+    body, is_sealed = unsealed(path.read_bytes())
+    description = read_json(body, TREE_FILE)
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if version != (FORMAT_VERSION if is_sealed else UNSEALED_VERSION):
+        raise CheckpointError(
+            f"{TREE_FILE} says format {version!r:.20} and has {'a' if is_sealed else 'no'} digest of itself; read are "
+            f"{FORMAT_VERSION} with one and {UNSEALED_VERSION} without; the file is damaged, or of a later version"
+        )
+    if description.get("server_round") != _round_of(folder):
+        raise CheckpointError(f"{TREE_FILE} is that of round {description.get('server_round')!r:.20}; was it copied?")
+    return description
+
+
 def _folder_of(folder: Path, server_round: int) -> Path:
     return folder / f"round-{server_round:04d}"
 
 
 def _folders(folder: Path) -> list[Path]:
     """Return the checkpoint folders, newest first."""
-    found = [path for path in folder.glob("round-*") if path.is_dir() and path.name.removeprefix("round-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("round-")), reverse=True)
+    found = [path for path in folder.glob("round-*") if path.is_dir() and path.name.removeprefix("round-").isdecimal()]
+    return sorted(found, key=_round_of, reverse=True)
+
+
+def _round_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("round-"))
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:

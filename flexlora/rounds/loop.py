@@ -7,15 +7,17 @@ from flexlora.aggregators.base import check_state
 from flexlora.federation.messages import KeptFactors
 from flexlora.rounds.checkpoint import Checkpoint, load_latest, replace_progress, save_checkpoint
 from flexlora.rounds.cohort import cohort_work
+from flexlora.rounds.history import history_lines, line_digest, line_in, write_history
 from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER, Loop, Outcome, Progress, RoundEvent, Stopwatch
 from flexlora.rounds.outcomes import aggregated, checked, round_record, trained
 from flexlora.rounds.records import (
     RECORDS_FILE,
     ClientRecord,
+    RecordsError,
     RoundRecord,
     append_record,
-    keep_rounds,
-    read_records,
+    from_line,
+    lines_of,
     to_line,
 )
 
@@ -60,26 +62,56 @@ def _end_of_round(loop: Loop, before: Progress, after: Progress, watch: Stopwatc
 def _resumed(loop: Loop) -> tuple[int, Any, Progress] | None:
     """Return round, state and progress of the newest checkpoint, with the records brought in line; None without one.
 
-    A checkpoint whose round had yet to be scored is scored first.
+    A checkpoint whose round had yet to be scored is scored first. One whose earlier rounds have no records any more is
+    passed over, as a damaged one is.
     """
-    checkpoint = load_latest(loop.folder / CHECKPOINTS_FOLDER, loop.state_types)
+    checkpoint = load_latest(loop.folder / CHECKPOINTS_FOLDER, loop.state_types, lambda found: _remaining(loop, found))
     if checkpoint is None:
+        _refuse_to_forget(loop)
         return None
-    server_round, state, records = checkpoint.server_round, checkpoint.state, loop.folder / RECORDS_FILE
-    progress = Progress.from_json(checkpoint.progress["loop"], checkpoint.sent, checkpoint.kept)
-    record = RoundRecord.model_validate_json(checkpoint.progress["record"])
-    if record.evaluation is None and _is_scored(loop, server_round, progress):
-        keep_rounds(records, server_round - 1)
+    progress, record, lines = _remaining(loop, checkpoint)
+    server_round, state = checkpoint.server_round, checkpoint.state
+    write_history(loop.folder / RECORDS_FILE, lines)
+    progress = dataclasses.replace(progress, history=tuple(map(line_digest, lines)))
+    if _is_unscored(loop, progress, record):
         return server_round, state, _finish_round(loop, state, progress, record, is_saved=True)
-    keep_rounds(records, server_round)
-    written = read_records(records)
-    if not written or written[-1].server_round < server_round:
-        append_record(records, record)
     gave_up = progress.failed_rounds_in_a_row >= loop.settings.max_failed_rounds
     if gave_up and server_round < loop.settings.num_rounds:
         # The cause may be gone by now: a resumed run tries again.
         progress = dataclasses.replace(progress, failed_rounds_in_a_row=0, stopped=None)
     return server_round, state, progress
+
+
+def _remaining(loop: Loop, checkpoint: Checkpoint) -> tuple[Progress, RoundRecord, list[bytes]]:
+    """Return progress and record of a checkpoint, and the lines of the record file that stay."""
+    progress = Progress.from_json(checkpoint.progress["loop"], checkpoint.sent, checkpoint.kept)
+    own, path, checkpoints = line_in(checkpoint.progress), loop.folder / RECORDS_FILE, loop.folder / CHECKPOINTS_FOLDER
+    record = from_line(own)
+    if record.server_round != checkpoint.server_round:
+        raise RecordsError(f"a checkpoint of round {checkpoint.server_round} holds a record of {record.server_round}")
+    if _is_unscored(loop, progress, record):
+        lines = history_lines(path, record.server_round - 1, checkpoints, progress.history)
+    else:
+        lines = history_lines(path, record.server_round, checkpoints, progress.history, own)
+    return progress, record, lines
+
+
+def _is_unscored(loop: Loop, progress: Progress, record: RoundRecord) -> bool:
+    return record.evaluation is None and _is_scored(loop, record.server_round, progress)
+
+
+def _refuse_to_forget(loop: Loop) -> None:
+    """Raise if there are rounds on record but no checkpoint: a run that began anew would lose them without a word.
+
+    Raises:
+        RecordsError: Naming what to do.
+    """
+    path = loop.folder / RECORDS_FILE
+    if path.exists() and len(lines_of(path)) > 1:
+        raise RecordsError(
+            f"{path} has records of {len(lines_of(path))} rounds, and {loop.folder / CHECKPOINTS_FOLDER} has no "
+            "checkpoint to go on from: put a copy of it back, or start anew with --overwrite"
+        )
 
 
 def _started(loop: Loop) -> tuple[int, Any, Progress]:
@@ -99,7 +131,7 @@ def _started(loop: Loop) -> tuple[int, Any, Progress]:
     )
     progress = Progress(best_validation_loss=scores.validation_loss)
     _save(loop, state, progress, record)
-    append_record(loop.folder / RECORDS_FILE, record)
+    progress = _recorded(loop, progress, record)
     loop.notify(RoundEvent("done", 0, record=record))
     return 0, state, progress
 
@@ -128,9 +160,15 @@ def _finish_round(
             replace_progress(loop.folder / CHECKPOINTS_FOLDER, server_round, remembered)
         elif progress.stopped is not None:
             _save(loop, state, progress, record)
-    append_record(loop.folder / RECORDS_FILE, record)
+    progress = _recorded(loop, progress, record)
     loop.notify(RoundEvent("done", server_round, len(record.clients), record=record))
     return progress
+
+
+def _recorded(loop: Loop, progress: Progress, record: RoundRecord) -> Progress:
+    """Write the record of a round and return the progress that knows its line."""
+    append_record(loop.folder / RECORDS_FILE, record)
+    return dataclasses.replace(progress, history=(*progress.history, line_digest(to_line(record).encode())))
 
 
 def _is_last(loop: Loop, server_round: int, progress: Progress) -> bool:

@@ -65,6 +65,7 @@ class Progress:
         clock: Virtual time, if it is simulated.
         sent: Round and plan name -> what clients still at work were sent; checkpointed as tensors.
         kept: Client id -> the factor that it keeps between rounds; checkpointed as tensors.
+        history: Digests of the lines of the record file, by round.
     """
 
     best_validation_loss: float | None = None
@@ -75,6 +76,7 @@ class Progress:
     clock: ClockState = field(default_factory=ClockState)
     sent: Mapping[str, Broadcast] = field(default_factory=dict)
     kept: Mapping[str, KeptFactors] = field(default_factory=dict)
+    history: tuple[str, ...] = ()
 
     def keeping(self, kept: Mapping[str, KeptFactors]) -> "Progress":
         """Return the progress after clients have trained the factors that they keep."""
@@ -122,7 +124,8 @@ class Progress:
             breakdown = trip["breakdown"] and Breakdown(**trip["breakdown"])
             trips.append(Trip(**{**trip, "breakdown": breakdown}))
         state = ClockState(**clock, trips=tuple(trips))
-        return Progress(**{**values, "clock": state, "sent": sent, "kept": kept})
+        history = tuple(values.get("history", ()))
+        return Progress(**{**values, "clock": state, "sent": sent, "kept": kept, "history": history})
 
 
 @dataclass(frozen=True)

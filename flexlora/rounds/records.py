@@ -3,7 +3,8 @@
 `records.jsonl` holds one `RoundRecord` per line, `references.json` one `ReferencesRecord`, `manifest.json` one
 `ManifestRecord`. Every file is strict JSON: NaN and the infinities travel as the strings ``"NaN"``, ``"Infinity"``
 and ``"-Infinity"`` and come back as floats. Wall-clock times appear only in fields called ``seconds`` and in
-``ManifestRecord.started``, so that two runs can be compared with those left out.
+``ManifestRecord.started``, so that two runs can be compared with those left out. References and manifest end in a
+``digest`` of themselves (see ``flexlora.seal``); the digests of the lines of `records.jsonl` are in the checkpoints.
 """
 
 import logging
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexlora.errors import FlexLoraError
 from flexlora.files import sync, write_whole
+from flexlora.seal import SealError, sealed, unsealed
 
 log = logging.getLogger(__name__)
 
@@ -214,6 +216,18 @@ def to_line(record: RoundRecord) -> str:
     return record.model_dump_json() + "\n"
 
 
+def from_line(line: bytes) -> RoundRecord:
+    """Return the record on a line.
+
+    Raises:
+        RecordsError: If it is damaged, or none.
+    """
+    try:
+        return RoundRecord.model_validate_json(line)
+    except ValidationError as error:
+        raise RecordsError(_first_problem(error)) from error
+
+
 def append_record(path: Path, record: RoundRecord) -> None:
     """Add one line to a record file and bring it to the disk.
 
@@ -248,22 +262,12 @@ def read_records(path: Path | str) -> list[RoundRecord]:
     path = Path(path)
     if not path.exists():
         return []
-    return [record for record, _ in _parse(path)]
-
-
-def keep_rounds(path: Path, last_round: int) -> None:
-    """Drop every round after ``last_round`` from a record file, atomically; lines that stay keep their bytes.
-
-    This is what a resumed run calls with the round of its checkpoint, so that it can append from there.
-    """
-    if not path.exists():
-        return
-    write_whole(path, b"".join(line + b"\n" for record, line in _parse(path) if record.server_round <= last_round))
+    return list(_parse(path))
 
 
 def write_references(path: Path, references: ReferencesRecord) -> None:
     """Write the references atomically."""
-    write_whole(path, references.model_dump_json(indent=1) + "\n")
+    write_whole(path, sealed(references.model_dump_json(indent=1)) + "\n")
 
 
 def read_references(path: Path) -> ReferencesRecord:
@@ -273,7 +277,7 @@ def read_references(path: Path) -> ReferencesRecord:
 
 def write_manifest(path: Path, manifest: ManifestRecord) -> None:
     """Write the manifest atomically."""
-    write_whole(path, manifest.model_dump_json(indent=1) + "\n")
+    write_whole(path, sealed(manifest.model_dump_json(indent=1)) + "\n")
 
 
 def read_manifest(path: Path) -> ManifestRecord | None:
@@ -288,25 +292,30 @@ def _split_torn_line(content: bytes) -> tuple[bytes, bytes]:
     if not fragment:
         return content, b""
     try:
-        RoundRecord.model_validate_json(fragment)
-    except ValidationError:
+        from_line(fragment)
+    except RecordsError:
         return content[:end], fragment
     return content, b""
 
 
-def _parse(path: Path) -> Iterator[tuple[RoundRecord, bytes]]:
+def lines_of(path: Path) -> list[bytes]:
+    """Return the lines of a record file, damaged ones included, without a last one that its writer left incomplete."""
     whole, torn = _split_torn_line(path.read_bytes())
     if torn:
         log.warning("%s: dropped an incomplete last line of %d bytes; its writer was interrupted", path, len(torn))
-    previous = -1
     # Split at the byte, not with splitlines: JSON strings may hold U+2028 and other line breaks that end no line here.
-    for number, line in enumerate(whole.removesuffix(b"\n").split(b"\n") if whole else [], start=1):
+    return whole.removesuffix(b"\n").split(b"\n") if whole else []
+
+
+def _parse(path: Path) -> Iterator[RoundRecord]:
+    previous = -1
+    for number, line in enumerate(lines_of(path), start=1):
         try:
-            record = RoundRecord.model_validate_json(line)
-        except ValidationError as error:
+            record = from_line(line)
+        except RecordsError as error:
             raise RecordsError(
-                f"{path}, line {number}, is not a round record: {_first_problem(error)}; restore the file, or resume "
-                "the run from a checkpoint before it"
+                f"{path}, line {number}, is not a round record: {error}; put a copy of the file back, or resume the "
+                "run, which restores the rounds that its checkpoints hold"
             ) from error
         if record.server_round <= previous:
             raise RecordsError(
@@ -314,18 +323,17 @@ def _parse(path: Path) -> Iterator[tuple[RoundRecord, bytes]]:
                 "remove the lines of the older attempt"
             )
         previous = record.server_round
-        yield record, line
+        yield record
 
 
 def _read_one(path: Path, kind: type[RecordT]) -> RecordT | None:
     if not path.exists():
         return None
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise RecordsError(
-            f"{path} is not what it should be: {_first_problem(error)}; restore the file or remove it"
-        ) from error
+        return kind.model_validate_json(unsealed(path.read_bytes())[0])
+    except (SealError, ValidationError) as error:
+        reason = error if isinstance(error, SealError) else _first_problem(error)
+        raise RecordsError(f"{path} is not what it should be: {reason}; restore the file or remove it") from error
 
 
 def _first_problem(error: ValidationError) -> str:

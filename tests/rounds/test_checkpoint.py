@@ -1,5 +1,6 @@
 """Checkpoints read back to the same bits, appear atomically, and a damaged one is passed over."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from flexlora.errors import FlexLoraError
 from flexlora.lora.factors import LoraFactors
 from flexlora.lora.product import Spectrum
 from flexlora.rounds import checkpoint
@@ -122,6 +124,73 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
     assert loaded.server_round == 1
 
 
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+def test_any_flipped_bit_makes_the_checkpoint_before_count(tmp_path: Path, name: str) -> None:
+    for server_round in (1, 2):
+        save_checkpoint(tmp_path, Checkpoint(server_round, example_state(server_round), {"loop": {"n": 3}}), keep=2)
+    path = tmp_path / "round-0002" / name
+    whole = path.read_bytes()
+    # A prime step meets every kind of byte and every bit.
+    for bit in range(0, 8 * len(whole), 37):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        loaded = load_latest(tmp_path, TYPES)
+        assert loaded is not None and loaded.server_round == 1, f"bit {bit}"
+
+
+def test_progress_is_not_replaced_in_a_damaged_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, Checkpoint(1, None, {"loop": 10}), keep=1)
+    path = tmp_path / "round-0001" / "state.json"
+    path.write_bytes(path.read_bytes().replace(b"10", b"11"))
+    with pytest.raises(FlexLoraError, match="it does not have the digest at its own end"):
+        replace_progress(tmp_path, 1, {})
+
+
+def test_a_checkpoint_of_the_earlier_format_is_read(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, Checkpoint(1, example_state(0), {"loop": 1}), keep=1)
+    path = tmp_path / "round-0001" / "state.json"
+    description = json.loads(path.read_bytes())
+    del description["digest"]
+    path.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="says format 2 and has no digest of itself"):
+        load_latest(tmp_path, TYPES)
+    path.write_text(json.dumps({**description, "format_version": 1}))
+    loaded = load_latest(tmp_path, TYPES)
+    assert loaded is not None and torch.equal(loaded.state.parts[0].A, example_state(0).parts[0].A)
+
+
+def test_a_checkpoint_under_the_name_of_another_round_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, Checkpoint(1, None, {}), keep=1)
+    (tmp_path / "round-0001").rename(tmp_path / "round-0007")
+    with pytest.raises(CheckpointError, match="is that of round 1; was it copied"):
+        load_latest(tmp_path, TYPES)
+
+
+def test_a_damaged_checkpoint_does_not_outlive_the_older_one_that_took_its_place(tmp_path: Path) -> None:
+    for server_round in (5, 10):
+        save_checkpoint(tmp_path, Checkpoint(server_round, None, {}), keep=2)
+    (tmp_path / "round-0010" / "state.json").write_text("")
+    save_checkpoint(tmp_path, Checkpoint(7, None, {}), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["round-0007"]
+
+
+def test_a_reader_beside_a_live_run_finds_the_checkpoint_that_took_the_place_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, Checkpoint(1, None, {}), keep=1)
+    read, saved = checkpoint._read, []
+
+    def overtaken(folder: Path, types: object) -> Checkpoint:
+        if not saved:
+            saved.append(save_checkpoint(tmp_path, Checkpoint(2, None, {}), keep=1))
+        return read(folder, types)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "_read", overtaken)
+    loaded = load_latest(tmp_path, ())
+    assert loaded is not None and loaded.server_round == 2
+
+
 def test_a_half_written_checkpoint_is_not_seen_and_is_replaced(tmp_path: Path) -> None:
     (tmp_path / ".round-0003.partial").mkdir()
     (tmp_path / ".round-0003.partial" / "state.json").write_text("{")
@@ -133,7 +202,7 @@ def test_a_half_written_checkpoint_is_not_seen_and_is_replaced(tmp_path: Path) -
 def test_it_is_an_error_when_no_checkpoint_can_be_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, Checkpoint(1, None, {}), keep=1)
     (tmp_path / "round-0001" / "state.json").write_text("")
-    with pytest.raises(CheckpointError, match="no checkpoint can be read; start anew with --overwrite"):
+    with pytest.raises(CheckpointError, match="no checkpoint can be read; put a copy of the folder back"):
         load_latest(tmp_path, TYPES)
 
 

@@ -152,7 +152,7 @@ def test_a_run_cut_off_anywhere_resumes_to_the_same_kept_factors(tmp_path, loop_
 def test_methods_whose_clients_keep_nothing_have_the_checkpoints_they_had(tmp_path, loop_in, drift):
     run_rounds(loop_in(tmp_path, drift, num_rounds=1))
     tree = json.loads((tmp_path / "checkpoints" / "round-0001" / "state.json").read_bytes())
-    assert tree.keys() == {"format_version", "server_round", "sha256", "progress", "state", "sent"}
+    assert tree.keys() == {"format_version", "server_round", "sha256", "progress", "state", "sent", "digest"}
     assert "kept" not in tree["progress"]["loop"]
 
 

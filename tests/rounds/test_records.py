@@ -12,11 +12,11 @@ from flexlora.rounds.records import (
     ReferencesRecord,
     RoundRecord,
     append_record,
-    keep_rounds,
     read_manifest,
     read_records,
     read_references,
     to_line,
+    write_manifest,
     write_references,
 )
 
@@ -110,25 +110,6 @@ def test_rounds_out_of_order_are_an_error(tmp_path: Path, records: list[RoundRec
         read_records(path)
 
 
-def test_resuming_keeps_the_bytes_of_the_rounds_before(tmp_path: Path, records: list[RoundRecord]) -> None:
-    path, undisturbed = tmp_path / "records.jsonl", tmp_path / "undisturbed.jsonl"
-    for record in records:
-        append_record(undisturbed, record)
-    for record in records[:8]:
-        append_record(path, record)
-    with path.open("ab") as file:
-        file.write(b'{"server_round":8')
-    keep_rounds(path, 5)
-    for record in records[6:]:
-        append_record(path, record)
-    assert path.read_bytes() == undisturbed.read_bytes()
-
-
-def test_keeping_rounds_before_any_file_exists_does_nothing(tmp_path: Path) -> None:
-    keep_rounds(tmp_path / "records.jsonl", 3)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_references_and_manifest_come_back(whole_run: Path, running_run: Path) -> None:
     references = read_references(whole_run / "references.json")
     write_references(running_run / "references.json", references)
@@ -139,6 +120,21 @@ def test_references_and_manifest_come_back(whole_run: Path, running_run: Path) -
 
 def test_a_damaged_manifest_is_an_error_that_says_where(whole_run: Path) -> None:
     path = whole_run / "manifest.json"
-    path.write_text(path.read_text().replace('"seed": 42', '"seed": "many"'))
+    text = path.read_text().replace('"seed": 42', '"seed": "many"')
+    # As an earlier version wrote it, without its digest.
+    path.write_text(text[: text.index(',"digest"')] + "}")
     with pytest.raises(FlexLoraError, match=r"manifest.json is not what it should be: seed"):
         read_manifest(path)
+
+
+def test_a_changed_letter_in_references_or_manifest_is_noticed(whole_run: Path) -> None:
+    write_references(whole_run / "references.json", read_references(whole_run / "references.json"))
+    manifest = read_manifest(whole_run / "manifest.json")
+    assert manifest is not None
+    write_manifest(whole_run / "manifest.json", manifest)
+    for name, read in (("references.json", read_references), ("manifest.json", read_manifest)):
+        content = (whole_run / name).read_bytes()
+        place = content.index(b"1")
+        (whole_run / name).write_bytes(content[:place] + b"3" + content[place + 1 :])
+        with pytest.raises(FlexLoraError, match=rf"{name} is not what it should be: it does not have the digest"):
+            read(whole_run / name)
