@@ -7,7 +7,7 @@ added up, decomposed and written before the next is read, so memory depends neit
 on the number of modules.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,9 @@ from flexlora.adapters.merge_request import (
     weights_of,
 )
 from flexlora.adapters.merge_result import MergedModule, MergeResult
-from flexlora.adapters.merged_folder import cast_factor, config_of, equal_expert_ranks, write_merged
+from flexlora.adapters.merged_folder import SpooledModule, cast_factor, config_of, spool_dtype, write_merged
 from flexlora.adapters.peft_format import factor_keys
+from flexlora.adapters.rank_layout import RankLayout, Ranks
 from flexlora.adapters.tensor_file import TensorSpool
 from flexlora.adapters.together import MergeError, check_together, common_copy, named_base, open_adapters
 from flexlora.adapters.write import AdapterDtype
@@ -48,6 +49,8 @@ def merge(
     device: str = "cpu",
     dtype: AdapterDtype = "float32",
     allow_different_bases: bool = False,
+    ranks: Ranks = "uniform",
+    pad_to: int | None = None,
     notify: Callable[[int, int], None] | None = None,
 ) -> MergeResult:
     """Combine LoRA adapters of any ranks into one PEFT folder, as the best approximation of the sum of their changes.
@@ -70,6 +73,9 @@ def merge(
         device: Where to compute.
         dtype: Of the factors written.
         allow_different_bases: Take adapters that name different base models; the result names the first.
+        ranks: ``uniform`` pads smaller ranks to the largest with directions that change nothing and can be trained;
+            ``exact`` writes every module with the directions that it keeps, in ``rank_pattern``.
+        pad_to: The one rank to pad to, of those that vLLM makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512.
         notify: Called after each module with the number of modules done and that of all.
 
     Raises:
@@ -77,8 +83,10 @@ def merge(
         AdapterError: If an adapter cannot be read or holds NaN or infinity.
     """
     names = names_of(adapters)
-    numbers, rule = weights_of(weights, len(names)), RankRule(rank, energy, exact)
-    request = MergeRequest(names, numbers, method, missing, rule, accuracy, device, dtype, allow_different_bases)
+    numbers, rule, layout = weights_of(weights, len(names)), RankRule(rank, energy, exact), RankLayout(ranks, pad_to)
+    request = MergeRequest(
+        names, numbers, method, missing, rule, accuracy, device, dtype, allow_different_bases, layout
+    )
     check_request(request)
     return _merge_into(Path(out), request, notify)
 
@@ -98,12 +106,15 @@ def _merge_into(folder: Path, request: MergeRequest, notify: Callable[[int, int]
             modules.append(_merge_module(opened, path, request, spool))
             if notify is not None:
                 notify(done, len(paths))
-        ranks = equal_expert_ranks({module.path: module.rank for module in modules})
-        padded = {module.path: ranks[module.path] for module in modules if module.rank < ranks[module.path]}
-        write_merged(folder, spool, config_of(opened, ranks), padded)
+        ranks = request.layout.stored({module.path: module.rank for module in modules})
+        embeddings = {path for adapter in opened for path, module in adapter.modules.items() if module.is_embedding}
+        spooled = {
+            module.path: SpooledModule(module.rank, ranks[module.path], module.path in embeddings) for module in modules
+        }
+        write_merged(folder, spool, config_of(opened, ranks), spooled, request)
         base_model = named_base(opened).base_model
-    notes += _missing_notes(modules, len(opened), request.missing) + _padding_notes(padded)
-    modules = [replace(module, rank=ranks[module.path]) for module in modules]
+    modules = [replace(module, stored_rank=ranks[module.path]) for module in modules]
+    notes += _missing_notes(modules, len(opened), request.missing) + _padding_notes(modules, request.layout)
     modules.sort(key=lambda module: layer_order(module.path))
     return MergeResult(folder, request.names, request.weights, request.method, base_model, tuple(modules), tuple(notes))
 
@@ -120,7 +131,7 @@ def _merge_module(
     merged, factors = _decompose(total, path, tuple(module.rank for module in stored), request)
     keys = factor_keys(path, stored[0].is_embedding)
     for key, factor in zip(keys, (factors.A, factors.B), strict=True):
-        spool.add(key, cast_factor(factor, request.dtype, path))
+        spool.add(key, cast_factor(factor, spool_dtype(request), path))
     return merged
 
 
@@ -168,7 +179,7 @@ def _decompose(
     shape = (total.out_features, total.in_features)
     # Where changes cancel there is nothing but rounding errors to keep.
     energy_kept = certificate.energy_kept if len(spectrum.S) else 1.0
-    return MergedModule(path, shape, ranks, rank, energy_kept, certificate), factors
+    return MergedModule(path, shape, ranks, rank, energy_kept, certificate, rank), factors
 
 
 def _missing_notes(modules: Sequence[MergedModule], num_adapters: int, missing: Missing) -> list[str]:
@@ -179,8 +190,14 @@ def _missing_notes(modules: Sequence[MergedModule], num_adapters: int, missing: 
     return [f"{lacking} of {len(modules)} modules are missing in some adapters, which {counted}"]
 
 
-def _padding_notes(padded: Mapping[str, int]) -> list[str]:
+def _padding_notes(modules: Sequence[MergedModule], layout: RankLayout) -> list[str]:
+    padded = [module for module in modules if module.rank < module.stored_rank]
     if not padded:
         return []
-    experts, rank = count_text(len(padded), "module"), max(padded.values())
-    return [f"{experts} of experts got zeros up to rank {rank}: where transformers fuses experts, they need one rank"]
+    rank = max(module.stored_rank for module in padded)
+    if layout.ranks == "exact":
+        why = "where transformers fuses experts, they need one rank"
+    else:
+        why = "so that readers without rank_pattern understand them too (--ranks exact keeps their own)"
+    of_all = f"{len(padded)} of {count_text(len(modules), 'module')}"
+    return [f"{of_all} got directions without effect up to rank {rank}, {why}"]

@@ -12,6 +12,7 @@ import torch
 
 from flexlora.adapters.coefficients import COEFFICIENTS, Missing
 from flexlora.adapters.peft_settings import is_number
+from flexlora.adapters.rank_layout import RankLayout
 from flexlora.adapters.together import MergeError
 from flexlora.adapters.write import AdapterDtype
 from flexlora.lora.certificate import Accuracy, Certificate
@@ -65,6 +66,7 @@ class MergeRequest:
     device: str
     dtype: AdapterDtype
     allow_different_bases: bool
+    layout: RankLayout
 
 
 def names_of(adapters: Sequence[str | Path]) -> tuple[str, ...]:

@@ -15,9 +15,10 @@ class MergedModule:
         path: In the base model.
         shape: ``(out_features, in_features)`` of its change.
         ranks: Of the adapters that have it, in the order given.
-        rank: Of the result.
+        rank: Directions of the result.
         energy_kept: Share in 0..1 of the squared Frobenius norm of the sum that the result holds.
         certificate: How the sum was decomposed and how far the result can be from the best of its rank.
+        stored_rank: Of the factors written; directions beyond ``rank`` change nothing and can be trained.
     """
 
     path: str
@@ -26,6 +27,7 @@ class MergedModule:
     rank: int
     energy_kept: float
     certificate: Certificate
+    stored_rank: int
 
     @property
     def energy(self) -> float:
@@ -74,6 +76,7 @@ def _module_json(module: MergedModule) -> dict[str, Any]:
         "largest_rank": max(module.ranks),
         "total_rank": sum(module.ranks),
         "rank": module.rank,
+        "stored_rank": module.stored_rank,
         "energy_kept": module.energy_kept,
         "certificate": {
             **asdict(module.certificate),

@@ -1,19 +1,22 @@
-"""Writes the folder of a merged adapter: casts factors, gives all experts one rank and finds the settings that fit."""
+"""Writes the folder of a merged adapter: casts factors, lays out their ranks and finds the settings that fit."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn.functional import pad
 
 from flexlora.adapters.folder import AdapterFolder
-from flexlora.adapters.peft_format import WEIGHTS_FILE, factor_keys, is_expert
+from flexlora.adapters.merge_request import MergeRequest
+from flexlora.adapters.peft_format import WEIGHTS_FILE, factor_keys
+from flexlora.adapters.rank_layout import common_rank, laid_out
 from flexlora.adapters.tensor_file import TensorSpool
 from flexlora.adapters.together import MergeError, common_targets, named_base
 from flexlora.adapters.write import AdapterDtype, peft_config, write_config
 from flexlora.files import appearing_whole
+from flexlora.lora.factors import LoraFactors
 
 
 def cast_factor(factor: Tensor, dtype: AdapterDtype, path: str) -> Tensor:
@@ -27,49 +30,75 @@ def cast_factor(factor: Tensor, dtype: AdapterDtype, path: str) -> Tensor:
     return factor.to("cpu", getattr(torch, dtype))
 
 
-def equal_expert_ranks(ranks: Mapping[str, int]) -> dict[str, int]:
-    """Return the ranks with the largest rank of all experts for every expert.
+@dataclass(frozen=True)
+class SpooledModule:
+    """One module in a spool: its factors have the scaling 1.
 
-    Stock PEFT stacks the factors of experts that transformers fuses, and knows one rank for all layers of them.
+    Attributes:
+        rank: In the spool.
+        stored_rank: To write.
+        is_embedding: Whether its change is stored transposed.
     """
-    largest = max((rank for path, rank in ranks.items() if is_expert(path)), default=0)
-    return {path: largest if is_expert(path) else rank for path, rank in ranks.items()}
+
+    rank: int
+    stored_rank: int
+    is_embedding: bool
+
+
+def spool_dtype(request: MergeRequest) -> AdapterDtype:
+    """Return the type that factors wait in: float32 where they may still be scaled before they are written."""
+    return request.dtype if request.layout.ranks == "uniform" else "float32"
 
 
 def write_merged(
-    folder: Path, spool: TensorSpool, config: Mapping[str, object], padded_ranks: Mapping[str, int]
+    folder: Path,
+    spool: TensorSpool,
+    config: Mapping[str, object],
+    modules: Mapping[str, SpooledModule],
+    request: MergeRequest,
 ) -> None:
-    """Write the folder, whole or not at all, with the tensors of ``spool``; modules of ``padded_ranks`` get these."""
+    """Write the folder, whole or not at all, with the tensors of ``spool`` and every module at its ``stored_rank``."""
+    lora_alpha = config["lora_alpha"]
+    assert isinstance(lora_alpha, int)
+    casting = spool_dtype(request) != request.dtype
+    changing = {
+        path: module
+        for path, module in modules.items()
+        if casting or not module.rank == module.stored_rank == lora_alpha
+    }
     with appearing_whole(folder, replace=False) as partial:
         write_config(partial, config)
         spool.write(partial / WEIGHTS_FILE)
-        _pad(partial / WEIGHTS_FILE, padded_ranks)
+        if changing:
+            _lay_out(partial / WEIGHTS_FILE, changing, lora_alpha, request.dtype)
 
 
-def _pad(weights_file: Path, ranks: Mapping[str, int]) -> None:
-    """Give modules of a written file these ranks, with rows of zeros in ``A`` and columns of zeros in ``B``.
+def _lay_out(weights_file: Path, modules: Mapping[str, SpooledModule], lora_alpha: int, dtype: AdapterDtype) -> None:
+    """Give modules of a written file their ranks and the scaling ``lora_alpha / rank``.
 
     Only here, where all ranks are known: factors that wait for those of other modules would fill the memory.
     """
-    if not ranks:
-        return
-    missing = {key: (place, rank) for path, rank in ranks.items() for place, key in enumerate(factor_keys(path))}
-    with safe_open(weights_file, framework="pt") as written, TensorSpool(weights_file.parent) as padded:
-        for key in written.keys():
-            tensor = written.get_tensor(key)
-            if key in missing:
-                axis, rank = missing[key]
-                more = rank - tensor.shape[axis]
-                tensor = pad(tensor, (0, more) if axis == 1 else (0, 0, 0, more))
-            padded.add(key, tensor)
+    keys = {path: factor_keys(path, module.is_embedding) for path, module in modules.items()}
+    with safe_open(weights_file, framework="pt") as written, TensorSpool(weights_file.parent) as spool:
+        for key in set(written.keys()).difference(*keys.values()):
+            spool.add(key, written.get_tensor(key))
+        for path, pair in keys.items():
+            A, B = (written.get_tensor(key) for key in pair)
+            factors = laid_out(path, LoraFactors(A, B, 1.0), modules[path].stored_rank, lora_alpha)
+            for key, factor in zip(pair, (factors.A, factors.B), strict=True):
+                spool.add(key, cast_factor(factor, dtype, path))
         # The file that is read stays mapped until the end of the block, whatever has its name.
         weights_file.unlink()
-        padded.write(weights_file)
+        spool.write(weights_file)
 
 
 def config_of(opened: Sequence[AdapterFolder], ranks: Mapping[str, int]) -> dict[str, object]:
-    """Return the ``adapter_config.json``: ``lora_alpha`` is the rank everywhere, so that every scaling is 1."""
-    config = peft_config(ranks, ranks, named_base(opened).base_model)
+    """Return the ``adapter_config.json``: ``lora_alpha`` is ``r``, so that the scaling is 1 where all ranks are one.
+
+    Args:
+        ranks: Module path -> the rank to write.
+    """
+    config = peft_config(ranks, common_rank(ranks), named_base(opened).base_model)
     config["fan_in_fan_out"] = any(adapter.settings["fan_in_fan_out"] for adapter in opened)
     config["target_modules"] = common_targets(opened, tuple(ranks)) or sorted(ranks)
     task_types = {adapter.settings["task_type"] for adapter in opened}

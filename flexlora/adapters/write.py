@@ -3,33 +3,37 @@
 import importlib.metadata
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flexlora.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterError, factor_keys, is_expert
+from flexlora.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterError, factor_keys
+from flexlora.adapters.rank_layout import RankLayout, Ranks, common_alpha, common_rank, laid_out
 from flexlora.files import appearing_whole
-from flexlora.lora.factors import AdapterState, LoraFactors
+from flexlora.lora.factors import AdapterState
 
 AdapterDtype = Literal["float32", "bfloat16", "float16"]
 
 
-Number = TypeVar("Number", int, float)
-
-
 def write_adapter(
-    folder: Path | str, adapter: AdapterState, base_model_name_or_path: str, *, dtype: AdapterDtype = "float32"
+    folder: Path | str,
+    adapter: AdapterState,
+    base_model_name_or_path: str,
+    *,
+    dtype: AdapterDtype = "float32",
+    ranks: Ranks = "uniform",
+    pad_to: int | None = None,
 ) -> None:
-    """Write ``adapter`` as a PEFT folder whose every rank and scaling is that of its module.
+    """Write ``adapter`` as a PEFT folder that readers without patterns understand too.
 
-    Scalings are written as ``lora_alpha = scaling * rank`` per module, so that PEFT's ``lora_alpha / r`` gives them
-    back. The folder appears whole or not at all and replaces an adapter. Equal adapters give equal bytes.
+    All modules share one whole ``lora_alpha``: their own where they have one, or else the rank; what is left of a
+    scaling goes into both factors. The folder appears whole or not at all and replaces an adapter. Equal adapters give
+    equal bytes.
 
     Args:
         folder: Where to write.
@@ -37,27 +41,41 @@ def write_adapter(
         base_model_name_or_path: What PEFT loads as the base when asked for the adapter alone; written as it is, so the
             path of a folder ties the adapter to machines that have the base there.
         dtype: Of the factors on disk.
+        ranks: ``uniform`` pads smaller ranks to the largest with directions that change nothing and can be trained;
+            ``exact`` keeps every module's own in ``rank_pattern``.
+        pad_to: The one rank to pad to, of those that vLLM makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512.
 
     Raises:
-        AdapterError: If there is no module, or ``folder`` holds something else.
+        AdapterError: If there is no module, ``folder`` holds something else, ``dtype`` cannot hold a factor, or
+            ``ranks`` and ``pad_to`` are not allowed or do not fit.
     """
-    folder = Path(folder)
+    folder, layout = Path(folder), RankLayout(ranks, pad_to)
     if not adapter:
         raise AdapterError("an adapter folder needs at least one module; the adapter has none")
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise AdapterError(f"{folder} must be new, empty or an adapter folder; it holds other files")
+    stored = layout.stored({path: factors.rank for path, factors in adapter.items()})
+    lora_alpha = common_alpha(adapter, stored)
     tensors: dict[str, Tensor] = {}
     for path, factors in sorted(adapter.items()):
-        for key, factor in zip(factor_keys(path), (factors.A, factors.B), strict=True):
-            tensors[key] = factor.detach().to("cpu", getattr(torch, dtype)).contiguous()
-    ranks = {path: factors.rank for path, factors in adapter.items()}
-    alphas = {path: _lora_alpha(factors) for path, factors in adapter.items()}
+        written = laid_out(path, factors, stored[path], lora_alpha)
+        for key, factor in zip(factor_keys(path), (written.A, written.B), strict=True):
+            tensors[key] = _cast(key, factor, dtype)
     with appearing_whole(folder) as partial:
-        write_config(partial, peft_config(ranks, alphas, base_model_name_or_path))
+        write_config(partial, peft_config(stored, lora_alpha, base_model_name_or_path))
         try:
             save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder} cannot be written: {error}") from error
+
+
+def _cast(key: str, factor: Tensor, dtype: AdapterDtype) -> Tensor:
+    """Return a factor as it is stored."""
+    cast = factor.detach().to("cpu", getattr(torch, dtype)).contiguous()
+    if not cast.isfinite().all() and factor.isfinite().all():
+        limit = torch.finfo(cast.dtype).max
+        raise AdapterError(f"{key} must be within {limit:.1g} for {dtype}; use a type that holds more, as bfloat16")
+    return cast
 
 
 def write_config(folder: Path, config: Mapping[str, object]) -> None:
@@ -66,16 +84,11 @@ def write_config(folder: Path, config: Mapping[str, object]) -> None:
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def peft_config(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], base_model_name_or_path: str | None
-) -> dict[str, object]:
-    """Return the configuration of an adapter with exactly these modules, each with its rank and ``lora_alpha``."""
-    # No pattern reaches experts that transformers fuses: stock PEFT gives them ``r`` and ``lora_alpha``.
-    deciding = [path for path in ranks if is_expert(path)] or list(ranks)
-    rank = _most_common([ranks[path] for path in deciding])
-    lora_alpha = _most_common([alphas[path] for path in deciding])
+def peft_config(ranks: Mapping[str, int], lora_alpha: int, base_model_name_or_path: str | None) -> dict[str, object]:
+    """Return the configuration of an adapter with exactly these modules, each with its rank."""
+    rank = common_rank(ranks)
     return {
-        "alpha_pattern": {_only(path): alpha for path, alpha in alphas.items() if alpha != lora_alpha},
+        "alpha_pattern": {},
         "base_model_name_or_path": base_model_name_or_path,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -95,17 +108,6 @@ def peft_config(
     }
 
 
-def _most_common(values: Sequence[Number]) -> Number:
-    counts = Counter(values)
-    return max(counts, key=lambda value: (counts[value], value))
-
-
 def _only(path: str) -> str:
     """Return the pattern that PEFT matches with this module and no other: it searches for regular expressions."""
     return f"^{re.escape(path)}"
-
-
-def _lora_alpha(factors: LoraFactors) -> int | float:
-    """Return the alpha that divided by the rank is the scaling, whole where that is exact."""
-    alpha = factors.scaling * factors.rank
-    return round(alpha) if round(alpha) / factors.rank == factors.scaling else alpha

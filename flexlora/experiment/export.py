@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flexlora.adapters.merge_into_base import merge_into_base
+from flexlora.adapters.rank_layout import RankLayout, Ranks
 from flexlora.adapters.write import write_adapter
 from flexlora.aggregators.base import Aggregator, state_types
 from flexlora.experiment.base import base_name, load_base
@@ -37,7 +38,13 @@ def write_run_adapters(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: 
 
 
 def export_run(
-    run_folder: Path | str, folder: Path | str, *, rank: int | None = None, merged: bool = False
+    run_folder: Path | str,
+    folder: Path | str,
+    *,
+    rank: int | None = None,
+    merged: bool = False,
+    ranks: Ranks = "uniform",
+    pad_to: int | None = None,
 ) -> dict[str, Any]:
     """Write the global adapter of a run as a standard PEFT folder, or merged into the whole model.
 
@@ -46,23 +53,30 @@ def export_run(
         folder: Where to write; must not exist.
         rank: In 1 to the server's rank; None takes all of it. Modules whose server rank is smaller keep theirs.
         merged: Write base and adapter as one model, with the tokenizer.
+        ranks: ``uniform`` pads smaller ranks to the largest with directions that change nothing and can be trained;
+            ``exact`` keeps every module's own in ``rank_pattern``.
+        pad_to: The one rank to pad to, of those that vLLM makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512.
 
     Returns:
         What was written: ``rank``, ``modules`` and, for a merged model, ``merged``.
 
     Raises:
         ExperimentError: If the run has no checkpoint, the rank is out of range, or ``folder`` exists.
+        AdapterError: If ``ranks`` and ``pad_to`` are not allowed or do not fit.
     """
     run_folder, folder = Path(run_folder), Path(folder)
     config = read_run_config(run_folder)
     if folder.exists():
         raise ExperimentError(f"the folder to write must not exist yet; {folder} does")
+    layout = RankLayout(ranks, pad_to)
+    if merged and layout != RankLayout():
+        raise ExperimentError("ranks and pad_to lay out an adapter; a merged model has none: leave them or merged out")
     adapter, rank = _adapter_and_rank(config, run_folder, rank)
     if merged:
         base, tokenizer = load_base(config, "cpu")
         merge_into_base(base, tokenizer, adapter, folder)
     else:
-        write_adapter(folder, adapter, base_name(config))
+        write_adapter(folder, adapter, base_name(config), ranks=ranks, pad_to=pad_to)
     written: dict[str, Any] = {"rank": rank, "modules": len(adapter)}
     return {**written, "merged": True} if merged else written
 

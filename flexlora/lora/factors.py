@@ -86,6 +86,14 @@ class LoraFactors:
         B = torch.nn.functional.pad(self.B, (0, extra))
         return LoraFactors(A, B, self.scaling)
 
+    def extend(self, rows: Float[Tensor, "more in_features"]) -> "LoraFactors":
+        """Return the same change with ``rows`` under ``A`` and zero columns right of ``B``.
+
+        Where ``rows`` are not zero, the new directions can be trained.
+        """
+        A = torch.cat((self.A, rows.to(self.A)))
+        return LoraFactors(A, torch.nn.functional.pad(self.B, (0, rows.shape[0])), self.scaling)
+
     def truncate(self, rank: int) -> "LoraFactors":
         """Return the first ``rank`` rows of ``A`` and columns of ``B`` with the scaling as it is."""
         if not 0 <= rank <= self.rank:
@@ -99,6 +107,22 @@ class LoraFactors:
         if scaling == self.scaling:
             return self
         return LoraFactors(self.A, self.B * (self.scaling / scaling), scaling)
+
+    def with_balanced_scaling(self, scaling: float) -> "LoraFactors":
+        """Return the same change under another ``scaling`` above 0; both factors take up the difference, in float64.
+
+        A change that is zero for its scaling alone has a zero ``B`` then, so that ``A`` stays one to train from.
+        """
+        if not scaling > 0:
+            raise FactorsError(f"scaling must be above 0; got {scaling}")
+        ratio = self.scaling / scaling
+        if ratio == 1:
+            return LoraFactors(self.A, self.B, scaling)
+        if ratio == 0:
+            return LoraFactors(self.A, torch.zeros_like(self.B), scaling)
+        root = abs(ratio) ** 0.5
+        sign = 1 if ratio > 0 else -1
+        return LoraFactors(self.A.to(torch.float64) * root, self.B.to(torch.float64) * (sign * root), scaling)
 
     def with_core(self, core: Float[Tensor, "rank rank"]) -> "LoraFactors":
         """Return the change ``scaling * B @ core @ A`` as two factors; ``A`` stays, ``B`` takes up the core."""

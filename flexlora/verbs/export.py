@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flexlora.verbs.arguments import JsonOption, RunArgument
+from flexlora.verbs.arguments import JsonOption, PadToOption, RanksOption, RunArgument, UniformOption, check_uniform
 from flexlora.verbs.terminal import hide_other_progress_bars, out, print_json
 
 
@@ -16,13 +16,17 @@ def export(
         int | None, typer.Option("--rank", min=1, help="At most the server's, which is the default.")
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the adapter merged in.")] = False,
+    ranks: RanksOption = "uniform",
+    uniform: UniformOption = False,
+    pad_to: PadToOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the global adapter of a run as a standard PEFT folder, at any rank."""
     from flexlora.experiment.export import export_run
 
+    check_uniform(uniform, ranks)
     hide_other_progress_bars()
-    written = export_run(run_folder, folder, rank=rank, merged=merged)
+    written = export_run(run_folder, folder, rank=rank, merged=merged, ranks=ranks, pad_to=pad_to)
     if as_json:
         print_json({"folder": str(folder), **written})
     else:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from flexlora.errors import FlexLoraError
-from flexlora.verbs.arguments import JsonOption
+from flexlora.verbs.arguments import JsonOption, PadToOption, RanksOption, UniformOption, check_uniform
 from flexlora.verbs.leaving import interruptible
 from flexlora.verbs.terminal import err, out, print_json
 
@@ -66,6 +66,9 @@ def merge(
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     allow_different_bases: DifferentBasesOption = False,
+    ranks: RanksOption = "uniform",
+    uniform: UniformOption = False,
+    pad_to: PadToOption = None,
     explain: ExplainOption = False,
     inspect: InspectOption = None,
     target: MergeOutOption = None,
@@ -80,6 +83,7 @@ def merge(
         return
     if not adapters or target is None:
         raise FlexLoraError("merging needs adapters and the folder to write: flexlora merge A B --out DIR")
+    check_uniform(uniform, ranks)
     from flexlora.adapters.merge import merge as merge_adapters
     from flexlora.adapters.terminal import module_progress, print_merge
 
@@ -97,6 +101,8 @@ def merge(
             device=device,
             dtype=dtype,
             allow_different_bases=allow_different_bases,
+            ranks=ranks,
+            pad_to=pad_to,
             notify=progress,
         )
     if as_json:

@@ -22,6 +22,7 @@ def result_of(num_layers: int) -> MergeResult:
             4,
             0.99 - 0.001 * layer,
             Certificate("qr", "total rank 6 is small", 2.0, 0.1, excess=1e-7),
+            4,
         )
         for layer in range(num_layers)
         for name in ("q_proj", "v_proj")
@@ -122,7 +123,7 @@ def test_explaining_names_the_method_and_the_reason_of_every_module() -> None:
 
 @pytest.mark.parametrize("excess", [0.0, 1e-12, 3e-7, 0.02])
 def test_the_distance_from_the_best_is_always_readable(excess: float) -> None:
-    module = MergedModule("layer", (8, 4), (2,), 2, 1.0, Certificate("qr", "why", 2.0, 0.1, excess=excess))
+    module = MergedModule("layer", (8, 4), (2,), 2, 1.0, Certificate("qr", "why", 2.0, 0.1, excess=excess), 2)
     text = printed(MergeResult(Path("out"), ("a",), (1.0,), "mean", None, (module,), ()))
     assert "an unnamed base model" in text
     assert ("best" if excess == 0 else "≤ ") in text

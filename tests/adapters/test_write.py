@@ -45,8 +45,8 @@ def test_stock_peft_loads_the_folder_and_computes_the_same(network, tokenizer, a
     assert (stock - base).abs().max() > 0.1
 
 
-def test_every_layer_of_stock_peft_has_the_rank_and_scaling_of_its_module_and_no_other(network, adapter, tmp_path):
-    write_adapter(tmp_path / "adapter", adapter, "base")
+def test_every_layer_of_stock_peft_has_the_rank_of_its_module_and_no_other(network, adapter, tmp_path):
+    write_adapter(tmp_path / "adapter", adapter, "base", ranks="exact")
     loaded = PeftModel.from_pretrained(network, tmp_path / "adapter").base_model.model
     ranks = {
         name: (layer.r["default"], layer.scaling["default"])
@@ -54,8 +54,12 @@ def test_every_layer_of_stock_peft_has_the_rank_and_scaling_of_its_module_and_no
         if hasattr(layer, "lora_A")
     }
     assert {name: rank for name, (rank, _) in ranks.items()} == {path: own.rank for path, own in adapter.items()}
+    # One lora_alpha for all: what is left of a scaling is in the factors.
+    assert len({rank * scaling for rank, scaling in ranks.values()}) == 1
     for path, factors in adapter.items():
-        assert ranks[path][1] == pytest.approx(factors.scaling, rel=1e-15)
+        layer = loaded.get_submodule(path)
+        A, B = (weights["default"].weight.detach().double() for weights in (layer.lora_A, layer.lora_B))
+        torch.testing.assert_close(ranks[path][1] * B @ A, factors.delta(), rtol=1e-5, atol=1e-6)
 
 
 def test_patterns_match_one_module_even_when_another_ends_like_it(tmp_path):
@@ -70,20 +74,25 @@ def test_patterns_match_one_module_even_when_another_ends_like_it(tmp_path):
                 owner.add_module(parent, torch.nn.Module())
             owner = owner.get_submodule(parent)
         owner.add_module(name, torch.nn.Linear(4, 6))
-    write_adapter(tmp_path / "adapter", adapter, "base")
+    write_adapter(tmp_path / "adapter", adapter, "base", ranks="exact")
     config = LoraConfig.from_pretrained(tmp_path / "adapter")
     injected = inject_adapter_in_model(config, network)
     assert {path: injected.get_submodule(path).r["default"] for path in shared} == shared
 
 
-def test_what_is_written_reads_back_exactly(adapter, tmp_path):
-    write_adapter(tmp_path / "adapter", adapter, "base")
-    read = read_adapter(tmp_path / "adapter")
-    assert list(read) == sorted(adapter)
-    for path, factors in adapter.items():
-        assert torch.equal(read[path].A, factors.A)
-        assert torch.equal(read[path].B, factors.B)
-        assert read[path].scaling == pytest.approx(factors.scaling, rel=1e-15)
+@pytest.mark.parametrize("alpha", [16.0, 5.0])
+def test_with_one_whole_alpha_what_is_written_reads_back_exactly(network, random_adapter, alpha, tmp_path):
+    shapes = target_modules(network, "all-linear")
+    ranks = {path: 3 + index % 3 for index, path in enumerate(shapes)}
+    for layout, own in (("uniform", dict.fromkeys(shapes, 6)), ("exact", ranks)):
+        adapter = random_adapter(shapes, own, Scaling("constant_alpha", alpha))
+        write_adapter(tmp_path / layout, adapter, "base", ranks=layout)
+        read = read_adapter(tmp_path / layout)
+        assert list(read) == sorted(adapter)
+        for path, factors in adapter.items():
+            assert torch.equal(read[path].A, factors.A)
+            assert torch.equal(read[path].B, factors.B)
+            assert read[path].scaling == factors.scaling
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -114,7 +123,7 @@ def test_equal_adapters_give_equal_bytes_and_whole_numbers_stay_whole(adapter, r
     paper = random_adapter(
         {"a": (3, 2), "b": (3, 2), "c": (3, 2)}, {"a": 30, "b": 200, "c": 30}, Scaling("constant_alpha", 16.0)
     )
-    write_adapter(tmp_path / "paper", paper, "base")
+    write_adapter(tmp_path / "paper", paper, "base", ranks="exact")
     config = json.loads((tmp_path / "paper" / "adapter_config.json").read_text())
     assert (config["r"], config["rank_pattern"]) == (30, {"^b": 200})
     assert (config["lora_alpha"], config["alpha_pattern"]) == (16, {})
@@ -167,7 +176,7 @@ def test_folders_made_for_a_write_that_fails_go_and_others_stay(adapter, tmp_pat
 def test_experts_decide_the_rank_that_needs_no_pattern(random_adapter, tmp_path):
     ranks = {f"layers.0.self_attn.{name}": 2 for name in "qkvo"} | {"layers.0.mlp.experts.3.up_proj": 5}
     adapter = random_adapter(dict.fromkeys(ranks, (6, 8)), ranks, Scaling("constant_alpha", 10.0))
-    write_adapter(tmp_path / "adapter", adapter, "base")
+    write_adapter(tmp_path / "adapter", adapter, "base", ranks="exact")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], len(config["rank_pattern"])) == (5, 4)
     assert {path: factors.rank for path, factors in read_adapter(tmp_path / "adapter").items()} == ranks
@@ -180,10 +189,23 @@ def test_everyone_whom_the_umask_allows_can_read_the_folder(adapter, tmp_path):
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "adapter").iterdir()} == {expected}
 
 
-def test_a_small_dtype_on_disk_rounds_once(adapter, tmp_path):
-    write_adapter(tmp_path / "adapter", adapter, "base", dtype="bfloat16")
+def test_a_small_dtype_on_disk_rounds_once(random_adapter, tmp_path):
+    shapes = {"a": (6, 8), "b": (4, 8)}
+    adapter = random_adapter(shapes, {"a": 2, "b": 3}, Scaling("constant_alpha", 10.0))
+    write_adapter(tmp_path / "adapter", adapter, "base", dtype="bfloat16", ranks="exact")
     for path, factors in read_adapter(tmp_path / "adapter").items():
         assert torch.equal(factors.A, adapter[path].A.bfloat16())
+    # Scaled in float64, rounded once.
+    write_adapter(tmp_path / "uniform", adapter, "base", dtype="bfloat16")
+    factors = read_adapter(tmp_path / "uniform")["a"]
+    assert torch.equal(factors.A[:2], (adapter["a"].A.double() * 5.0**0.5).bfloat16())
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path):
+    adapter = {"layer": LoraFactors(torch.full((1, 3), 1e5), torch.ones(2, 1), 1.0)}
+    with pytest.raises(AdapterError, match=r"layer\.lora_A\.weight must be within 7e.04 for float16; use a type that"):
+        write_adapter(tmp_path / "adapter", adapter, "base", dtype="float16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_that_cannot_be_read_are_explained(adapter, tmp_path):
