@@ -1,13 +1,22 @@
 """Measures what a run is compared with: the base, clients that train alone, and further runs."""
 
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+from flexlora.experiment.kept_answers import answer_keeper
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.reference_runs import run_reference, wanted_runs
-from flexlora.experiment.scoring import combined_record, own_tests, sampled_clients, score, unseen_tasks
+from flexlora.experiment.scoring import (
+    combined_record,
+    own_tests,
+    sampled_clients,
+    score,
+    task_records,
+    unseen_tasks,
+)
 from flexlora.experiment.stages import Notify, Stage
 from flexlora.experiment.workload import local_training
 from flexlora.federation.clients import ClientSpec
@@ -25,7 +34,7 @@ from flexlora.rounds.records import (
     read_references,
     write_references,
 )
-from flexlora.training.evaluation import Score
+from flexlora.training.evaluation import Score, combine
 from flexlora.training.one_client import train_client
 
 REFERENCES_FOLDER = "references"
@@ -47,7 +56,8 @@ def measure_references(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: 
     for reference in wanted_runs(loaded):
         if getattr(references, reference.name) is None:
             place = folder / REFERENCES_FOLDER / reference.name
-            record = run_reference(reference, loaded, base, outcome.server_round, place, notify)
+            keep = answer_keeper(loaded, folder, reference.name)
+            record = run_reference(reference, loaded, base, outcome.server_round, place, notify, keep)
             references = references.model_copy(update={reference.name: record})
             write_references(path, references)
 
@@ -60,10 +70,12 @@ def _local_only(loaded: LoadedRun, loop: Loop, outcome: Outcome, notify: Notify)
     in_turn = [client for turn in zip_longest(*sampled) for client in turn if client is not None]
     clients = sorted(in_turn[:number], key=lambda client: (client.plan.name, client.client_id))
     notify(Stage(f"Reference: {len(clients)} sampled clients train alone", len(clients)))
-    rows = []
+    rows, tasks, started = [], [], time.perf_counter()
     for client in clients:
         try:
-            rows.append(_alone(loaded, loop, outcome, client))
+            row, unseen = _alone(loaded, loop, outcome, client)
+            rows.append(row)
+            tasks.append(unseen)
         except Exception as error:  # As in a round, a client's failure ends nothing.
             reason = f"{type(error).__name__}: {error}"
             rows.append(LocalClientRecord(client_id=client.client_id, plan=client.plan.name, failure=reason))
@@ -74,10 +86,15 @@ def _local_only(loaded: LoadedRun, loop: Loop, outcome: Outcome, notify: Notify)
         global_own=_mean_record([row.global_own for row in rows]),
         base_own=_mean_record([row.base_own for row in rows]),
         unseen=_mean_record([row.unseen for row in rows]),
+        tasks=task_records(_mean_by_task(tasks)),
+        seconds=time.perf_counter() - started,
     )
 
 
-def _alone(loaded: LoadedRun, loop: Loop, outcome: Outcome, client: ClientSpec) -> LocalClientRecord:
+def _alone(
+    loaded: LoadedRun, loop: Loop, outcome: Outcome, client: ClientSpec
+) -> tuple[LocalClientRecord, dict[str, Score]]:
+    """Return the record of a client that trained alone, and its scores on each unseen task."""
     config, ranks, own = loaded.config, client.plan.resolve(loaded.shapes), own_tests(loaded, [client])
     epochs = config.evaluation.local_only_epochs
     start = loop.aggregator.broadcast(loop.aggregator.init(loop.federation.initial_adapter), ranks)
@@ -92,16 +109,28 @@ def _alone(loaded: LoadedRun, loop: Loop, outcome: Outcome, client: ClientSpec) 
     cores = loaded.model.read_cores()
     alone = Broadcast(adapter, train_factors="both" if cores is None else "core", cores=cores)
     together = with_kept(loop.aggregator.broadcast(outcome.state, ranks), outcome.kept.get(client.client_id))
-    return LocalClientRecord(
+    unseen = score(loaded, alone, unseen_tasks(loaded))
+    record = LocalClientRecord(
         client_id=client.client_id,
         plan=client.plan.name,
         own=combined_record(score(loaded, alone, own).values()),
         global_own=combined_record(score(loaded, together, own).values()),
         base_own=combined_record(score(loaded, None, own).values()),
-        unseen=combined_record(score(loaded, alone, unseen_tasks(loaded)).values()),
+        unseen=combined_record(unseen.values()),
     )
+    return record, unseen
 
 
 def _mean_record(records: Sequence[ScoreRecord | None]) -> ScoreRecord | None:
     scored = [Score(**record.model_dump()) for record in records if record is not None]
     return combined_record(scored, weighted=False) if scored else None
+
+
+def _mean_by_task(by_client: Sequence[Mapping[str, Score]]) -> dict[str, Score]:
+    """Return the mean score of each task over clients, with the examples of one client."""
+    if not by_client:
+        return {}
+    means = {task: combine([own[task] for own in by_client], weighted=False) for task in by_client[0]}
+    return {
+        task: dataclasses.replace(mean, num_examples=by_client[0][task].num_examples) for task, mean in means.items()
+    }

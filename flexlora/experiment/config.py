@@ -165,8 +165,16 @@ class EvaluationConfig(Section):
     every: int = Field(default=5, ge=1, description="Rounds between evaluations; the last round always has one.")
     max_new_tokens: int = Field(default=32, ge=1, description="Longest generated answer in tokens.")
     batch_size: int = Field(default=64, ge=1, description="Prompts decoded at once.")
+    keep_answers: bool = Field(
+        default=True, description="Keep what models answered to unseen tasks in answers.jsonl, for the report."
+    )
     rank_group_clients: int = Field(
-        default=8, ge=0, description="Clients per type whose own test data are scored at the end; 0 skips it."
+        default=30,
+        ge=0,
+        description=(
+            "Clients per type whose own test data are scored at the end, at least 30 for the report to say who gains; "
+            "0 skips it."
+        ),
     )
     local_only_clients: int = Field(
         default=8, ge=0, description="Sampled clients that also train alone, for comparison; 0 skips it."

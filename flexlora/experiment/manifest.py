@@ -12,6 +12,7 @@ import torch
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import dump_config
 from flexlora.experiment.loaded import LoadedRun
+from flexlora.experiment.machine import machine_in_words
 from flexlora.experiment.participants import Participants
 from flexlora.experiment.round_loop import cohort_size
 from flexlora.federation.clients import count_plans
@@ -47,6 +48,7 @@ def manifest_of(loaded: LoadedRun) -> ManifestRecord:
         target_rouge_l=config.evaluation.target_rouge_l,
         device=str(loaded.model.device),
         num_threads=torch.get_num_threads(),
+        machine=machine_in_words(torch.device(loaded.model.device)),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         trainer=None if loaded.train_one is None else _name_of(loaded.train_one),
         warnings=list(participants.warnings),

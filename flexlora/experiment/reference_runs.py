@@ -10,7 +10,7 @@ from flexlora.experiment.control_clients import at_largest_ranks, at_smallest_ra
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.method_config import FEDERATED_AVERAGING, read_method
 from flexlora.experiment.round_loop import round_loop
-from flexlora.experiment.scoring import Scorer
+from flexlora.experiment.scoring import OnAnswers, Scorer
 from flexlora.experiment.stages import Notify, rounds_stage
 from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks
 from flexlora.federation.messages import Broadcast
@@ -82,7 +82,13 @@ def wanted_runs(loaded: LoadedRun) -> Sequence[ReferenceRun]:
 
 
 def run_reference(
-    run: ReferenceRun, loaded: LoadedRun, base: EvaluationRecord, num_rounds: int, folder: Path, notify: Notify
+    run: ReferenceRun,
+    loaded: LoadedRun,
+    base: EvaluationRecord,
+    num_rounds: int,
+    folder: Path,
+    notify: Notify,
+    on_answers: OnAnswers = lambda adapter, answers: None,
 ) -> ReferenceRunRecord:
     """Run FedIT among the clients of a reference, going on with what is in its folder, and return what is recorded.
 
@@ -93,11 +99,12 @@ def run_reference(
         num_rounds: Of the run that is compared.
         folder: Where records and checkpoints of the reference go.
         notify: Told about each step.
+        on_answers: Told the answers behind each of its scores.
     """
     clients, learning_rate = run.clients(loaded), run.learning_rate(loaded.config.evaluation)
     loop = round_loop(loaded, read_method({"name": FEDERATED_AVERAGING}), clients, folder, notify, learning_rate)
     rounds = dataclasses.replace(loop.settings, num_rounds=num_rounds, patience=None)
-    loop = dataclasses.replace(loop, settings=rounds, evaluator=ReferenceScorer(loaded, base))
+    loop = dataclasses.replace(loop, settings=rounds, evaluator=ReferenceScorer(loaded, base, on_answers))
     notify(rounds_stage(f"Reference: {run.in_words}", loop))
     run_rounds(loop)
     records = read_records(folder / RECORDS_FILE)
@@ -119,6 +126,7 @@ def run_reference(
         final=scored[-1][1],
         up_bytes=sum(record.up_bytes for record in records),
         down_bytes=sum(record.down_bytes for record in records),
+        seconds=sum(record.seconds.get("total", 0.0) for record in records),
     )
 
 
@@ -128,10 +136,11 @@ class ReferenceScorer:
 
     loaded: LoadedRun
     base: EvaluationRecord
+    on_answers: OnAnswers = lambda adapter, answers: None
 
     def scores(self, adapter: Broadcast | None) -> EvaluationRecord:
         """Return the scores of the base with this adapter, or of the base alone for None."""
-        return self.base if adapter is None else Scorer(self.loaded).scores(adapter)
+        return self.base if adapter is None else Scorer(self.loaded, self.on_answers).scores(adapter)
 
     def rank_groups(self, broadcast: Callable[[RankPlan], Broadcast]) -> dict[str, RankGroupRecord]:
         """Return none: every client of a reference run has one rank."""

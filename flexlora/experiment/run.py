@@ -1,5 +1,6 @@
 """Runs what a configuration describes, from the data to a finished run folder."""
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,13 +9,16 @@ from flexlora.data.owned_examples import OwnedRow
 from flexlora.experiment.baselines import measure_references
 from flexlora.experiment.config import Config
 from flexlora.experiment.export import write_run_adapters
+from flexlora.experiment.kept_answers import answer_keeper
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
 from flexlora.experiment.method_failures import naming_failures
 from flexlora.experiment.participants import gather_participants
 from flexlora.experiment.result import RunResult
 from flexlora.experiment.round_loop import aggregator_of, round_loop
 from flexlora.experiment.run_folder import ExperimentError, check_folder, open_folder
+from flexlora.experiment.scoring import Scorer
 from flexlora.experiment.stages import Notify, Stage, rounds_stage
+from flexlora.report.answer_file import FEDERATED
 from flexlora.report.page import write_report
 from flexlora.rounds.loop import run_rounds
 from flexlora.rounds.records import RECORDS_FILE, REFERENCES_FILE, read_records, read_references
@@ -64,6 +68,8 @@ def run_experiment(
     # Nothing is written before data and model have been read: a start that fails leaves no folder behind.
     open_folder(loaded, folder, overwrite and not resume)
     loop = round_loop(loaded, config.method, participants.clients, folder, notify)
+    scorer = Scorer(loaded, answer_keeper(loaded, folder, FEDERATED))
+    loop = dataclasses.replace(loop, evaluator=scorer)
     notify(rounds_stage(f"Federated rounds ({config.method.name})", loop))
     with naming_failures(loop.aggregator, config.method.name):
         outcome = run_rounds(loop)

@@ -15,6 +15,7 @@ from flexlora.experiment.config_file import dump_config, parse_config
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.manifest import manifest_of
 from flexlora.files import PARTIAL, write_whole
+from flexlora.report.answer_file import ANSWERS_FILE
 from flexlora.report.page import REPORT_FILE
 from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER
 from flexlora.rounds.records import (
@@ -30,6 +31,7 @@ ADAPTERS_FOLDER = "adapters"
 CONFIG_FILE = "config.yaml"
 RUN_ENTRIES = {
     ADAPTERS_FOLDER,
+    ANSWERS_FILE,
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     REFERENCES_FOLDER,

@@ -9,14 +9,26 @@ from flexlora.experiment.loaded import LoadedRun
 from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks
 from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream
-from flexlora.rounds.records import EvaluationRecord, RankGroupRecord, ScoreRecord
-from flexlora.training.evaluation import Score, answer_loss, combine, evaluate
+from flexlora.rounds.records import (
+    EvaluationRecord,
+    GroupClientRecord,
+    RankGroupRecord,
+    ScoreRecord,
+    TaskScoreRecord,
+    rounded,
+)
+from flexlora.training.evaluation import Answer, Score, answer_loss, answer_tasks, combine, score_of
+
+OnAnswers = Callable[[Broadcast | None, Mapping[str, Sequence[Answer]]], None]
+"""Told the adapter that was scored, None for the base, and its answers to the examples of each unseen task."""
 
 
-def score(loaded: LoadedRun, adapter: Broadcast | None, tasks: Mapping[str, Sequence[Example]]) -> dict[str, Score]:
-    """Return the score of the base with this adapter on each task."""
+def answers_to(
+    loaded: LoadedRun, adapter: Broadcast | None, tasks: Mapping[str, Sequence[Example]]
+) -> dict[str, list[Answer]]:
+    """Return what the base with this adapter answers to the examples of each task, and how good that is."""
     data, evaluation = loaded.config.data, loaded.config.evaluation
-    return evaluate(
+    return answer_tasks(
         loaded.model,
         adapter,
         tasks,
@@ -25,6 +37,11 @@ def score(loaded: LoadedRun, adapter: Broadcast | None, tasks: Mapping[str, Sequ
         max_new_tokens=evaluation.max_new_tokens,
         batch_size=evaluation.batch_size,
     )
+
+
+def score(loaded: LoadedRun, adapter: Broadcast | None, tasks: Mapping[str, Sequence[Example]]) -> dict[str, Score]:
+    """Return the score of the base with this adapter on each task."""
+    return {task: score_of(answers) for task, answers in answers_to(loaded, adapter, tasks).items()}
 
 
 def validation_loss(loaded: LoadedRun, adapter: Broadcast | None) -> float | None:
@@ -65,14 +82,21 @@ def sampled_clients(loaded: LoadedRun, per_plan: int, purpose: str) -> dict[str,
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores adapters for the round loop: unseen tasks, the validation set, and each rank group at the end."""
+    """Scores adapters for the round loop: unseen tasks, the validation set, and each rank group at the end.
+
+    Attributes:
+        on_answers: Told the answers behind each score of the unseen tasks, rank groups left out.
+    """
 
     loaded: LoadedRun
+    on_answers: OnAnswers = lambda adapter, answers: None
 
     def scores(self, adapter: Broadcast | None) -> EvaluationRecord:
         """Return the scores of the base with this adapter, or of the base alone for None."""
         corpus = self.loaded.participants.corpus
-        by_task = score(self.loaded, adapter, unseen_tasks(self.loaded))
+        answers = answers_to(self.loaded, adapter, unseen_tasks(self.loaded))
+        self.on_answers(adapter, answers)
+        by_task = {task: score_of(own) for task, own in answers.items()}
         categories: dict[str, list[Score]] = {}
         for task, own in by_task.items():
             categories.setdefault(corpus.unseen[task].category or "all", []).append(own)
@@ -80,6 +104,7 @@ class Scorer:
             unseen=combined_record(by_task.values()),
             unseen_unweighted=combined_record(by_task.values(), weighted=False),
             categories={name: combined_record(scores) for name, scores in sorted(categories.items())},
+            tasks=task_records(by_task),
             validation_loss=validation_loss(self.loaded, adapter),
         )
 
@@ -97,14 +122,35 @@ class Scorer:
             if not traits.folds_into_base:
                 # Without the tail that some methods send along: what a device of these ranks can keep.
                 adapter = Broadcast(adapter.adapter)
+            unseen = score(self.loaded, adapter, unseen_tasks(self.loaded))
+            scores = score(self.loaded, adapter, own) if own else {}
+            base = score(self.loaded, None, own) if own else {}
             groups[name] = RankGroupRecord(
                 ranks=compact_ranks(plan.resolve(self.loaded.shapes), self.loaded.shapes),
                 num_clients=len(own),
-                unseen=combined_record(score(self.loaded, adapter, unseen_tasks(self.loaded)).values()),
-                own=combined_record(score(self.loaded, adapter, own).values()) if own else None,
-                base_own=combined_record(score(self.loaded, None, own).values()) if own else None,
+                unseen=combined_record(unseen.values()),
+                own=combined_record(scores.values()) if own else None,
+                base_own=combined_record(base.values()) if own else None,
+                tasks=task_records(unseen),
+                clients=[
+                    GroupClientRecord(
+                        client_id=client_id,
+                        rouge_l=rounded(together.rouge_l),
+                        base_rouge_l=rounded(base[client_id].rouge_l),
+                        num_examples=together.num_examples,
+                    )
+                    for client_id, together in scores.items()
+                ],
             )
         return groups
+
+
+def task_records(by_task: Mapping[str, Score]) -> dict[str, TaskScoreRecord]:
+    """Return the score of each task as it is recorded."""
+    return {
+        task: TaskScoreRecord(rouge_l=rounded(own.rouge_l), num_examples=own.num_examples)
+        for task, own in by_task.items()
+    }
 
 
 def combined_record(scores: Iterable[Score], *, weighted: bool = True) -> ScoreRecord:

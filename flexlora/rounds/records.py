@@ -51,6 +51,22 @@ class ScoreRecord(_Record):
     num_tasks: int = Field(ge=0)
 
 
+class TaskScoreRecord(_Record):
+    """Quality of one model on one task, for comparing two models task by task."""
+
+    rouge_l: float = Field(description="ROUGE-L F-measure of generated text, 0 to 100")
+    num_examples: int = Field(ge=0)
+
+
+class GroupClientRecord(_Record):
+    """One client of a rank group on its own test data."""
+
+    client_id: str
+    rouge_l: float = Field(description="The global adapter, cut to its ranks, 0 to 100")
+    base_rouge_l: float = Field(description="The base model alone, there")
+    num_examples: int = Field(ge=0)
+
+
 class RankGroupRecord(_Record):
     """How the global adapter, cut to the ranks of one plan, serves the clients of that plan."""
 
@@ -59,6 +75,8 @@ class RankGroupRecord(_Record):
     unseen: ScoreRecord | None = Field(default=None, description="Unseen tasks, adapter truncated to these ranks")
     own: ScoreRecord | None = Field(default=None, description="These clients' own test data, same adapter")
     base_own: ScoreRecord | None = Field(default=None, description="The base model alone, there")
+    tasks: dict[str, TaskScoreRecord] = Field(default={}, description="Unseen task -> its score, same adapter")
+    clients: list[GroupClientRecord] = Field(default=[], description="Client by client, own test data")
 
 
 class EvaluationRecord(_Record):
@@ -67,6 +85,7 @@ class EvaluationRecord(_Record):
     unseen: ScoreRecord = Field(description="Unseen tasks, weighted by examples")
     unseen_unweighted: ScoreRecord = Field(description="Unseen tasks, plain mean over tasks")
     categories: dict[str, ScoreRecord] = Field(default={}, description="Category of unseen tasks -> its score")
+    tasks: dict[str, TaskScoreRecord] = Field(default={}, description="Unseen task -> its score")
     validation_loss: float | None = Field(
         default=None, description="Nats per answer token on the fixed set that early stopping watches"
     )
@@ -148,6 +167,8 @@ class LocalOnlyRecord(_Record):
     global_own: ScoreRecord | None = None
     base_own: ScoreRecord | None = None
     unseen: ScoreRecord | None = None
+    tasks: dict[str, TaskScoreRecord] = Field(default={}, description="Unseen task -> mean over the clients")
+    seconds: float | None = Field(default=None, description="Wall time")
 
 
 class RoundScoreRecord(_Record):
@@ -169,6 +190,7 @@ class ReferenceRunRecord(_Record):
     final: EvaluationRecord | None = None
     up_bytes: int = Field(default=0, ge=0)
     down_bytes: int = Field(default=0, ge=0)
+    seconds: float | None = Field(default=None, description="Wall time of its rounds")
 
 
 class ReferencesRecord(_Record):
@@ -200,6 +222,7 @@ class ManifestRecord(_Record):
     cohort_size: int | None = None
     device: str | None = None
     num_threads: int | None = Field(default=None, description="CPU threads of tensor work; results depend on them")
+    machine: str | None = Field(default=None, description="Processor, cores and memory, for a person")
     plan_counts: dict[str, int] = Field(default={}, description="Plan name -> clients that have it")
     plan_ranks: dict[str, dict[str, int]] = Field(default={}, description="Plan name -> module path -> rank")
     device_counts: dict[str, int] = Field(default={}, description="Simulated device -> clients that have it")

@@ -35,6 +35,25 @@ class Score:
     num_tasks: int
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one example, and how good that is.
+
+    Attributes:
+        text: As generated, without white space around it.
+        rouge_l: ROUGE-L F-measure, the best over the accepted answers, 0 to 100.
+        is_exact: Whether it equals an accepted one up to case and white space.
+        nats: Summed cross-entropy of the first accepted answer, with the end of sequence.
+        num_tokens: Tokens that ``nats`` is the sum over.
+    """
+
+    text: str
+    rouge_l: float
+    is_exact: bool
+    nats: float
+    num_tokens: int
+
+
 def combine(scores: Sequence[Score], *, weighted: bool = True) -> Score:
     """Return the mean of scores; zeros if there are none.
 
@@ -68,7 +87,30 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> dict[str, Score]:
-    """Return the score of each task that has examples, in the order given; draws no random numbers.
+    """Return the score of each task that has examples, in the order given; for the arguments see ``answer_tasks``."""
+    answers = answer_tasks(
+        model,
+        adapter,
+        tasks,
+        template=template,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    return {task: score_of(own) for task, own in answers.items()}
+
+
+def answer_tasks(
+    model: AdaptedModel,
+    adapter: Broadcast | None,
+    tasks: Mapping[str, Sequence[Example]],
+    *,
+    template: Template,
+    max_length: int,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> dict[str, list[Answer]]:
+    """Return one answer per example of each task that has examples, in the order given; draws no random numbers.
 
     Examples of all tasks are decoded together, in batches of similar length.
 
@@ -87,14 +129,19 @@ def evaluate(
     with model.without_adapter() if adapter is None else nullcontext():
         answers = generate_answers(model, examples, template, max_length, max_new_tokens, batch_size)
         losses = _losses(model, examples, template, max_length, batch_size)
-    scores: dict[str, Score] = {}
-    start = 0
-    for task, members in tasks.items():
-        part = slice(start, start + len(members))
-        if members:
-            scores[task] = _score(members, answers[part], losses[part])
-        start = part.stop
-    return scores
+    scored = iter(map(_answer, examples, answers, losses))
+    return {task: [next(scored) for _ in members] for task, members in tasks.items() if members}
+
+
+def score_of(answers: Sequence[Answer]) -> Score:
+    """Return the score of one task from its answers, at least one."""
+    return Score(
+        rouge_l=sum(answer.rouge_l for answer in answers) / len(answers),
+        exact_match=100 * sum(answer.is_exact for answer in answers) / len(answers),
+        loss=_nats_per_token([(answer.nats, answer.num_tokens) for answer in answers]),
+        num_examples=len(answers),
+        num_tasks=1,
+    )
 
 
 def answer_loss(
@@ -138,15 +185,8 @@ def _nats_per_token(losses: Sequence[tuple[float, int]]) -> float:
     return sum(nats for nats, _ in losses) / max(1, sum(tokens for _, tokens in losses))
 
 
-def _score(examples: Sequence[Example], answers: Sequence[str], losses: Sequence[tuple[float, int]]) -> Score:
-    pairs = list(zip(examples, answers, strict=True))
-    return Score(
-        rouge_l=100 * sum(rouge_l(answer, example.outputs) for example, answer in pairs) / len(pairs),
-        exact_match=100 * sum(is_exact_match(answer, example.outputs) for example, answer in pairs) / len(pairs),
-        loss=_nats_per_token(losses),
-        num_examples=len(pairs),
-        num_tasks=1,
-    )
+def _answer(example: Example, text: str, loss: tuple[float, int]) -> Answer:
+    return Answer(text, 100 * rouge_l(text, example.outputs), is_exact_match(text, example.outputs), *loss)
 
 
 @torch.no_grad()

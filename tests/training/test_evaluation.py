@@ -1,11 +1,12 @@
 import pytest
 import torch
+from rouge_score import rouge_scorer
 
 from flexlora.data.examples import Example
 from flexlora.data.prompts import encode, encode_prompt
 from flexlora.federation.messages import Broadcast
 from flexlora.training.adapted_model import AdaptedModel
-from flexlora.training.evaluation import Score, combine, evaluate, task_loss
+from flexlora.training.evaluation import Score, answer_tasks, combine, evaluate, task_loss
 from flexlora.training.generation import generate
 
 TASKS = {
@@ -80,3 +81,19 @@ def test_means_weigh_examples_or_tasks():
     assert combine(scores, weighted=False) == Score(50.0, 25.0, 2.0, 40, 2)
     assert combine([combine(scores), Score(0.0, 0.0, 0.0, 40, 3)]) == Score(32.5, 18.75, 0.75, 80, 5)
     assert combine([]) == Score(0.0, 0.0, 0.0, 0, 0)
+
+
+def test_the_answers_are_those_that_scores_are_made_of(talkative, shapes, random_adapter, scaling):
+    adapter = Broadcast(random_adapter(shapes, {path: 2 for path in shapes}, scaling))
+    answers = answer_tasks(talkative, adapter, TASKS, **OPTIONS)
+    scores = evaluate(talkative, adapter, TASKS, **OPTIONS)
+    assert {task: len(own) for task, own in answers.items()} == {"colours": 2, "numbers": 1}
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    for task, own in answers.items():
+        for example, answer in zip(TASKS[task], own, strict=True):
+            if answer.text.isascii():
+                best = scorer.score_multi(list(example.outputs), answer.text)["rougeL"].fmeasure
+                assert answer.rouge_l == pytest.approx(100 * best)
+        assert scores[task].rouge_l == pytest.approx(sum(answer.rouge_l for answer in own) / len(own))
+        nats, tokens = (sum(getattr(answer, name) for answer in own) for name in ("nats", "num_tokens"))
+        assert scores[task].loss == pytest.approx(nats / tokens)
