@@ -12,6 +12,7 @@ from flexlora.adapters.rank_layout import RankLayout, Ranks
 from flexlora.adapters.write import write_adapter
 from flexlora.aggregators.base import Aggregator, state_types
 from flexlora.experiment.base import base_name, load_base
+from flexlora.experiment.best_round import WhichRound, best_checkpoint
 from flexlora.experiment.config import Config
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
 from flexlora.experiment.round_loop import aggregator_of
@@ -19,7 +20,7 @@ from flexlora.experiment.run_folder import ADAPTERS_FOLDER, ExperimentError, rea
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.product import ProductSum, Spectrum, Split, add_product, decompose
-from flexlora.rounds.checkpoint import load_latest
+from flexlora.rounds.checkpoint import Checkpoint, load_latest
 from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER, Loop, Outcome
 
 
@@ -45,6 +46,7 @@ def export_run(
     merged: bool = False,
     ranks: Ranks = "uniform",
     pad_to: int | None = None,
+    which: WhichRound = "last",
 ) -> dict[str, Any]:
     """Write the global adapter of a run as a standard PEFT folder, or merged into the whole model.
 
@@ -56,9 +58,10 @@ def export_run(
         ranks: ``uniform`` pads smaller ranks to the largest with directions that change nothing and can be trained;
             ``exact`` keeps every module's own in ``rank_pattern``.
         pad_to: The one rank to pad to, of those that vLLM makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512.
+        which: The last round, or the best: that of the lowest validation loss.
 
     Returns:
-        What was written: ``rank``, ``modules`` and, for a merged model, ``merged``.
+        What was written: ``round``, ``rank``, ``modules`` and, for a merged model, ``merged``.
 
     Raises:
         ExperimentError: If the run has no checkpoint, the rank is out of range, or ``folder`` exists.
@@ -71,35 +74,40 @@ def export_run(
     layout = RankLayout(ranks, pad_to)
     if merged and layout != RankLayout():
         raise ExperimentError("ranks and pad_to lay out an adapter; a merged model has none: leave them or merged out")
-    adapter, rank = _adapter_and_rank(config, run_folder, rank)
+    adapter, rank, server_round = _adapter_and_rank(config, run_folder, rank, which)
     if merged:
         base, tokenizer = load_base(config, "cpu")
         merge_into_base(base, tokenizer, adapter, folder)
     else:
         write_adapter(folder, adapter, base_name(config), ranks=ranks, pad_to=pad_to)
-    written: dict[str, Any] = {"rank": rank, "modules": len(adapter)}
+    written: dict[str, Any] = {"round": server_round, "rank": rank, "modules": len(adapter)}
     return {**written, "merged": True} if merged else written
 
 
-def adapter_of_run(run_folder: Path | str, rank: int | None = None) -> AdapterState:
-    """Return the global adapter of a run, from its newest checkpoint and without loading the base model.
+def adapter_of_run(run_folder: Path | str, rank: int | None = None, which: WhichRound = "last") -> AdapterState:
+    """Return the global adapter of a run, from a checkpoint and without loading the base model.
 
     Args:
         run_folder: The folder of a run that has got past round 0.
         rank: In 1 to the server's rank; None takes all of it. Modules whose server rank is smaller keep theirs.
+        which: The last round, or the best: that of the lowest validation loss.
 
     Raises:
         ExperimentError: If the run has no checkpoint or the rank is out of range.
     """
     run_folder = Path(run_folder)
-    adapter, _ = _adapter_and_rank(read_run_config(run_folder), run_folder, rank)
+    adapter, *_ = _adapter_and_rank(read_run_config(run_folder), run_folder, rank, which)
     return adapter
 
 
-def _adapter_and_rank(config: Config, run_folder: Path, rank: int | None) -> tuple[AdapterState, int]:
-    aggregator, state, server_ranks = final_state(config, run_folder)
+def _adapter_and_rank(
+    config: Config, run_folder: Path, rank: int | None, which: WhichRound
+) -> tuple[AdapterState, int, int]:
+    """Return the adapter, its rank and its round."""
+    aggregator, checkpoint, server_ranks = saved_state(config, run_folder, which)
     rank = checked_rank(rank, server_ranks)
-    return adapter_at_rank(aggregator.broadcast(state, server_ranks), rank, scaling_rule(config)), rank
+    whole = aggregator.broadcast(checkpoint.state, server_ranks)
+    return adapter_at_rank(whole, rank, scaling_rule(config)), rank, checkpoint.server_round
 
 
 def checked_rank(rank: int | None, server_ranks: Mapping[str, int]) -> int:
@@ -114,13 +122,21 @@ def checked_rank(rank: int | None, server_ranks: Mapping[str, int]) -> int:
     return rank or top
 
 
-def final_state(config: Config, run_folder: Path) -> tuple[Aggregator[Any], Any, dict[str, int]]:
-    """Return the method, its newest state and the server's rank per module, without loading the base model."""
+def saved_state(
+    config: Config, run_folder: Path, which: WhichRound = "last"
+) -> tuple[Aggregator[Any], Checkpoint, dict[str, int]]:
+    """Return the method, a checkpoint and the server's rank per module, without loading the base model.
+
+    Raises:
+        ExperimentError: If no round is finished, or none that is wanted was kept.
+    """
     aggregator = aggregator_of(config.method, scaling_rule(config))
     checkpoint = load_latest(run_folder / CHECKPOINTS_FOLDER, state_types(aggregator))
     if checkpoint is None or checkpoint.server_round == 0:
         raise ExperimentError(f"{run_folder} has no round to take an adapter from yet; let the run finish one")
-    return aggregator, checkpoint.state, dict(checkpoint.progress["server_ranks"])
+    if which == "best":
+        checkpoint = best_checkpoint(run_folder, checkpoint, state_types(aggregator))
+    return aggregator, checkpoint, dict(checkpoint.progress["server_ranks"])
 
 
 def adapter_at_rank(adapter: Broadcast, rank: int, scaling: Scaling, split: Split = "b") -> AdapterState:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from flexlora.experiment.best_round import WhichRound
 from flexlora.experiment.export import adapter_of_run, export_run
 from flexlora.experiment.result_rows import Row, client_rows, round_rows, score_rows
 from flexlora.experiment.run_folder import ADAPTERS_FOLDER, read_run_config
@@ -74,29 +75,33 @@ class RunResult:
         """Return one row per round and client that took part: its plan, ranks, bytes, loss, and why it failed."""
         return _frame(client_rows(self.rounds))
 
-    def adapter(self, rank: int | None = None) -> AdapterState:
+    def adapter(self, rank: int | None = None, *, which: WhichRound = "last") -> AdapterState:
         """Return the global adapter: module path -> factors.
 
         Args:
             rank: In 1 to the server's rank; None takes all of it.
+            which: The last round, or the best: that of the lowest validation loss.
 
         Raises:
             ExperimentError: If no round is finished or the rank is out of range.
         """
-        return adapter_of_run(self.folder, rank)
+        return adapter_of_run(self.folder, rank, which)
 
-    def export(self, folder: Path | str, *, rank: int | None = None, merged: bool = False) -> Path:
+    def export(
+        self, folder: Path | str, *, rank: int | None = None, merged: bool = False, which: WhichRound = "last"
+    ) -> Path:
         """Write the global adapter as a standard PEFT folder, or merged into the whole model, and return that folder.
 
         Args:
             folder: Where to write; must not exist.
             rank: In 1 to the server's rank; None takes all of it.
             merged: Write base and adapter as one model, with the tokenizer.
+            which: The last round, or the best: that of the lowest validation loss.
 
         Raises:
             ExperimentError: If no round is finished, the rank is out of range, or ``folder`` exists.
         """
-        export_run(self.folder, folder, rank=rank, merged=merged)
+        export_run(self.folder, folder, rank=rank, merged=merged, which=which)
         return Path(folder)
 
     def summary(self) -> dict[str, Any]:

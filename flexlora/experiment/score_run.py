@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flexlora.data.owned_examples import OwnedRow
+from flexlora.experiment.best_round import WhichRound
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import load_config
 from flexlora.experiment.config_sources import config_from
-from flexlora.experiment.export import adapter_at_rank, checked_rank, final_state
+from flexlora.experiment.export import adapter_at_rank, checked_rank, saved_state
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.participants import Participants, gather_participants
 from flexlora.experiment.run_folder import CONFIG_FILE, ExperimentError, differences, read_run_config
@@ -27,6 +28,7 @@ def evaluate_run(
     overrides: Sequence[str] | Mapping[str, object] = (),
     *,
     rank: int | None = None,
+    which: WhichRound = "last",
     data: Iterable[OwnedRow] | None = None,
 ) -> dict[str, EvaluationRecord]:
     """Score the base alone and with the adapter of a run on the run's unseen tasks.
@@ -36,6 +38,7 @@ def evaluate_run(
         overrides: Settings that replace the run's, for example another ``data.path`` or more examples:
             ``["data.test_examples_per_task=50"]`` or ``{"data.test_examples_per_task": 50}``.
         rank: Cut the adapter to this rank first; None takes all of it.
+        which: The last round, or the best: that of the lowest validation loss.
         data: The examples of a run whose data were passed from Python.
 
     Raises:
@@ -46,13 +49,13 @@ def evaluate_run(
     is_mapping = isinstance(overrides, Mapping)
     config = config_from(path, overrides) if is_mapping else load_config(path, overrides, check_paths=True)
     _check_changes(before, config)
-    aggregator, state, server_ranks = final_state(config, run_folder)
+    aggregator, checkpoint, server_ranks = saved_state(config, run_folder, which)
     name = f"rank {checked_rank(rank, server_ranks)}"
     participants = gather_participants(config, data)
     _check_data(participants, run_folder)
     loaded = LoadedRun.load(config, participants)
     scorer = Scorer(loaded)
-    adapter = aggregator.broadcast(state, server_ranks)
+    adapter = aggregator.broadcast(checkpoint.state, server_ranks)
     if rank is not None:
         adapter = Broadcast(adapter_at_rank(adapter, rank, loaded.scaling))
     return {"base model": scorer.scores(None), name: scorer.scores(adapter)}

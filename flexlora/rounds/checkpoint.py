@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,8 @@ class Checkpoint:
     kept: Mapping[str, KeptFactors] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
-    """Write ``folder/round-NNNN`` atomically, then drop all but the newest ``keep`` checkpoints.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, best_round: int | None = None) -> None:
+    """Write ``folder/round-NNNN`` atomically, then drop the others as ``drop_checkpoints`` does.
 
     Checkpoints of later rounds are dropped too: the run has gone back behind them because they are damaged.
     """
@@ -95,10 +95,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
             **others,
         }
         (partial / TREE_FILE).write_text(sealed(json.dumps(description)), encoding="utf-8")
-    there = _folders(folder)
-    later = [path for path in there if _round_of(path) > checkpoint.server_round]
-    for old in (*later, *there[len(later) + keep :]):
-        shutil.rmtree(old)
+    for later in _folders(folder):
+        if _round_of(later) > checkpoint.server_round:
+            shutil.rmtree(later)
+    drop_checkpoints(folder, keep, best_round)
+
+
+def drop_checkpoints(folder: Path, keep: int, best_round: int | None = None) -> None:
+    """Drop all checkpoints but the newest ``keep`` and that of ``best_round``."""
+    for old in _folders(folder)[keep:]:
+        if best_round is None or old != _folder_of(folder, best_round):
+            shutil.rmtree(old)
 
 
 def replace_progress(folder: Path, server_round: int, progress: Mapping[str, Any]) -> None:
@@ -113,7 +120,10 @@ def replace_progress(folder: Path, server_round: int, progress: Mapping[str, Any
 
 
 def load_latest(
-    folder: Path, types: tuple[type, ...], check: Callable[[Checkpoint], object] = lambda checkpoint: None
+    folder: Path,
+    types: tuple[type, ...],
+    check: Callable[[Checkpoint], object] = lambda checkpoint: None,
+    recent: int | None = None,
 ) -> Checkpoint | None:
     """Return the newest checkpoint that is whole, or None when there is none.
 
@@ -124,16 +134,36 @@ def load_latest(
         folder: The ``checkpoints`` folder of a run.
         types: The dataclasses that states may be made of.
         check: Raises for a checkpoint that is whole but cannot be used; then the one before it is read.
+        recent: How many of the newest such a checkpoint can be passed over for; None for all. That of the best round
+            may be many rounds old, and going back so far for the sake of a record would cost more than it saves.
 
     Raises:
         CheckpointError: Checkpoints exist but none can be read.
     """
+    return _load(lambda: _folders(folder), types, check, recent)
+
+
+def load_round(folder: Path, server_round: int, types: tuple[type, ...]) -> Checkpoint | None:
+    """Return the checkpoint of a round, or None when there is none; arguments and errors as for ``load_latest``."""
+    path = _folder_of(folder, server_round)
+    return _load(lambda: [path] if path.is_dir() else [], types)
+
+
+def _load(
+    folders: Callable[[], Sequence[Path]],
+    types: tuple[type, ...],
+    check: Callable[[Checkpoint], object] = lambda _: None,
+) -> Checkpoint | None:
     known = {kind.__name__: kind for kind in types}
+    problems: list[str] = []
     for _ in range(MOST_LOOKS):
-        candidates, problems = _folders(folder), []
-        for candidate in candidates:
+        candidates, problems, refused = folders(), [], False
+        for index, candidate in enumerate(candidates):
+            if refused and recent is not None and index >= recent:
+                break
             try:
                 found = _read(candidate, known)
+                refused = True
                 check(found)
                 return found
             except MemoryError:
@@ -143,7 +173,7 @@ def load_latest(
                 problems.append(f"{candidate}: {told}")
                 if candidate.exists():
                     log.warning("checkpoint skipped: %s", printable(problems[-1]))
-        if _folders(folder) == candidates:
+        if folders() == candidates:
             break
     else:
         problems.append("it was replaced again and again while it was read")

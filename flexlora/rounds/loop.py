@@ -5,7 +5,13 @@ from typing import Any
 
 from flexlora.aggregators.base import check_state
 from flexlora.federation.messages import KeptFactors
-from flexlora.rounds.checkpoint import Checkpoint, load_latest, replace_progress, save_checkpoint
+from flexlora.rounds.checkpoint import (
+    Checkpoint,
+    drop_checkpoints,
+    load_latest,
+    replace_progress,
+    save_checkpoint,
+)
 from flexlora.rounds.cohort import cohort_work
 from flexlora.rounds.history import history_lines, line_digest, line_in, write_history
 from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER, Loop, Outcome, Progress, RoundEvent, Stopwatch
@@ -65,7 +71,8 @@ def _resumed(loop: Loop) -> tuple[int, Any, Progress] | None:
     A checkpoint whose round had yet to be scored is scored first. One whose earlier rounds have no records any more is
     passed over, as a damaged one is.
     """
-    checkpoint = load_latest(loop.folder / CHECKPOINTS_FOLDER, loop.state_types, lambda found: _remaining(loop, found))
+    folder, recent = loop.folder / CHECKPOINTS_FOLDER, loop.settings.keep_checkpoints
+    checkpoint = load_latest(folder, loop.state_types, lambda found: _remaining(loop, found), recent)
     if checkpoint is None:
         _refuse_to_forget(loop)
         return None
@@ -129,7 +136,8 @@ def _started(loop: Loop) -> tuple[int, Any, Progress]:
     record = RoundRecord(
         server_round=0, evaluation=scores, seconds=watch.seconds, virtual_seconds=started, virtual_clock_seconds=started
     )
-    progress = Progress(best_validation_loss=scores.validation_loss)
+    loss = scores.validation_loss
+    progress = Progress(best_validation_loss=loss, best_round=None if loss is None else 0)
     _save(loop, state, progress, record)
     progress = _recorded(loop, progress, record)
     loop.notify(RoundEvent("done", 0, record=record))
@@ -158,8 +166,9 @@ def _finish_round(
         if is_saved:
             remembered = _remembered(loop, progress, record)
             replace_progress(loop.folder / CHECKPOINTS_FOLDER, server_round, remembered)
-        elif progress.stopped is not None:
+        elif progress.stopped is not None or progress.best_round == server_round:
             _save(loop, state, progress, record)
+        drop_checkpoints(loop.folder / CHECKPOINTS_FOLDER, settings.keep_checkpoints, progress.best_round)
     progress = _recorded(loop, progress, record)
     loop.notify(RoundEvent("done", server_round, len(record.clients), record=record))
     return progress
@@ -182,7 +191,7 @@ def _is_scored(loop: Loop, server_round: int, progress: Progress) -> bool:
 def _save(loop: Loop, state: Any, progress: Progress, record: RoundRecord) -> None:
     remembered = _remembered(loop, progress, record)
     checkpoint = Checkpoint(record.server_round, state, remembered, progress.sent, progress.kept)
-    save_checkpoint(loop.folder / CHECKPOINTS_FOLDER, checkpoint, loop.settings.keep_checkpoints)
+    save_checkpoint(loop.folder / CHECKPOINTS_FOLDER, checkpoint, loop.settings.keep_checkpoints, progress.best_round)
 
 
 def _remembered(loop: Loop, progress: Progress, record: RoundRecord) -> dict[str, Any]:
@@ -203,7 +212,7 @@ def _score_round(loop: Loop, state: Any, progress: Progress, record: RoundRecord
         scores = loop.evaluator.scores(loop.aggregator.broadcast(state, federation.server_ranks))
         # A run that ends here anyway has not been stopped.
         patience = None if server_round == settings.num_rounds else settings.patience
-        progress = progress.after_evaluation(scores.validation_loss, patience)
+        progress = progress.after_evaluation(server_round, scores.validation_loss, patience)
         if _is_last(loop, server_round, progress):
             groups = loop.evaluator.rank_groups(
                 lambda plan: loop.aggregator.broadcast(state, plan.resolve(federation.shapes))

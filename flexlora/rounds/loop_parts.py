@@ -62,6 +62,7 @@ class Progress:
     """What the loop remembers besides the aggregator's state.
 
     Attributes:
+        best_round: The round with the lowest validation loss, 0 for the base model; its checkpoint is kept.
         clock: Virtual time, if it is simulated.
         sent: Round and plan name -> what clients still at work were sent; checkpointed as tensors.
         kept: Client id -> the factor that it keeps between rounds; checkpointed as tensors.
@@ -69,6 +70,7 @@ class Progress:
     """
 
     best_validation_loss: float | None = None
+    best_round: int | None = None
     evaluations_without_gain: int = 0
     failed_rounds_in_a_row: int = 0
     num_updates: int = 0
@@ -94,13 +96,15 @@ class Progress:
             self, failed_rounds_in_a_row=failed_in_a_row, num_updates=self.num_updates + num_updates, stopped=stopped
         )
 
-    def after_evaluation(self, validation_loss: float | None, patience: int | None) -> "Progress":
+    def after_evaluation(self, server_round: int, validation_loss: float | None, patience: int | None) -> "Progress":
         """Return the progress after an evaluation; stopped after ``patience`` of them without a lower loss."""
         best = self.best_validation_loss
         if validation_loss is None:
             return self
         if best is None or validation_loss < best:
-            return dataclasses.replace(self, best_validation_loss=validation_loss, evaluations_without_gain=0)
+            return dataclasses.replace(
+                self, best_validation_loss=validation_loss, best_round=server_round, evaluations_without_gain=0
+            )
         without_gain = self.evaluations_without_gain + 1
         stopped = self.stopped
         if patience is not None and without_gain >= patience and stopped is None:

@@ -103,11 +103,11 @@ def test_an_asynchronous_run_trains_clients_from_what_they_were_sent(
     save = rounds.save_checkpoint
     kept: list[set[str]] = []
 
-    def saved(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
+    def saved(folder: Path, checkpoint: Checkpoint, keep: int, best_round: int | None) -> None:
         if checkpoint.server_round:
             states.append(checkpoint.state)
             kept.append(set(checkpoint.sent))
-        save(folder, checkpoint, keep)
+        save(folder, checkpoint, keep, best_round)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds, "save_checkpoint", saved)

@@ -16,7 +16,7 @@ from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import Broadcast, ClientFailure, Update
 from flexlora.lora.factors import LoraFactors
 from flexlora.rounds import loop as rounds
-from flexlora.rounds.checkpoint import Checkpoint, replace_progress, save_checkpoint
+from flexlora.rounds.checkpoint import Checkpoint, load_latest, load_round, replace_progress, save_checkpoint
 from flexlora.rounds.loop import run_rounds
 from flexlora.rounds.records import EvaluationRecord, RankGroupRecord, read_records
 
@@ -234,9 +234,9 @@ def test_a_run_that_gave_up_while_its_last_round_was_scored_has_given_up(tmp_pat
 def test_rounds_are_checkpointed_as_often_as_asked_whatever_is_evaluated(tmp_path, monkeypatch, drift, loop_in):
     written: list[tuple[str, int]] = []
 
-    def saved(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
+    def saved(folder: Path, checkpoint: Checkpoint, keep: int, best_round: int | None) -> None:
         written.append(("state", checkpoint.server_round))
-        save_checkpoint(folder, checkpoint, keep)
+        save_checkpoint(folder, checkpoint, keep, best_round)
 
     def replaced(folder: Path, server_round: int, progress: Mapping[str, object]) -> None:
         written.append(("scores", server_round))
@@ -289,3 +289,31 @@ def test_a_state_that_could_not_be_read_back_ends_the_run_before_it_is_saved(tmp
     with pytest.raises(AggregationError, match="state: keys of mappings in a state must be strings; got 1"):
         run_rounds(broken)
     assert [record.server_round for record in read_records(tmp_path / "records.jsonl")] == [0]
+
+
+BEST_AT_2 = (2.0, 1.5, 1.0, 1.3, 1.4, 1.6)
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 4])
+def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(tmp_path, checkpoint_every, scores_of, drift, loop_in):
+    def loop(name, num_rounds, losses):
+        options = {"keep_checkpoints": 1, "checkpoint_every": checkpoint_every, "evaluator": scores_of(losses)}
+        return loop_in(tmp_path / name, drift, num_rounds=num_rounds, **options)
+
+    whole = loop("whole", 5, BEST_AT_2)
+    run_rounds(whole)
+    folder = tmp_path / "whole" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["round-0002", "round-0005"]
+    best = load_round(folder, 2, whole.state_types)
+    newest = load_latest(folder, whole.state_types)
+    assert newest.server_round == 5 and newest.progress["loop"]["best_round"] == 2
+    stopped = run_rounds(loop("stopped", 2, BEST_AT_2))
+    for module, spectrum in stopped.state.spectra.items():
+        assert torch.equal(spectrum.U, best.state.spectra[module].U)
+
+
+def test_a_run_that_was_never_better_than_its_base_knows_it(tmp_path, scores_of, drift, loop_in):
+    loop = loop_in(tmp_path, drift, num_rounds=2, keep_checkpoints=1, evaluator=scores_of((1.0, 2.0, 3.0)))
+    run_rounds(loop)
+    newest = load_latest(tmp_path / "checkpoints", loop.state_types)
+    assert newest.progress["loop"]["best_round"] == 0

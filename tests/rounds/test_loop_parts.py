@@ -11,17 +11,17 @@ def test_rounds_without_updates_stop_a_loop_only_in_a_row() -> None:
 
 
 def test_evaluations_without_a_lower_loss_stop_a_loop_if_it_has_patience() -> None:
-    progress = Progress().after_evaluation(2.0, 2).after_evaluation(2.0, 2)
+    progress = Progress().after_evaluation(7, 2.0, 2).after_evaluation(7, 2.0, 2)
     assert (progress.best_validation_loss, progress.evaluations_without_gain, progress.stopped) == (2.0, 1, None)
-    assert progress.after_evaluation(1.5, 2).evaluations_without_gain == 0
-    assert progress.after_evaluation(None, 2) == progress
-    assert progress.after_evaluation(2.5, None).stopped is None
-    assert "did not fall below 2.0000 in 2 evaluations" in str(progress.after_evaluation(2.5, 2).stopped)
+    assert progress.after_evaluation(7, 1.5, 2).evaluations_without_gain == 0
+    assert progress.after_evaluation(7, None, 2) == progress
+    assert progress.after_evaluation(7, 2.5, None).stopped is None
+    assert "did not fall below 2.0000 in 2 evaluations" in str(progress.after_evaluation(7, 2.5, 2).stopped)
 
 
 def test_the_first_reason_to_stop_is_kept() -> None:
     stopped = Progress(best_validation_loss=1.0, stopped="enough")
-    assert stopped.after_evaluation(2.0, 1).stopped == "enough"
+    assert stopped.after_evaluation(7, 2.0, 1).stopped == "enough"
 
 
 def test_progress_comes_back_from_plain_values() -> None:
