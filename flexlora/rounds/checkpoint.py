@@ -152,7 +152,8 @@ def load_round(folder: Path, server_round: int, types: tuple[type, ...]) -> Chec
 def _load(
     folders: Callable[[], Sequence[Path]],
     types: tuple[type, ...],
-    check: Callable[[Checkpoint], object] = lambda _: None,
+    check: Callable[[Checkpoint], object] = lambda checkpoint: None,
+    recent: int | None = None,
 ) -> Checkpoint | None:
     known = {kind.__name__: kind for kind in types}
     problems: list[str] = []
