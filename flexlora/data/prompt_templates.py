@@ -1,18 +1,16 @@
 """Writes an example as the text of a prompt, in one of several templates."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from flexlora.data.chat_template import PromptError, prompt_text, request_of
 from flexlora.data.examples import Example
-from flexlora.errors import FlexLoraError
 
 Template = Literal["alpaca", "chat", "plain"]
 
-
-class PromptError(FlexLoraError, ValueError):
-    """An example cannot be written with this template, tokenizer or length."""
+_HEADINGS = {"user": "### Instruction:\n", "assistant": "### Response:\n", "tool": "### Tool result:\n"}
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,13 @@ class Rendered:
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> Rendered:
-    """Return the prompt as text, without what the tokenizer adds in front.
+    """Return the prompt as text, without what the tokenizer adds in front; empty for a text that stands alone.
 
     Raises:
         PromptError: There is no such template, or the tokenizer has no chat template or refuses the turns.
     """
+    if template in get_args(Template) and example.is_text_alone:
+        return Rendered("", (0, 0), (0, 0))
     if template == "alpaca":
         return _render_alpaca(example)
     if template == "plain":
@@ -46,39 +46,35 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, template: Templ
 
 
 def _render_alpaca(example: Example) -> Rendered:
-    headings = {"user": "### Instruction:\n", "assistant": "### Response:\n"}
-    before = "".join(f"{headings.get(role, '')}{content}\n\n" for role, content in example.history)
-    return _join(before + headings["user"], example, "\n\n### Input:\n", "\n\n### Response:\n")
+    blocks = [f"{_HEADINGS.get(role, '')}{content}\n\n" for role, content, *_ in example.history]
+    tools = f"### Tools:\n{example.tools}\n\n" if example.tools else ""
+    return _join(tools + "".join(blocks), _HEADINGS["user"], example, "\n\n### Input:\n", "\n\n", "### Response:\n")
 
 
 def _render_plain(example: Example) -> Rendered:
-    return _join("".join(f"{content}\n" for _, content in example.history), example, "\n", "\n")
+    tools = f"{example.tools}\n" if example.tools else ""
+    return _join(tools + "".join(f"{content}\n" for _, content, *_ in example.history), "", example, "\n", "\n", "")
 
 
-def _join(before: str, example: Example, between: str, after: str) -> Rendered:
-    head = before + example.instruction
+def _join(before: str, heading: str, example: Example, between: str, end: str, after: str) -> Rendered:
+    """Return the parts in their order; ``end`` follows a request and has followed each turn in ``before``."""
+    if not request_of(example):
+        # The answer follows a turn, the last one, whose content may be cut as an input is.
+        last = (len(before) - len(end) - len(example.history[-1][1]), len(before) - len(end))
+        return Rendered(before + after, (last[0], last[0]), last)
+    head = before + heading + example.instruction
     start = len(head) + len(between) if example.input else len(head)
-    text = (head + between + example.input if example.input else head) + after
-    return Rendered(text, (len(before), len(head)), (start, start + len(example.input)))
+    text = (head + between + example.input if example.input else head) + end + after
+    return Rendered(text, (len(before) + len(heading), len(head)), (start, start + len(example.input)))
 
 
 def _render_chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    if not tokenizer.chat_template:
-        raise PromptError(
-            "data.template=chat needs a tokenizer with a chat template and this one has none; "
-            "set data.template to alpaca or plain, or use an instruction-tuned model"
-        )
-    request = "\n\n".join(part for part in (example.instruction, example.input) if part)
-    messages = [{"role": role, "content": content} for role, content in [*example.history, ("user", request)]]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # Templates raise whatever their authors chose, for example on a system turn.
-        roles = ", ".join(message["role"] for message in messages)
-        raise PromptError(
-            f"the tokenizer's chat template refuses turns of {roles} ({error}); "
-            "set data.template to alpaca or plain, or remove the turns it does not know"
-        ) from error
+    text, request = prompt_text(example, tokenizer), request_of(example)
     # Templates may strip the ends of a turn, so the parts are looked for without theirs.
+    if not request:
+        last = example.history[-1][1].strip()
+        place = _find(text, last, max(text.rfind(last), 0))
+        return Rendered(text, (place[0], place[0]), place)
     instruction = _find(text, example.instruction.strip(), max(text.rfind(request.strip()), 0))
     return Rendered(text, instruction, _find(text, example.input.strip(), instruction[1]))
 

@@ -9,8 +9,10 @@ from typing import Literal
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from flexlora.data.examples import Example
-from flexlora.data.prompt_templates import PromptError, Rendered, Template, render
+from flexlora.data.answer_tokens import answer_tokens, tokenize
+from flexlora.data.chat_template import PromptError, request_of
+from flexlora.data.examples import Example, Turn
+from flexlora.data.prompt_templates import Rendered, Template, render
 
 LossOn = Literal["answers", "all"]
 
@@ -28,7 +30,7 @@ class EncodedExample:
     """One training sequence.
 
     Attributes:
-        input_ids: Prompt, answer and end of sequence.
+        input_ids: Prompt, answer and what ends it.
         labels: As ``input_ids`` where tokens count for the loss and -100 elsewhere; the model shifts them.
         truncated: Whether anything was cut.
     """
@@ -74,11 +76,11 @@ def encode_many(
 ) -> list[EncodedExample]:
     """Return one training sequence per example, tokenized in one batch.
 
-    Prompt and answer are tokenized separately and joined, so the prompt has exactly the tokens that ``encode_prompt``
-    gives at generation (unless one of the two had to be cut). The end-of-sequence token follows the answer and is
-    always in the loss. What does not fit is cut in this order: the middle of the input (a quarter of the prompt's
-    text stays: many inputs end with their question), the end of the instruction, and the end of an answer of more
-    than half the window.
+    The prompt has exactly the tokens that ``encode_prompt`` gives at generation (unless it had to be cut). What ends an
+    answer is always in the loss: the end-of-sequence token, and with ``template: chat`` whatever the chat template
+    writes there; see ``answer_tokens``. What does not fit is cut in this order: the middle of the input (a quarter of
+    the prompt's text stays: many inputs end with their question), the end of the instruction, and the end of an answer
+    of more than half the window.
 
     Args:
         max_length: Longest sequence in tokens, everything included.
@@ -87,23 +89,23 @@ def encode_many(
             the first ones by default.
 
     Raises:
-        PromptError: No end-of-sequence token, no chat template, or a window smaller than the template itself.
+        PromptError: Nothing that ends an answer, no chat template, or a window smaller than the template itself.
     """
-    end = tokenizer.eos_token_id
-    if not isinstance(end, int):
-        raise PromptError(
-            "the tokenizer must have an end-of-sequence token, or generation cannot learn to stop; got none: "
-            "set `eos_token` in the tokenizer's configuration"
-        )
-    answers = _plain_ids(tokenizer, _chosen_answers(examples, answer_indices))
+    chosen = _chosen_answers(examples, answer_indices)
     encoded = []
-    for example, prompt, answer in zip(examples, _prompts(examples, tokenizer, template), answers, strict=True):
-        room = max(max_length - len(prompt.ids), int(max_length * ANSWER_SHARE))
-        kept_answer = [*answer[: max(room - 1, 1)], end]
-        kept_prompt = _cut(example, prompt, tokenizer, template, max_length - len(kept_answer))
-        hidden = [IGNORED] * len(kept_prompt) if loss_on == "answers" else kept_prompt
-        truncated = len(kept_prompt) < len(prompt.ids) or len(kept_answer) <= len(answer)
-        encoded.append(EncodedExample((*kept_prompt, *kept_answer), (*hidden, *kept_answer), truncated))
+    for first in range(0, len(examples), BATCH):
+        part = examples[first : first + BATCH]
+        prompts = list(_prompts(part, tokenizer, template))
+        ids = [prompt.ids for prompt in prompts]
+        answers = answer_tokens(part, chosen[first : first + BATCH], ids, tokenizer, template)
+        for example, prompt, answer in zip(part, prompts, answers, strict=True):
+            room = max(max_length - len(prompt.ids), int(max_length * ANSWER_SHARE))
+            kept_answer = [*answer.ids[: max(room - len(answer.end), 1)], *answer.end]
+            kept_prompt = _cut(example, prompt, tokenizer, template, max_length - len(kept_answer))
+            hidden = [IGNORED] * len(kept_prompt) if loss_on == "answers" else kept_prompt
+            num_whole = len(prompt.ids) + len(answer.ids) + len(answer.end)
+            sequence = (*kept_prompt, *kept_answer)
+            encoded.append(EncodedExample(sequence, (*hidden, *kept_answer), len(sequence) < num_whole))
     return encoded
 
 
@@ -156,30 +158,16 @@ def _chosen_answers(examples: Sequence[Example], answer_indices: Sequence[int] |
 
 def _prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template) -> Iterator[_Prompt]:
     """Yield tokenized prompts, uncut; in batches, because offsets of many long texts fill gigabytes."""
-    # A chat template writes special tokens itself, the first one included; in other texts they stay text.
-    start = [] if template == "chat" else _start_ids(tokenizer)
+    own_start = _start_ids(tokenizer)
     for first in range(0, len(examples), BATCH):
-        rendered = [render(example, tokenizer, template) for example in examples[first : first + BATCH]]
-        encoded = _tokenize(tokenizer, [prompt.text for prompt in rendered], split_special_tokens=template != "chat")
-        for index, prompt in enumerate(rendered):
+        part = examples[first : first + BATCH]
+        rendered = [render(example, tokenizer, template) for example in part]
+        encoded = tokenize(tokenizer, [prompt.text for prompt in rendered], split_special_tokens=template != "chat")
+        for index, (example, prompt) in enumerate(zip(part, rendered, strict=True)):
+            # A chat template writes special tokens itself, the first one included; in other texts they stay text.
+            start = own_start if template != "chat" or example.is_text_alone else []
             offsets = partial(_offsets, tokenizer, encoded, index, len(start))
             yield _Prompt(prompt, start + encoded["input_ids"][index], offsets)
-
-
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield the tokens of other people's texts: what looks like a special token in them stays text."""
-    for first in range(0, len(texts), BATCH):
-        yield from _tokenize(tokenizer, texts[first : first + BATCH], split_special_tokens=True)["input_ids"]
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, split_special_tokens: bool) -> BatchEncoding:
-    return tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=split_special_tokens,
-        return_attention_mask=False,
-        verbose=False,
-    )
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -206,7 +194,11 @@ def _cut(
     exceed ``limit``.
     """
     while example.history and len(prompt.ids) > limit:
-        example = replace(example, history=_without_oldest(example.history))
+        history = _without_oldest(example.history)
+        if not request_of(example) and history[-1:] != example.history[-1:]:
+            # What is asked is the last turn.
+            break
+        example = replace(example, history=history)
         prompt = next(_prompts([example], tokenizer, template))
     excess = len(prompt.ids) - limit
     if excess <= 0:
@@ -229,12 +221,14 @@ def _cut(
     )
 
 
-def _without_oldest(turns: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    """Return the turns without the oldest question and its answer; what the system said goes last."""
-    roles = [role for role, _ in turns]
+def _without_oldest(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Return the turns without the oldest question and all that followed it; what the system said goes last."""
+    roles = [turn[0] for turn in turns]
     first = next((index for index, role in enumerate(roles) if role != "system"), 0)
-    num_turns = 2 if roles[first : first + 2] == ["user", "assistant"] else 1
-    return turns[:first] + turns[first + num_turns :]
+    stop = next((index for index in range(first + 1, len(roles)) if roles[index] == "user"), len(roles))
+    if roles[first] == "system":
+        return turns[1:]
+    return turns[:first] + tuple(turn for turn in turns[first:stop] if turn[0] == "system") + turns[stop:]
 
 
 def _tokens_within(offsets: list[tuple[int, int]], part: tuple[int, int]) -> range:

@@ -1,10 +1,11 @@
 """Generates answers by greedy decoding, in batches of similar length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import cast
 
 import torch
 
+from flexlora.data.answer_tokens import end_token
 from flexlora.data.examples import Example
 from flexlora.data.prompt_templates import Template
 from flexlora.data.prompts import encode_prompts, padding_token
@@ -31,31 +32,49 @@ def generate_answers(
         batch_size: Most prompts decoded at once.
     """
     room = max(max_length - max_new_tokens, max_length // 2)
-    prompts = encode_prompts(examples, model.tokenizer, template, room)
+    # A text that stands alone follows nothing, not even a start where the tokenizer has none.
+    nothing = [padding_token(model.tokenizer)]
+    prompts = [prompt or nothing for prompt in encode_prompts(examples, model.tokenizer, template, room)]
     num_new = min(max_new_tokens, max_length - max(map(len, prompts), default=0))
-    generated = generate(model, prompts, num_new, batch_size)
-    return [str(model.tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in generated]
+    end = end_token(model.tokenizer, template)
+    generated = generate(model, prompts, num_new, batch_size, [] if end is None else [end])
+    return [str(model.tokenizer.decode(tokens, skip_special_tokens=True)).rstrip() for tokens in generated]
 
 
 @torch.no_grad()
 def generate(
-    model: AdaptedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 64
+    model: AdaptedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int = 64,
+    further_ends: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Return the most probable tokens after each prompt, one at a time, without the end of sequence.
+    """Return the most probable tokens after each prompt, one at a time, without the token that ends them.
 
     Sampling settings and penalties that came with the model are ignored.
+
+    Args:
+        model: With the factors that are loaded.
+        prompts: Tokens, at least one each.
+        max_new_tokens: Longest continuation.
+        batch_size: Most prompts decoded at once.
+        further_ends: Tokens that end an answer, besides those that tokenizer and model name.
     """
+    ends = _end_tokens(model) | set(further_ends)
     answers: list[list[int]] = [[] for _ in prompts]
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     for batch in batches_of_similar_length(lengths, batch_size):
-        for index, answer in zip(batch, _decode(model, [prompts[i] for i in batch], max_new_tokens), strict=True):
+        decoded = _decode(model, [prompts[i] for i in batch], max_new_tokens, ends)
+        for index, answer in zip(batch, decoded, strict=True):
             answers[index] = answer
     return answers
 
 
-def _decode(model: AdaptedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+def _decode(
+    model: AdaptedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Set[int]
+) -> list[list[int]]:
     """Return greedy continuations of one batch; a row that has ended leaves the batch."""
-    width, padding, ends = max(map(len, prompts)), padding_token(model.tokenizer), _end_tokens(model)
+    width, padding = max(map(len, prompts)), padding_token(model.tokenizer)
     padded = [[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     input_ids = torch.tensor(padded, device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)

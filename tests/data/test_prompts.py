@@ -143,6 +143,16 @@ def test_the_oldest_turns_go_first_and_the_system_turn_last():
     assert text == "<s><|system|>Rule.</s><|user|>cc</s><|assistant|>dd</s><|user|>Now?</s><|assistant|>"
 
 
+def test_the_result_of_a_tool_is_cut_and_what_led_to_it_stays():
+    turns = (("system", "Rule."), ("user", "q"), ("assistant", "call"), ("tool", "S" + "x" * 200 + "E"))
+    older = (turns[0], ("user", "o" * 50), ("assistant", "p"), *turns[1:])
+    for template in ("chat", "alpaca", "plain"):
+        ids = encode_prompt(Example("", "", ("a",), older), BYTES, template, 140)
+        assert len(ids) == 140 and ids == encode_prompt(Example("", "", ("a",), turns), BYTES, template, 140)
+        text = text_of(ids)
+        assert "Rule." in text and "call" in text and "Sx" in text and "xE" in text
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("template", ["alpaca", "plain"])
 @given(

@@ -1,9 +1,12 @@
 import pytest
 import torch
 
-from flexlora.training.generation import generate
+from flexlora.data.examples import Example
+from flexlora.data.prompts import encode_prompt
+from flexlora.training.generation import generate, generate_answers
 
 EOS = 2
+EXAMPLE = Example("Say something.", "now", ("x",))
 
 
 def prompts_of(lengths, seed=0):
@@ -59,3 +62,17 @@ def test_sampling_settings_of_the_model_do_not_matter(talkative):
 def test_no_prompts_and_no_room_give_empty_answers(talkative):
     assert generate(talkative, [], 8) == []
     assert generate(talkative, prompts_of([3, 4]), 0) == [[], []]
+
+
+def test_an_answer_ends_where_the_chat_template_ends_a_turn(talkative, monkeypatch):
+    prompt = encode_prompt(EXAMPLE, talkative.tokenizer, "plain", 100)
+    (whole,) = generate(talkative, [prompt], 12)
+    end = next(token for token in whole[2:] if token not in whole[:2])
+    assert generate(talkative, [prompt], 12, further_ends=[end]) == [whole[: whole.index(end)]]
+    asked = []
+    monkeypatch.setattr(
+        "flexlora.training.generation.end_token", lambda tokenizer, template: asked.append(template) or end
+    )
+    (answer,) = generate_answers(talkative, [EXAMPLE], "plain", 200, 12)
+    assert asked == ["plain"]
+    assert answer == str(talkative.tokenizer.decode(whole[: whole.index(end)], skip_special_tokens=True)).rstrip()
