@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flexlora.aggregators.settings import Traits, option
     from flexlora.data.examples import Example
     from flexlora.data.owned_examples import OwnedExample
+    from flexlora.data.pretraining import EMBEDDED_BASE, resolve_base_model
     from flexlora.engines.base import Engine, Parcel, RoundOrder
     from flexlora.errors import FlexLoraError
     from flexlora.experiment.config import Config, ConfigError
@@ -57,6 +58,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AGGREGATORS",
+    "EMBEDDED_BASE",
     "AdapterState",
     "AggregationError",
     "Aggregator",
@@ -114,6 +116,7 @@ __all__ = [
     "read_adapter",
     "read_records",
     "require_server_ranks",
+    "resolve_base_model",
     "run",
     "run_experiment",
     "run_rounds",
@@ -135,6 +138,7 @@ _NAMES = {
     "flexlora.aggregators.settings": ("Traits", "option"),
     "flexlora.data.examples": ("Example",),
     "flexlora.data.owned_examples": ("OwnedExample",),
+    "flexlora.data.pretraining": ("EMBEDDED_BASE", "resolve_base_model"),
     "flexlora.engines.base": ("Engine", "Parcel", "RoundOrder"),
     "flexlora.errors": ("FlexLoraError",),
     "flexlora.experiment.config": ("Config", "ConfigError"),

@@ -23,9 +23,9 @@ from flexlora.adapters.merge_request import (
     weights_of,
 )
 from flexlora.adapters.merge_result import MergedModule, MergeResult
-from flexlora.adapters.merged_folder import SpooledModule, cast_factor, config_of, spool_dtype, write_merged
+from flexlora.adapters.merged_folder import SpooledModule, card_of, cast_factor, config_of, spool_dtype, write_merged
 from flexlora.adapters.peft_format import factor_keys
-from flexlora.adapters.rank_layout import RankLayout, Ranks
+from flexlora.adapters.rank_layout import RankLayout, Ranks, common_rank
 from flexlora.adapters.tensor_file import TensorSpool
 from flexlora.adapters.together import MergeError, check_together, common_copy, named_base, open_adapters
 from flexlora.adapters.write import AdapterDtype
@@ -111,7 +111,8 @@ def _merge_into(folder: Path, request: MergeRequest, notify: Callable[[int, int]
         spooled = {
             module.path: SpooledModule(module.rank, ranks[module.path], module.path in embeddings) for module in modules
         }
-        write_merged(folder, spool, config_of(opened, ranks), spooled, request)
+        config, card = config_of(opened, ranks), card_of(opened, request, common_rank(ranks), len(ranks))
+        write_merged(folder, spool, config, spooled, request, card)
         base_model = named_base(opened).base_model
     modules = [replace(module, stored_rank=ranks[module.path]) for module in modules]
     notes += _missing_notes(modules, len(opened), request.missing) + _padding_notes(modules, request.layout)

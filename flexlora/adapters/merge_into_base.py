@@ -7,15 +7,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from flexlora.adapters.card import Card
 from flexlora.adapters.peft_format import AdapterError
 from flexlora.files import appearing_whole
 from flexlora.lora.factors import AdapterState
 
 
 def merge_into_base(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: AdapterState, folder: Path | str
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: AdapterState,
+    folder: Path | str,
+    card: Card | None = None,
 ) -> None:
-    """Add ``adapter`` to the weights of ``base``, in memory too, and write model and tokenizer as one folder.
+    """Add ``adapter`` to the weights of ``base``, in memory too, and write model, tokenizer and card as one folder.
 
     Sums are formed in float64 and rounded once to the dtype of the weights.
 
@@ -34,6 +39,8 @@ def merge_into_base(
     with appearing_whole(folder) as partial:
         base.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if card is not None:
+            card.write(partial)
 
 
 def _own_weight(base: PreTrainedModel, path: str) -> Tensor:

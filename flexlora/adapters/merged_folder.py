@@ -8,6 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from flexlora.adapters.base_names import is_path, portable_name
+from flexlora.adapters.card import Card, base_title, loading_text, table
 from flexlora.adapters.folder import AdapterFolder
 from flexlora.adapters.merge_request import MergeRequest
 from flexlora.adapters.peft_format import WEIGHTS_FILE, factor_keys
@@ -17,6 +19,9 @@ from flexlora.adapters.together import MergeError, common_targets, named_base
 from flexlora.adapters.write import AdapterDtype, peft_config, write_config
 from flexlora.files import appearing_whole
 from flexlora.lora.factors import LoraFactors
+
+MOST_NAMED = 50
+"""Adapters that a card names."""
 
 
 def cast_factor(factor: Tensor, dtype: AdapterDtype, path: str) -> Tensor:
@@ -56,6 +61,7 @@ def write_merged(
     config: Mapping[str, object],
     modules: Mapping[str, SpooledModule],
     request: MergeRequest,
+    card: Card,
 ) -> None:
     """Write the folder, whole or not at all, with the tensors of ``spool`` and every module at its ``stored_rank``."""
     lora_alpha = config["lora_alpha"]
@@ -68,6 +74,7 @@ def write_merged(
     }
     with appearing_whole(folder, replace=False) as partial:
         write_config(partial, config)
+        card.write(partial)
         spool.write(partial / WEIGHTS_FILE)
         if changing:
             _lay_out(partial / WEIGHTS_FILE, changing, lora_alpha, request.dtype)
@@ -90,6 +97,24 @@ def _lay_out(weights_file: Path, modules: Mapping[str, SpooledModule], lora_alph
         # The file that is read stays mapped until the end of the block, whatever has its name.
         weights_file.unlink()
         spool.write(weights_file)
+
+
+def card_of(opened: Sequence[AdapterFolder], request: MergeRequest, rank: int, num_modules: int) -> Card:
+    """Return the card of a merge; adapters of this machine are called by the names of their folders."""
+    base = named_base(opened).base_model
+    rows = [(portable_name(name), f"{weight:g}") for name, weight in zip(request.names, request.weights, strict=True)]
+    more = [("...", f"{len(rows) - MOST_NAMED} more")] if len(rows) > MOST_NAMED else []
+    text = f"""The {request.method} of LoRA adapters, merged by `flexlora`: of the
+sum of their changes, the best approximation of its rank. Rank {rank} in {num_modules} modules.
+
+{table([*rows[:MOST_NAMED], *more], ("Adapter", "Weight"))}
+
+## Use
+
+{loading_text(base)}"""
+    if base is not None and is_path(base):
+        text += f"\n\nThe base model was in a local folder called `{base_title(base)}`; put the path of yours there."
+    return Card(f"Merged LoRA adapter for {base_title(base)}", text, base, tags=("merge",))
 
 
 def config_of(opened: Sequence[AdapterFolder], ranks: Mapping[str, int]) -> dict[str, object]:

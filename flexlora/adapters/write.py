@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flexlora.adapters.card import Card, plain_card
 from flexlora.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterError, factor_keys
 from flexlora.adapters.rank_layout import RankLayout, Ranks, common_alpha, common_rank, laid_out
 from flexlora.files import appearing_whole
@@ -28,6 +29,8 @@ def write_adapter(
     dtype: AdapterDtype = "float32",
     ranks: Ranks = "uniform",
     pad_to: int | None = None,
+    revision: str | None = None,
+    card: Card | None = None,
 ) -> None:
     """Write ``adapter`` as a PEFT folder that readers without patterns understand too.
 
@@ -44,6 +47,8 @@ def write_adapter(
         ranks: ``uniform`` pads smaller ranks to the largest with directions that change nothing and can be trained;
             ``exact`` keeps every module's own in ``rank_pattern``.
         pad_to: The one rank to pad to, of those that vLLM makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512.
+        revision: Branch, tag or commit of the base model on the hub; None is its main one.
+        card: What ``README.md`` says; None says what is written and how to load it.
 
     Raises:
         AdapterError: If there is no module, ``folder`` holds something else, ``dtype`` cannot hold a factor, or
@@ -61,8 +66,11 @@ def write_adapter(
         written = laid_out(path, factors, stored[path], lora_alpha)
         for key, factor in zip(factor_keys(path), (written.A, written.B), strict=True):
             tensors[key] = _cast(key, factor, dtype)
+    config = peft_config(stored, lora_alpha, base_model_name_or_path) | {"revision": revision}
+    card = card or plain_card(base_model_name_or_path, common_rank(stored), len(stored))
     with appearing_whole(folder) as partial:
-        write_config(partial, peft_config(stored, lora_alpha, base_model_name_or_path))
+        write_config(partial, config)
+        card.write(partial)
         try:
             save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         except SafetensorError as error:

@@ -1,28 +1,28 @@
 """Loads the base model that a configuration names."""
 
-import os
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flexlora.data.pretraining import BASE_FOLDER
+from flexlora.adapters.base_names import portable_name
+from flexlora.data.pretraining import EMBEDDED_BASE, is_embedded_base
 from flexlora.errors import FlexLoraError
 from flexlora.experiment.config import Config
 from flexlora.training.base_model import load_base_model, load_empty_model
 
 
 def base_name(config: Config) -> str:
-    """Return the folder or hub id of the base model."""
+    """Return what adapters call the base model: one name on every machine, never a path of this one."""
     name = config.model.name_or_path
-    return str(BASE_FOLDER) if name == "embedded" else os.path.expanduser(name)
+    return EMBEDDED_BASE if is_embedded_base(name) else portable_name(name)
 
 
 def load_base(config: Config, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the base model on ``device``, frozen, and its tokenizer."""
     settings = config.model
     return load_base_model(
-        base_name(config),
+        settings.name_or_path,
         dtype=settings.dtype,
         device=device,
         attn_implementation=settings.attn_implementation,
@@ -34,7 +34,9 @@ def load_base(config: Config, device: str) -> tuple[PreTrainedModel, PreTrainedT
 def load_empty(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the base model without weights and its tokenizer."""
     settings = config.model
-    return load_empty_model(base_name(config), revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    return load_empty_model(
+        settings.name_or_path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
 
 
 class BaseModelError(FlexLoraError, ValueError):

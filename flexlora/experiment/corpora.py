@@ -11,7 +11,7 @@ from flexlora.data.instructions import load_instructions
 from flexlora.data.natural_instructions import Task, read_tasks
 from flexlora.data.owned_examples import OwnedRow, load_owned_examples
 from flexlora.data.phone_book import PhoneBook, client_names, even_shares, phone_book
-from flexlora.data.pretraining import BASE_FOLDER, INSTANCES_FILE, seen_in_pretraining
+from flexlora.data.pretraining import BASE_FOLDER, INSTANCES_FILE, is_embedded_base, seen_in_pretraining
 from flexlora.data.row_dealing import InstructionSummary
 from flexlora.data.task_dealing import TaskDealing, deal_tasks
 from flexlora.data.task_hold_out import HoldOut
@@ -53,7 +53,7 @@ def corpus_of(config: Config, examples: Iterable[OwnedRow] | None = None) -> tup
         return _read_examples(data, seed, examples)
     if examples is not None:
         raise ConfigError([f"data.name must be in_memory for a run with data=; got {data.name}"], "the configuration")
-    is_embedded = name == "embedded" or Path(name).expanduser().resolve() == BASE_FOLDER
+    is_embedded = is_embedded_base(name)
     decided_by = {"seed": seed, "data": data.model_dump(mode="json", exclude=NOT_IN_CORPUS)}
     if isinstance(data, InstructionsData):
         # Which rows are refused depends on it.

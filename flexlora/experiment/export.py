@@ -2,11 +2,13 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flexlora.adapters.hub import check_repo_id, push_folder
 from flexlora.adapters.merge_into_base import merge_into_base
 from flexlora.adapters.rank_layout import RankLayout, Ranks
 from flexlora.adapters.write import write_adapter
@@ -16,11 +18,12 @@ from flexlora.experiment.best_round import WhichRound, best_checkpoint
 from flexlora.experiment.config import Config
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
 from flexlora.experiment.round_loop import aggregator_of
+from flexlora.experiment.run_card import run_card
 from flexlora.experiment.run_folder import ADAPTERS_FOLDER, ExperimentError, read_run_config
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.product import ProductSum, Spectrum, Split, add_product, decompose
-from flexlora.rounds.checkpoint import Checkpoint, load_latest
+from flexlora.rounds.checkpoint import load_latest
 from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER, Loop, Outcome
 
 
@@ -35,7 +38,10 @@ def write_run_adapters(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: 
     whole = loop.aggregator.broadcast(outcome.state, federation.server_ranks)
     for rank in sorted(rank for rank in wanted if rank <= top):
         adapter = adapter_at_rank(whole, rank, loop.federation.scaling)
-        write_adapter(folder / ADAPTERS_FOLDER / f"rank-{rank}", adapter, loaded.base_name)
+        # Without the references, which are measured later: a resumed run must write the same.
+        card = run_card(loaded.config, folder, outcome.server_round, rank, is_cut=rank < top, with_references=False)
+        target, revision = folder / ADAPTERS_FOLDER / f"rank-{rank}", loaded.config.model.revision
+        write_adapter(target, adapter, loaded.base_name, revision=revision, card=card)
 
 
 def export_run(
@@ -47,6 +53,7 @@ def export_run(
     ranks: Ranks = "uniform",
     pad_to: int | None = None,
     which: WhichRound = "last",
+    push_to_hub: str | None = None,
 ) -> dict[str, Any]:
     """Write the global adapter of a run as a standard PEFT folder, or merged into the whole model.
 
@@ -59,13 +66,15 @@ def export_run(
             ``exact`` keeps every module's own in ``rank_pattern``.
         pad_to: The one rank to pad to, of those that vLLM makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512.
         which: The last round, or the best: that of the lowest validation loss.
+        push_to_hub: Id of the model on the Hugging Face hub that the folder is uploaded to, once it is written.
 
     Returns:
-        What was written: ``round``, ``rank``, ``modules`` and, for a merged model, ``merged``.
+        What was written: ``round``, ``rank``, ``modules`` and, where there is one, ``merged`` and the address as
+        ``url``.
 
     Raises:
         ExperimentError: If the run has no checkpoint, the rank is out of range, or ``folder`` exists.
-        AdapterError: If ``ranks`` and ``pad_to`` are not allowed or do not fit.
+        AdapterError: If ``ranks`` and ``pad_to`` are not allowed or do not fit, or the hub does not take the folder.
     """
     run_folder, folder = Path(run_folder), Path(folder)
     config = read_run_config(run_folder)
@@ -74,14 +83,24 @@ def export_run(
     layout = RankLayout(ranks, pad_to)
     if merged and layout != RankLayout():
         raise ExperimentError("ranks and pad_to lay out an adapter; a merged model has none: leave them or merged out")
-    adapter, rank, server_round = _adapter_and_rank(config, run_folder, rank, which)
+    if push_to_hub is not None:
+        check_repo_id(push_to_hub)
+    saved = saved_state(config, run_folder, which)
+    adapter, rank = _adapter_and_rank(config, saved, rank)
+    is_cut = rank < max(saved.server_ranks.values())
+    card = run_card(config, run_folder, saved.server_round, rank, is_cut=is_cut, with_references=True, is_merged=merged)
     if merged:
         base, tokenizer = load_base(config, "cpu")
-        merge_into_base(base, tokenizer, adapter, folder)
+        merge_into_base(base, tokenizer, adapter, folder, card)
     else:
-        write_adapter(folder, adapter, base_name(config), ranks=ranks, pad_to=pad_to)
-    written: dict[str, Any] = {"round": server_round, "rank": rank, "modules": len(adapter)}
-    return {**written, "merged": True} if merged else written
+        revision = config.model.revision
+        write_adapter(folder, adapter, base_name(config), ranks=ranks, pad_to=pad_to, revision=revision, card=card)
+    written: dict[str, Any] = {"round": saved.server_round, "rank": rank, "modules": len(adapter)}
+    if merged:
+        written["merged"] = True
+    if push_to_hub is not None:
+        written["url"] = push_folder(folder, push_to_hub)
+    return written
 
 
 def adapter_of_run(run_folder: Path | str, rank: int | None = None, which: WhichRound = "last") -> AdapterState:
@@ -96,18 +115,15 @@ def adapter_of_run(run_folder: Path | str, rank: int | None = None, which: Which
         ExperimentError: If the run has no checkpoint or the rank is out of range.
     """
     run_folder = Path(run_folder)
-    adapter, *_ = _adapter_and_rank(read_run_config(run_folder), run_folder, rank, which)
+    config = read_run_config(run_folder)
+    adapter, _ = _adapter_and_rank(config, saved_state(config, run_folder, which), rank)
     return adapter
 
 
-def _adapter_and_rank(
-    config: Config, run_folder: Path, rank: int | None, which: WhichRound
-) -> tuple[AdapterState, int, int]:
-    """Return the adapter, its rank and its round."""
-    aggregator, checkpoint, server_ranks = saved_state(config, run_folder, which)
-    rank = checked_rank(rank, server_ranks)
-    whole = aggregator.broadcast(checkpoint.state, server_ranks)
-    return adapter_at_rank(whole, rank, scaling_rule(config)), rank, checkpoint.server_round
+def _adapter_and_rank(config: Config, saved: "SavedState", rank: int | None) -> tuple[AdapterState, int]:
+    rank = checked_rank(rank, saved.server_ranks)
+    whole = saved.aggregator.broadcast(saved.state, saved.server_ranks)
+    return adapter_at_rank(whole, rank, scaling_rule(config)), rank
 
 
 def checked_rank(rank: int | None, server_ranks: Mapping[str, int]) -> int:
@@ -122,10 +138,25 @@ def checked_rank(rank: int | None, server_ranks: Mapping[str, int]) -> int:
     return rank or top
 
 
-def saved_state(
-    config: Config, run_folder: Path, which: WhichRound = "last"
-) -> tuple[Aggregator[Any], Checkpoint, dict[str, int]]:
-    """Return the method, a checkpoint and the server's rank per module, without loading the base model.
+@dataclass(frozen=True)
+class SavedState:
+    """The state of a run after a round.
+
+    Attributes:
+        aggregator: The method.
+        state: Of the method.
+        server_ranks: Module path -> the server's rank.
+        server_round: After which the state was saved, at least 1.
+    """
+
+    aggregator: Aggregator[Any]
+    state: Any
+    server_ranks: Mapping[str, int]
+    server_round: int
+
+
+def saved_state(config: Config, run_folder: Path, which: WhichRound = "last") -> SavedState:
+    """Return the newest state of a run, or that of its best round, without loading the base model.
 
     Raises:
         ExperimentError: If no round is finished, or none that is wanted was kept.
@@ -136,7 +167,8 @@ def saved_state(
         raise ExperimentError(f"{run_folder} has no round to take an adapter from yet; let the run finish one")
     if which == "best":
         checkpoint = best_checkpoint(run_folder, checkpoint, state_types(aggregator))
-    return aggregator, checkpoint, dict(checkpoint.progress["server_ranks"])
+    server_ranks = dict(checkpoint.progress["server_ranks"])
+    return SavedState(aggregator, checkpoint.state, server_ranks, checkpoint.server_round)
 
 
 def adapter_at_rank(adapter: Broadcast, rank: int, scaling: Scaling, split: Split = "b") -> AdapterState:

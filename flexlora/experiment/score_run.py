@@ -49,13 +49,13 @@ def evaluate_run(
     is_mapping = isinstance(overrides, Mapping)
     config = config_from(path, overrides) if is_mapping else load_config(path, overrides, check_paths=True)
     _check_changes(before, config)
-    aggregator, checkpoint, server_ranks = saved_state(config, run_folder, which)
-    name = f"rank {checked_rank(rank, server_ranks)}"
+    saved = saved_state(config, run_folder, which)
+    name = f"rank {checked_rank(rank, saved.server_ranks)}"
     participants = gather_participants(config, data)
     _check_data(participants, run_folder)
     loaded = LoadedRun.load(config, participants)
     scorer = Scorer(loaded)
-    adapter = aggregator.broadcast(checkpoint.state, server_ranks)
+    adapter = saved.aggregator.broadcast(saved.state, saved.server_ranks)
     if rank is not None:
         adapter = Broadcast(adapter_at_rank(adapter, rank, loaded.scaling))
     return {"base model": scorer.scores(None), name: scorer.scores(adapter)}

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from flexlora.data.pretraining import resolve_base_model
 from flexlora.errors import FlexLoraError
 
 ModelDtype = Literal["float32", "bfloat16"]
@@ -30,7 +31,7 @@ def load_base_model(
     """Return a causal language model, frozen and in evaluation mode, and its tokenizer.
 
     Args:
-        name_or_path: A local folder or a hub id.
+        name_or_path: A local folder, a hub id, or a name of the base in the package (``resolve_base_model``).
         dtype: Of the base weights; LoRA factors stay float32.
         device: Where the weights go, for example ``cpu`` or ``cuda:0``.
         attn_implementation: As transformers names it: ``sdpa``, ``eager`` or ``flash_attention_2``.
@@ -40,6 +41,7 @@ def load_base_model(
     Raises:
         ModelError: If there is no such model, or the machine is offline and has no copy of it.
     """
+    name_or_path = resolve_base_model(name_or_path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -64,6 +66,7 @@ def load_empty_model(
     Raises:
         ModelError: If there is no such model, or the machine is offline and has no copy of it.
     """
+    name_or_path = resolve_base_model(name_or_path)
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code

@@ -1,34 +1,57 @@
 """The verb ``export``: writes the adapter of a run as a PEFT folder."""
 
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Literal
 
 import typer
 
+from flexlora.errors import FlexLoraError
 from flexlora.verbs.arguments import JsonOption, PadToOption, RanksOption, RunArgument, UniformOption, check_uniform
 from flexlora.verbs.terminal import hide_other_progress_bars, out, print_json
 
 
 def export(
     run_folder: RunArgument,
-    folder: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; must not exist. Needed unless it is pushed.")
+    ] = None,
     rank: Annotated[
         int | None, typer.Option("--rank", min=1, help="At most the server's, which is the default.")
     ] = None,
+    which: Annotated[
+        Literal["last", "best"], typer.Option("--round", help="The last round, or that of the lowest validation loss.")
+    ] = "last",
     merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the adapter merged in.")] = False,
     ranks: RanksOption = "uniform",
     uniform: UniformOption = False,
     pad_to: PadToOption = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="ID", help="Upload it to the Hugging Face hub as ID too.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the global adapter of a run as a standard PEFT folder, at any rank."""
+    """Write the global adapter of a run as a standard PEFT folder, at any rank, with a model card."""
     from flexlora.experiment.export import export_run
 
+    if folder is None and push_to_hub is None:
+        raise FlexLoraError("exporting needs a place: --out DIR, --push-to-hub ORG/NAME, or both")
     check_uniform(uniform, ranks)
     hide_other_progress_bars()
-    written = export_run(run_folder, folder, rank=rank, merged=merged, ranks=ranks, pad_to=pad_to)
+    with TemporaryDirectory() as passing:
+        target = folder or Path(passing) / "adapter"
+        written = export_run(
+            run_folder,
+            target,
+            rank=rank,
+            which=which,
+            merged=merged,
+            ranks=ranks,
+            pad_to=pad_to,
+            push_to_hub=push_to_hub,
+        )
     if as_json:
-        print_json({"folder": str(folder), **written})
+        print_json({"folder": None if folder is None else str(folder), **written})
     else:
         facts = ", ".join(f"{key} {value}" for key, value in written.items())
-        out.print(f"Wrote {folder} ({facts})", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"Wrote {folder or push_to_hub} ({facts})", highlight=False, markup=False, soft_wrap=True)

@@ -12,12 +12,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from flexlora.data import pretraining
 from flexlora.data.generated.tasks import all_tasks
-from flexlora.data.pretraining import BASE_FOLDER, INSTANCES_FILE, TASKS_FILE, instance_hash, seen_in_pretraining
+from flexlora.data.pretraining import (
+    BASE_FOLDER,
+    EMBEDDED_BASE,
+    INSTANCES_FILE,
+    TASKS_FILE,
+    instance_hash,
+    is_embedded_base,
+    resolve_base_model,
+    seen_in_pretraining,
+)
 
 
 @cache
 def base_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(BASE_FOLDER, local_files_only=True)
+
+
+def test_the_base_in_the_package_has_a_public_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("embedded", EMBEDDED_BASE, str(BASE_FOLDER), f"{BASE_FOLDER}/"):
+        assert is_embedded_base(name)
+        assert AutoTokenizer.from_pretrained(resolve_base_model(name), local_files_only=True).vocab_size == 2560
+    assert not is_embedded_base("org/model") and resolve_base_model("org/model") == "org/model"
+    monkeypatch.setenv("HOME", "/home/me")
+    assert resolve_base_model("~/llama") == "/home/me/llama"
 
 
 def test_instance_hash_is_the_same_on_every_machine() -> None:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from flexlora.data.pretraining import EMBEDDED_BASE
 from flexlora.training.base_model import ModelError, load_base_model, load_empty_model, target_modules
 
 
@@ -36,6 +37,12 @@ def test_a_saved_model_loads_frozen_and_with_its_tokenizer(network, tokenizer, t
     empty, _ = load_empty_model(str(tmp_path))
     assert target_modules(empty, "all-linear") == target_modules(loaded, "all-linear")
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+
+
+def test_the_base_in_the_package_is_loaded_by_its_public_name():
+    loaded, _ = load_base_model(EMBEDDED_BASE, dtype="float32", device="cpu", attn_implementation="sdpa")
+    empty, _ = load_empty_model(EMBEDDED_BASE)
+    assert loaded.num_parameters() == empty.num_parameters() == 1_416_832
 
 
 def test_a_model_that_does_not_exist_is_explained(tmp_path, monkeypatch):
