@@ -35,18 +35,20 @@ class ForeignError(FlexLoraError, ValueError):
         super().__init__(f"{place}: {self.reason}")
 
 
-def read_json(content: bytes | str, place: object) -> Any:
+def read_json(content: bytes | str, place: object, unique_keys: bool = False) -> Any:
     """Return the value in a JSON text.
 
     Args:
         content: Bytes are UTF-8, with or without a mark at their start.
         place: What the error names: a file, or a file and a line.
+        unique_keys: Refuse an object with two values under one key, of which the last would count.
 
     Raises:
         ForeignError: Whatever is wrong with it.
     """
     try:
-        value = json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        value = json.loads(text, object_pairs_hook=_without_repeats if unique_keys else None)
     except RecursionError:
         raise ForeignError(place, f"not valid JSON here: values may be nested {DEEPEST} deep, not deeper") from None
     except (ValueError, OverflowError) as error:
@@ -86,8 +88,11 @@ def read_yaml(content: bytes | str, place: object) -> Any:
         why = ", ".join(part for part in (error.context, error.problem) if part)
         raise ForeignError(place, f"not valid YAML{where}: {why}") from None
     except yaml.reader.ReaderError as error:
-        where = f"character {error.position}"
-        raise ForeignError(place, f"not valid YAML: {where} is U+{ord(error.character):04X}, {error.reason}") from None
+        # For all that its stub says, the character is a number where a text was read.
+        code = ord(error.character) if isinstance(error.character, str) else int(error.character)
+        raise ForeignError(
+            place, f"not valid YAML: character {error.position} is U+{code:04X}, {error.reason}"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ForeignError(place, f"not valid YAML: {error}") from None
 
@@ -138,6 +143,14 @@ def _size_and_depth(node: yaml.Node, known: dict[int, tuple[int, int] | None], p
     size, depth = 1 + sum(size for size, _ in measured), 1 + max((depth for _, depth in measured), default=0)
     known[id(node)] = size, depth
     return size, depth
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return found
 
 
 def _is_deep(value: Any) -> bool:

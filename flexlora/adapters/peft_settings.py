@@ -1,7 +1,5 @@
 """Reads an ``adapter_config.json`` and refuses settings under which the factors mean more than ``scaling * B @ A``."""
 
-import json
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from math import isfinite
@@ -10,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from flexlora.adapters.peft_format import CONFIG_FILE, INTO_THE_BASE, PICKLE_FILE, WEIGHTS_FILE, AdapterError
+from flexlora.foreign import ForeignError, read_json
+from flexlora.patterns import PatternError, bounded_pattern
 
 REFUSED = {
     "alora_invocation_tokens": f"aLoRA is active only after its invocation tokens; {INTO_THE_BASE}",
@@ -67,9 +67,9 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(f"{name} must be a PEFT adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{name}: {CONFIG_FILE} must be JSON ({error})") from error
+        config = read_json(path.read_bytes(), path)
+    except ForeignError as error:
+        raise AdapterError(f"{name}: {CONFIG_FILE} must be JSON ({error.reason})") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{name}: {CONFIG_FILE} must hold one JSON object; got {type(config).__name__}")
     _refuse_settings(config, name)
@@ -129,15 +129,18 @@ def numbers_of(config: Mapping[str, Any], default: str, pattern: str, paths: tup
             raise AdapterError(f"{name}: {what} must be a number in {CONFIG_FILE}; got {value!r:.60}")
     try:
         return _matched(tuple(patterns.items()), config[default], paths)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise AdapterError(f"{name}: {pattern} has a key that is no regular expression ({error})") from error
+    except PatternError as error:
+        raise AdapterError(
+            f"{name}: {pattern} has a key that is no regular expression that can be used: {error}"
+        ) from error
 
 
 @lru_cache(maxsize=64)  # adapters of one run share patterns and modules
 def _matched(patterns: tuple[tuple[str, float], ...], default: float, paths: tuple[str, ...]) -> Numbers:
     """Look up as PEFT does: the first pattern that matches the path from a dot on."""
-    compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns]
-    return tuple(next((value for regex, value in compiled if regex.match(path)), default) for path in paths)
+    # PEFT asks for ".*\\." before the pattern, which says the same and backtracks.
+    compiled = [(bounded_pattern(rf"(?:^|\.)(?:{pattern})$"), value) for pattern, value in patterns]
+    return tuple(next((value for key, value in compiled if key.found_in(path)), default) for path in paths)
 
 
 def plain_targets(config: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -25,6 +25,8 @@ import numpy as np
 from flexlora.data.corpus_file import ExampleFile, Owner, Record, StoredOwners, stored_corpus
 from flexlora.data.examples import FederatedCorpus
 from flexlora.data.mapped_file import MappedFileError
+from flexlora.foreign import ForeignError, read_json
+from flexlora.seal import sealed, unsealed
 
 EXAMPLES_FILE = "examples.jsonl"
 INDEX_FILE = "index.json"
@@ -108,7 +110,7 @@ def _build(partial: Path, folder: Path, read: ReadCorpus) -> tuple[FederatedCorp
     owners = {"clients": corpus.clients, "unseen": corpus.unseen}
     rows = {name: [_to_row(owner) for owner in own.owners.values()] for name, own in owners.items()}
     index = {"hashes": dict(corpus.hashes), "warnings": warnings, **rows}
-    (partial / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+    (partial / INDEX_FILE).write_text(sealed(json.dumps(index)), encoding="utf-8")
     broken = partial.with_name(f"{partial.name}-broken")
     try:
         try:
@@ -131,7 +133,10 @@ def _build(partial: Path, folder: Path, read: ReadCorpus) -> tuple[FederatedCorp
 def _opened(folder: Path) -> tuple[FederatedCorpus, tuple[str, ...]] | None:
     """Return the corpus in a folder, None if there is none or it fails its hash."""
     try:
-        index = json.loads((folder / INDEX_FILE).read_bytes())
+        body, is_sealed = unsealed((folder / INDEX_FILE).read_bytes())
+        index = read_json(body, INDEX_FILE)
+        if not is_sealed:
+            raise ForeignError(INDEX_FILE, "it has no digest of itself")
         file = ExampleFile(folder / EXAMPLES_FILE, writable=False)
         clients, unseen = ([_from_row(row) for row in index[name]] for name in ("clients", "unseen"))
         corpus = stored_corpus(file, clients, unseen, folder)
@@ -141,7 +146,7 @@ def _opened(folder: Path) -> tuple[FederatedCorpus, tuple[str, ...]] | None:
         return corpus, tuple(index["warnings"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         _log.warning("The corpus kept in %s is damaged and will be rebuilt: %s.", folder, error)
         return None
 

@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from flexlora.data.mapped_file import MappedFile
 from flexlora.data.prompts import IGNORED, EncodedExample
 
-# Magic, client, examples, tokens, bytes of a token, checksum of what follows.
+# Magic, client, examples, tokens, bytes of a token, checksum of those and of what follows.
 _HEADER = struct.Struct("<4sIIIII")
-_MAGIC = b"FLT1"
+_MAGIC = b"FLT2"
+_CHECKSUM_BYTES = 4
 _SUFFIX = ".tokens"
 
 _log = logging.getLogger(__name__)
@@ -144,7 +145,13 @@ def _to_record(number: int, examples: Sequence[EncodedExample]) -> bytes:
     tokens = [token for example in examples for token in example.input_ids]
     width = 2 if max(tokens, default=0) < 1 << 16 else 4
     payload = np.array(facts, "<u4").tobytes() + np.array(tokens, f"<u{width}").tobytes()
-    return _HEADER.pack(_MAGIC, number, len(examples), len(tokens), width, zlib.crc32(payload)) + payload
+    header = _HEADER.pack(_MAGIC, number, len(examples), len(tokens), width, 0)
+    return _HEADER.pack(_MAGIC, number, len(examples), len(tokens), width, _checksum(header, payload)) + payload
+
+
+def _checksum(header: bytes | memoryview, payload: bytes | memoryview) -> int:
+    """Return the CRC-32 of a record: its header, which ends in the checksum, without that, and what follows."""
+    return zlib.crc32(payload, zlib.crc32(header[:-_CHECKSUM_BYTES]))
 
 
 def _num_hidden(example: EncodedExample) -> int:
@@ -161,9 +168,9 @@ def _payload_size(header: memoryview) -> int:
 
 def _from_record(number: int, content: memoryview) -> list[EncodedExample] | None:
     """Return the sequences in a record, None if it is damaged or belongs to another client."""
-    magic, owner, num_examples, _, width, checksum = _HEADER.unpack(content[: _HEADER.size])
-    payload = content[_HEADER.size :]
-    if magic != _MAGIC or owner != number or zlib.crc32(payload) != checksum:
+    header, payload = content[: _HEADER.size], content[_HEADER.size :]
+    magic, owner, num_examples, _, width, checksum = _HEADER.unpack(header)
+    if magic != _MAGIC or owner != number or _checksum(header, payload) != checksum:
         return None
     facts = np.frombuffer(payload, "<u4", 3 * num_examples).reshape(num_examples, 3).tolist()
     tokens = np.frombuffer(payload, f"<u{width}", offset=12 * num_examples).tolist()

@@ -5,7 +5,6 @@ Every row comes with its place (file and line), which error messages name.
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -19,6 +18,7 @@ from flexlora.data.data_streams import opened_bytes, opened_text
 from flexlora.data.found_values import abridged
 from flexlora.data.instruction_errors import InstructionDataError
 from flexlora.data.surrogates import whole_value
+from flexlora.foreign import ForeignError, read_json
 
 # csv reads cells of up to 131,072 characters unless it is told otherwise; this is the most on every platform.
 _MOST_CELL_CHARACTERS = 2**31 - 1
@@ -118,18 +118,9 @@ def _lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, Fields]]:
 
 def _parsed(text: str, rule: str) -> object:
     try:
-        return json.loads(text, object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise InstructionDataError(f"{rule} ({error}); repair the file") from error
-
-
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return an object; json itself would keep the last of two values without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
-    return found
+        return read_json(text, rule, unique_keys=True)
+    except ForeignError as error:
+        raise InstructionDataError(f"{rule} ({error.reason}); repair the file") from error
 
 
 def _read_csv(file: Path) -> Iterator[tuple[str, Fields]]:

@@ -3,7 +3,6 @@
 Generated tasks of the same schema are read by ``parse_task``, too.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from flexlora.data.examples import Example
 from flexlora.data.found_values import abridged
 from flexlora.errors import FlexLoraError
+from flexlora.foreign import ForeignError, read_json
 
 LANGUAGE_KEYS = ("Input_language", "Output_language", "Instruction_language")
 
@@ -61,10 +61,11 @@ def read_tasks(path: Path | str) -> Iterator[Task]:
         )
     for file in files:
         try:
-            fields = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
+            fields = read_json(file.read_bytes(), file)
+        except (OSError, ForeignError) as error:
+            reason = error.reason if isinstance(error, ForeignError) else error
             raise NaturalInstructionsError(
-                f"{file} must be JSON in UTF-8 ({error}); repair the file or take it out of the folder"
+                f"{file} must be JSON in UTF-8 ({reason}); repair the file or take it out of the folder"
             ) from error
         yield parse_task(file.stem, fields, str(file))
 

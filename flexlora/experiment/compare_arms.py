@@ -7,7 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ValidationError
 
 from flexlora.errors import FlexLoraError
@@ -18,6 +17,7 @@ from flexlora.experiment.method_config import (
     method_named,
     read_method,
 )
+from flexlora.foreign import ForeignError, read_yaml
 
 ArmKind = Literal["method", "base", "centralised", "alone"]
 ArmClients = Literal["own", "smallest", "largest", "only_largest"]
@@ -191,9 +191,9 @@ def _own_setting(entry: str, key: str, value: str) -> str:
 
 def _value(entry: str, key: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CompareError(f"--methods: the value of {key} in {entry!r} is not valid YAML") from error
+        return read_yaml(text, key)
+    except ForeignError as error:
+        raise CompareError(f"--methods: the value of {key} in {entry!r} is {error.reason}") from error
 
 
 def _rate(entry: str, text: str) -> float | None:

@@ -14,6 +14,7 @@ from flexlora.experiment.config_file import override_config
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
 from flexlora.experiment.method_config import DEFAULT_METHOD
 from flexlora.experiment.participants import gather_participants
+from flexlora.foreign import read_yaml
 from flexlora.rounds.records import EvaluationRecord
 
 
@@ -64,4 +65,4 @@ def draw_config(study: Study, job: Job, arm: Arm | None = None) -> Config:
     ]
     if job.distribution != "configured":
         overrides.append(f"clients.distribution={job.distribution}")
-    return override_config(yaml.safe_load(study.settings), study.config, overrides)
+    return override_config(read_yaml(study.settings, study.config), study.config, overrides)

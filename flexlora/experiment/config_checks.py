@@ -1,7 +1,6 @@
 """Checks settings against one another."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_data import InMemoryData, InstructionsData, NaturalInstructionsData, PhoneBookData
 from flexlora.experiment.method_config import DEFAULT_METHOD
+from flexlora.patterns import PatternError, bounded_pattern
 from flexlora.text import count_text
 
 NUM_CLIENTS_SHOWN = 5
@@ -53,9 +53,9 @@ def disagreements(config: Config) -> Iterator[str]:
                 if rank < 0:
                     yield f"clients.types.{name}.patterns: rank of {pattern!r} must be 0 or more; got {rank}"
                 try:
-                    re.compile(pattern)
-                except re.error as error:
-                    yield f"clients.types.{name}.patterns: {pattern!r} must be a regular expression: {error}"
+                    bounded_pattern(pattern)
+                except PatternError as error:
+                    yield f"clients.types.{name}.patterns: {error}"
     known = list(types) if isinstance(types, dict) else ["type1", "type2", "type3", "type4"]
     yield from _type_disagreements(config, known)
     yield from _device_disagreements(config, known)

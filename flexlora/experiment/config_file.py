@@ -14,6 +14,7 @@ from flexlora.errors import FlexLoraError
 from flexlora.experiment.config import Config, ConfigError
 from flexlora.experiment.config_checks import disagreements, missing_paths
 from flexlora.experiment.config_clients import RankConfig
+from flexlora.experiment.config_counts import excessive
 from flexlora.experiment.config_data import (
     GeneratedData,
     InMemoryData,
@@ -23,6 +24,7 @@ from flexlora.experiment.config_data import (
 )
 from flexlora.experiment.config_section import Section
 from flexlora.experiment.method_config import method_model, method_named
+from flexlora.foreign import ForeignError, read_yaml
 
 TRUNCATED_VALUE_LENGTH = 80
 
@@ -78,9 +80,9 @@ def read_settings(path: Path | str) -> dict[str, Any]:
         hint = f"; {path.parent} holds {', '.join(near)}" if near else ""
         raise ConfigError([f"there is no such file{hint}"], str(path))
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
+        tree = read_yaml(path.read_bytes(), path) or {}
+    except ForeignError as error:
+        raise ConfigError([error.reason], str(path)) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"must hold a mapping of sections; got {type(tree).__name__}"], str(path))
     return tree
@@ -107,6 +109,7 @@ def parse_config(
                 found.extend(problem for problem in _explain(detail, pruned) if problem not in found)
                 _set_aside(pruned, detail)
     if config is not None:
+        found.extend(excessive(config))
         found.extend(disagreements(config))
     if config is not None and check_paths:
         found.extend(problem for problem in missing_paths(config) if PLACEHOLDER not in problem)
@@ -159,9 +162,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
     if not separator or not key.strip():
         return f"override {override!r} must look like key.sub=value"
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return f"override {override!r}: the value is not valid YAML"
+        value = read_yaml(text, key)
+    except ForeignError as error:
+        return f"override {override!r}: the value is {error.reason}"
     *parents, last = key.strip().split(".")
     node = tree
     for parent in parents:

@@ -1,7 +1,6 @@
 """Makes the rank plans of client types and decides which client gets which."""
 
 import math
-import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -10,6 +9,7 @@ from typing import NotRequired, TypedDict
 
 from flexlora.federation.clients import ClientError, RankPlan, unique_ids
 from flexlora.federation.streams import stream, stream_seed
+from flexlora.patterns import PatternError, bounded_pattern
 
 # What a path contains when the module is part of attention: a parent such as `self_attn`, `attention` or
 # `SelfAttention`, or a projection with a name of its own (`c_attn`, `query_key_value`, `Wqkv`, `q_proj`).
@@ -75,12 +75,9 @@ def type_plan(name: str, attention: int, ffn: int, patterns: Mapping[str, int] |
         if rank < 0:
             raise ClientError(f"clients.types.{name}: ranks must be 0 (no adapter) or more; got {rank}")
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ClientError(
-                f"clients.types.{name}.patterns: {pattern!r} must be a regular expression ({error}); "
-                "write a dot of a module path as \\."
-            ) from error
+            bounded_pattern(pattern)
+        except PatternError as error:
+            raise ClientError(f"clients.types.{name}.patterns: {error}; write a dot of a module path as \\.") from error
     if not any(rank for _, rank in pairs):
         raise ClientError(f"clients.types.{name} must adapt something; got rank 0 everywhere: raise attention or ffn")
     return RankPlan(name, pairs)

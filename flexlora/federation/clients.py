@@ -1,12 +1,12 @@
 """Defines clients and their rank plans, and draws the cohort of a round."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flexlora.errors import FlexLoraError
 from flexlora.federation.streams import stream
+from flexlora.patterns import bounded_pattern
 
 
 class ClientError(FlexLoraError, ValueError):
@@ -27,10 +27,14 @@ class RankPlan:
     patterns: tuple[tuple[str, int], ...]
 
     def resolve(self, modules: Iterable[str]) -> dict[str, int]:
-        """Return module path -> rank for the modules this plan adapts, sorted by path."""
+        """Return module path -> rank for the modules this plan adapts, sorted by path.
+
+        Raises:
+            PatternError: If a pattern takes too long to match.
+        """
         ranks: dict[str, int] = {}
         for module in sorted(modules):
-            rank = next((rank for pattern, rank in self.patterns if re.search(pattern, module)), 0)
+            rank = next((rank for pattern, rank in self.patterns if bounded_pattern(pattern).found_in(module)), 0)
             if rank > 0:
                 ranks[module] = rank
         return ranks

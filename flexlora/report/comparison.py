@@ -4,8 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
-import yaml
-
+from flexlora.foreign import ForeignError, read_yaml
 from flexlora.report.reference_names import SHORT_NAMES, reference_runs
 from flexlora.report.run_folder import ReportError, RunFolder
 from flexlora.report.virtual_time import TimedRun, common_target, timed_reference, timed_run
@@ -106,8 +105,8 @@ def _shared_facts(folder: RunFolder) -> dict[str, object]:
         facts["the base model"] = folder.manifest.base_model
         facts.update({HASHED.get(key, key): value for key, value in folder.manifest.data_hashes.items()})
     try:
-        config = yaml.safe_load(folder.config or "")
-    except yaml.YAMLError:
+        config = read_yaml(folder.config or "", folder.name)
+    except ForeignError:
         config = None
     for setting in SCORING_SETTINGS:
         section, key = setting.split(".")

@@ -65,7 +65,7 @@ def unpack(data: bytes) -> Blob:
         content = json.loads(header["__metadata__"][_METADATA_KEY])
         checksum = content.pop("checksum")
         intact = content["version"] == _VERSION and checksum == _checksum(content, tensors)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise WireError(
             f"the payload of {len(data)} bytes cannot be read; it was cut off, altered or not written by flexlora "
             f"({type(error).__name__}: {error})"
