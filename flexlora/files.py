@@ -8,6 +8,7 @@ its place.
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,17 +16,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""Ending of the name of a file that is being written."""
+"""Ending of the name of a file that is being written, behind the number of the process that writes it."""
+
+
+_PARTIAL_NAME = re.compile(rf"(?P<whole>.+?)(\.\d+)?{re.escape(PARTIAL)}", re.DOTALL)
+
+
+def whole_name(name: str) -> str:
+    """Return the name that a file will have when it is written; its own if it is no partial one."""
+    partial = _PARTIAL_NAME.fullmatch(name)
+    return name if partial is None else partial["whole"]
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file, replacing one of that name.
 
     Args:
-        path: In a folder that exists; `path` with `PARTIAL` added is taken too while this runs.
+        path: In a folder that exists. While this runs, there is a file beside it whose `whole_name` is that of `path`.
+            Two processes may write the same file; the later one stays.
         content: Text is written as UTF-8.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

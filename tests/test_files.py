@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flexlora.files import PARTIAL, appearing_whole, making_parents, sync, write_whole
+from flexlora.files import PARTIAL, appearing_whole, making_parents, sync, whole_name, write_whole
 
 # Runs one writer again and again, each time in a folder of its own and killed one step later, until it is not killed.
 # A step is anything that the file system can see: opening, syncing, naming, making, removing.
@@ -83,7 +83,7 @@ def test_a_file_is_old_or_new_whenever_its_writer_is_killed(tmp_path: Path) -> N
     found = [(folder / "written").read_text() for folder in killed]
     assert set(found) == {"old", "new"}
     assert found == sorted(found, reverse=True), "once new, never old again"
-    assert {path.name for folder in killed for path in folder.iterdir()} == {"written", f"written{PARTIAL}"}
+    assert {whole_name(path.name) for folder in killed for path in folder.iterdir()} == {"written"}
     assert content(finished) == {"written": "new"}
 
 
@@ -129,7 +129,18 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
 def test_content_is_on_disk_before_its_name_and_the_name_after(tmp_path: Path, steps: list[tuple[str, Path]]) -> None:
     path = tmp_path / "file"
     write_whole(path, b"content")
-    assert steps == [("fsync", tmp_path / f"file{PARTIAL}"), ("replace", path), ("fsync", tmp_path)]
+    partial = tmp_path / f"file.{os.getpid()}{PARTIAL}"
+    assert steps == [("fsync", partial), ("replace", path), ("fsync", tmp_path)]
+
+
+def test_the_name_of_a_partial_file_tells_which_file_it_will_be(tmp_path: Path) -> None:
+    assert [whole_name(name) for name in ("a.json.12.partial", "a.json.partial", "a.json", "partial", "a.1.html")] == [
+        "a.json",
+        "a.json",
+        "a.json",
+        "partial",
+        "a.1.html",
+    ]
 
 
 def test_all_of_a_folder_is_on_disk_before_its_name_and_all_names_after(

@@ -12,7 +12,7 @@ from flexlora.experiment.compare_folder import (
     append_rows,
     copies,
     known_distributions,
-    locked,
+    locked_comparison,
     open_comparison,
     serve_others,
 )
@@ -63,7 +63,7 @@ def run_comparison(
     Raises:
         CompareError: If ``folder`` holds a comparison that runs, or of another configuration, or something else.
     """
-    with locked(folder):
+    with locked_comparison(folder):
         if not overwrite:
             study = _in_known_order(study, known_distributions(folder))
         rows = open_comparison(study, folder, overwrite, retry_failed)

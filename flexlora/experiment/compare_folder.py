@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flexlora.experiment.compare_arms import CompareError
 from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_pool import SCRATCH_FOLDER
@@ -17,23 +15,19 @@ from flexlora.experiment.compare_study import described
 from flexlora.experiment.config import ConfigError
 from flexlora.experiment.config_file import parse_config
 from flexlora.experiment.run_folder import CONFIG_FILE, RESUMABLE_CHANGES, differences
-from flexlora.files import PARTIAL, write_whole
+from flexlora.files import whole_name, write_whole
+from flexlora.foreign import read_json, read_yaml
+from flexlora.locks import LOCK_FILE, locked
 from flexlora.report.compare_page import PAGE_FILE
 from flexlora.report.study_rows import ROWS_FILE, read_rows
 
-try:
-    import fcntl
-except ImportError:  # On Windows, nobody keeps two comparisons apart.
-    fcntl = None
-
 STUDY_FILE = "study.json"
-LOCK_FILE = "lock"
 SAME = ("tuning_draws", "trials", "learning_rate", "evaluations", "text", "tune_on")
 """What a comparison that goes on must keep, besides its configuration."""
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked_comparison(folder: Path) -> Iterator[None]:
     """Keep other processes out of the folder of a comparison, which is made if it is missing.
 
     Raises:
@@ -41,18 +35,16 @@ def locked(folder: Path) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise CompareError(f"--out must be a folder; {folder} is a file")
-    there = {path.name.removesuffix(PARTIAL) for path in folder.iterdir()} if folder.is_dir() else set()
+    there = {whole_name(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
     if there - {LOCK_FILE, STUDY_FILE} and STUDY_FILE not in there:
         raise CompareError(f"{folder} holds something else than a comparison; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CompareError(
-                    f"a comparison is running in {folder}; wait for it, end it, or choose another --out"
-                ) from None
+
+    def refusal(holder: str) -> CompareError:
+        return CompareError(
+            f"a comparison is running in {folder} ({holder}); wait for it, end it, or choose another --out"
+        )
+
+    with locked(folder, refusal):
         yield
 
 
@@ -61,7 +53,7 @@ def open_comparison(study: Study, folder: Path, overwrite: bool, retry_failed: b
 
     Args:
         study: The comparison.
-        folder: Of it alone; see ``locked``.
+        folder: Of it alone; see ``locked_comparison``.
         overwrite: Forget what is there.
         retry_failed: Forget the rows of runs that failed.
     """
@@ -98,11 +90,13 @@ def known_distributions(folder: Path) -> tuple[str, ...]:
 def _known(path: Path) -> dict[str, Any]:
     """Return what a folder says its comparison is."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path.read_bytes(), path.name)
         names = [*(arm["label"] for arm in known["arms"]), *known["distributions"]]
-        if not all(isinstance(name, str) for name in names) or not isinstance(yaml.safe_load(known["config"]), dict):
+        if not all(isinstance(name, str) for name in names) or not isinstance(
+            read_yaml(known["config"], "config"), dict
+        ):
             raise TypeError("a name or the configuration is of a wrong type")
-    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CompareError(
             f"{path} is damaged ({type(error).__name__}: {error}); put a copy back, or start anew with --overwrite"
         ) from None
@@ -130,7 +124,7 @@ def _check_same(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any
 
 def _settings(described: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a description; one that is newer than a folder has its default there."""
-    tree = yaml.safe_load(described["config"])
+    tree = read_yaml(described["config"], STUDY_FILE)
     try:
         return parse_config(tree, STUDY_FILE).model_dump(mode="json")
     except ConfigError:

@@ -15,13 +15,14 @@ from flexlora.experiment.method_failures import naming_failures
 from flexlora.experiment.participants import gather_participants
 from flexlora.experiment.result import RunResult
 from flexlora.experiment.round_loop import aggregator_of, round_loop
-from flexlora.experiment.run_folder import ExperimentError, check_folder, open_folder
+from flexlora.experiment.run_folder import ExperimentError, held_folder, open_folder
 from flexlora.experiment.scoring import Scorer
 from flexlora.experiment.stages import Notify, Stage, rounds_stage
 from flexlora.report.answer_file import FEDERATED
 from flexlora.report.page import write_report
 from flexlora.rounds.loop import run_rounds
 from flexlora.rounds.records import RECORDS_FILE, REFERENCES_FILE, read_records, read_references
+from flexlora.training.one_client import TrainClient
 from flexlora.training.own_loop import TrainFunction, as_train_client
 
 
@@ -48,7 +49,8 @@ def run_experiment(
         notify: Told about every stage and round.
 
     Raises:
-        ExperimentError: If ``folder`` does not suit, or its data or configuration have changed.
+        ExperimentError: If ``folder`` does not suit, another run is going on in it, or its data or configuration have
+            changed.
         FlexLoraError: If data or model cannot be read.
     """
     folder = Path(folder)
@@ -60,13 +62,25 @@ def run_experiment(
             f"a trainer of your own moves factors alone, but clients of method.name={config.method.name} train cores "
             "or chosen entries, or under a penalty; leave trainer out or choose another method or other options"
         )
-    check_folder(config, folder, resume, overwrite)
+    with held_folder(config, folder, resume, overwrite):
+        return _run_in(config, folder, data, train_one, overwrite and not resume, notify)
+
+
+def _run_in(
+    config: Config,
+    folder: Path,
+    data: Iterable[OwnedRow] | None,
+    train_one: TrainClient | None,
+    anew: bool,
+    notify: Notify,
+) -> RunResult:
+    """Run what a configuration describes in a folder that is this process's own."""
     notify(Stage("Reading data"))
     participants = gather_participants(config, data)
     notify(Stage(participants.in_words(), notes=participants.warnings))
     loaded = LoadedRun.load(config, participants, notify, train_one)
     # Nothing is written before data and model have been read: a start that fails leaves no folder behind.
-    open_folder(loaded, folder, overwrite and not resume)
+    open_folder(loaded, folder, anew)
     loop = round_loop(loaded, config.method, participants.clients, folder, notify)
     scorer = Scorer(loaded, answer_keeper(loaded, folder, FEDERATED))
     loop = dataclasses.replace(loop, evaluator=scorer)

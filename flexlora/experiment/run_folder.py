@@ -2,10 +2,9 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from flexlora.errors import FlexLoraError
 from flexlora.experiment.baselines import REFERENCES_FOLDER
@@ -14,7 +13,9 @@ from flexlora.experiment.config_data import InMemoryData
 from flexlora.experiment.config_file import dump_config, parse_config
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.manifest import manifest_of
-from flexlora.files import PARTIAL, write_whole
+from flexlora.files import PARTIAL, whole_name, write_whole
+from flexlora.foreign import ForeignError, read_yaml
+from flexlora.locks import LOCK_FILE, locked
 from flexlora.report.answer_file import ANSWERS_FILE
 from flexlora.report.page import REPORT_FILE
 from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER
@@ -34,6 +35,7 @@ RUN_ENTRIES = {
     ANSWERS_FILE,
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
+    LOCK_FILE,
     REFERENCES_FOLDER,
     MANIFEST_FILE,
     RECORDS_FILE,
@@ -48,6 +50,28 @@ class ExperimentError(FlexLoraError, ValueError):
     """A run that cannot be started, continued or read."""
 
 
+@contextmanager
+def held_folder(config: Config, folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Keep other processes that would write out of the folder of a run, once it is sure that the run may go there.
+
+    Raises:
+        ExperimentError: If another run is going on there, or naming the rule of `check_folder` and what to do.
+    """
+
+    def refusal(holder: str) -> ExperimentError:
+        return ExperimentError(
+            f"a run is going on in {folder} ({holder}), and a folder has room for one; wait for it, end it, or name "
+            "another folder. report, export and eval work beside it"
+        )
+
+    if not (folder / LOCK_FILE).exists():
+        # Before a lock is put into a folder that may be somebody else's.
+        check_folder(config, folder, resume, overwrite)
+    with locked(folder, refusal):
+        check_folder(config, folder, resume, overwrite)
+        yield
+
+
 def check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise unless a run with this configuration may be started, resumed or overwritten in ``folder``.
 
@@ -57,7 +81,7 @@ def check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) ->
     if folder.exists() and not folder.is_dir():
         raise ExperimentError(f"a run needs a folder to write to; {folder} is a file")
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    foreign = [path.name for path in entries if path.name.removesuffix(PARTIAL) not in RUN_ENTRIES]
+    foreign = [path.name for path in entries if whole_name(path.name) not in RUN_ENTRIES]
     holds_run = (folder / CONFIG_FILE).is_file()
     if foreign and not (resume and holds_run):
         raise ExperimentError(
@@ -66,7 +90,7 @@ def check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) ->
         )
     if holds_run:
         _check_run(config, folder, resume, overwrite)
-    elif rest := [path.name for path in entries if path.suffix != PARTIAL]:
+    elif rest := [path.name for path in entries if path.suffix != PARTIAL and path.name != LOCK_FILE]:
         raise ExperimentError(
             f"{folder} holds {', '.join(rest)} but no {CONFIG_FILE}, so it is no whole run; delete it, or name another "
             "folder"
@@ -106,7 +130,10 @@ def open_folder(loaded: LoadedRun, folder: Path, anew: bool) -> None:
     if anew and folder.is_dir():
         # The configuration goes last: as long as anything is left, it says whose it is.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name != LOCK_FILE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for leftover in folder.glob(f"*{PARTIAL}"):
+        leftover.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     before, manifest = read_manifest(folder / MANIFEST_FILE), manifest_of(loaded)
     if before is not None:
@@ -150,12 +177,18 @@ def read_run_config(folder: Path) -> Config:
     """Return the configuration of a run.
 
     Raises:
-        ExperimentError: If ``folder`` is not the folder of a run.
+        ExperimentError: If ``folder`` is not the folder of a run, or its configuration is damaged.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ExperimentError(f"the folder of a run holds a {CONFIG_FILE}; {folder} holds none")
-    return parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    try:
+        tree = read_yaml(path.read_bytes(), path)
+    except ForeignError as error:
+        raise ExperimentError(f"{error}; put a copy of the file back") from error
+    if not isinstance(tree, dict):
+        raise ExperimentError(f"{path} must hold a mapping of sections; put a copy of the file back")
+    return parse_config(tree, str(path))
 
 
 def differences(left: Any, right: Any, key: str = "") -> Iterator[str]:

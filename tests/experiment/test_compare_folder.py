@@ -10,7 +10,7 @@ import yaml
 
 from flexlora.experiment.compare import _in_known_order
 from flexlora.experiment.compare_arms import CompareError, read_arms
-from flexlora.experiment.compare_folder import append_rows, known_distributions, locked, open_comparison
+from flexlora.experiment.compare_folder import append_rows, known_distributions, locked_comparison, open_comparison
 from flexlora.experiment.compare_jobs import Study
 from flexlora.experiment.compare_study import make_study
 
@@ -53,24 +53,28 @@ def opened(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """Returns a function that opens one folder for a comparison."""
 
     def open_it(of: Study, **options: Any) -> list[dict[str, Any]]:
-        with locked(tmp_path / "cmp"):
+        with locked_comparison(tmp_path / "cmp"):
             return open_comparison(of, tmp_path / "cmp", **({"overwrite": False} | options))
 
     return open_it
 
 
 def test_two_comparisons_cannot_share_a_folder(tmp_path: Path) -> None:
-    with locked(tmp_path / "cmp"), pytest.raises(CompareError, match="is running"), locked(tmp_path / "cmp"):
+    with (
+        locked_comparison(tmp_path / "cmp"),
+        pytest.raises(CompareError, match="is running"),
+        locked_comparison(tmp_path / "cmp"),
+    ):
         pass
-    with locked(tmp_path / "cmp"):
+    with locked_comparison(tmp_path / "cmp"):
         pass
 
 
 def test_a_folder_of_something_else_or_a_file_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_text("{}")
-    with pytest.raises(CompareError, match="something else"), locked(tmp_path):
+    with pytest.raises(CompareError, match="something else"), locked_comparison(tmp_path):
         pass
-    with pytest.raises(CompareError, match="is a file"), locked(tmp_path / "records.jsonl"):
+    with pytest.raises(CompareError, match="is a file"), locked_comparison(tmp_path / "records.jsonl"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
 

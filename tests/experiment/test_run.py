@@ -1,14 +1,20 @@
 """What a run that cannot start leaves behind."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from flexlora.experiment import run
 from flexlora.experiment.config import Config
-from flexlora.experiment.config_file import parse_config
+from flexlora.experiment.config_file import dump_config, parse_config
+from flexlora.experiment.export import export_run
+from flexlora.experiment.result import RunResult
 from flexlora.experiment.run import run_experiment
-from flexlora.experiment.run_folder import ExperimentError
+from flexlora.experiment.run_folder import ExperimentError, read_run_config
+from flexlora.locks import locked
+from flexlora.report.page import write_report
 
 
 def config_of(**sections: object) -> Config:
@@ -36,3 +42,36 @@ def test_a_start_that_fails_leaves_no_folder_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no column 'category'"):
         run_experiment(config_of(data=data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("again", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_second_run_in_a_folder_is_refused_at_once_and_the_first_loses_nothing(
+    tmp_path: Path, again: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "gather_participants", lambda *_: pytest.fail("data were read"))
+    folder = tmp_path / "run"
+    with locked(folder, ExperimentError):
+        (folder / "config.yaml").write_text(dump_config(config_of()))
+        (folder / "records.jsonl").write_text("lines")
+        with pytest.raises(ExperimentError, match=rf"a run is going on in {folder} \(process {os.getpid()}\)"):
+            run_experiment(config_of(), folder, **again)
+        assert (folder / "records.jsonl").read_text() == "lines"
+
+
+def test_a_report_and_an_adapter_are_written_beside_a_live_run(tmp_path: Path, small_run: RunResult) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(small_run.folder, folder)
+    (folder / "report.html").unlink()
+    with locked(folder, ExperimentError):
+        assert write_report(folder) == folder / "report.html"
+        assert export_run(folder, tmp_path / "adapter")["modules"] > 0
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_what_a_killed_run_was_writing_is_no_hindrance(tmp_path: Path, small_run: RunResult) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(small_run.folder, folder)
+    for name in ("lock", "manifest.json.12345.partial", "config.yaml.partial"):
+        (folder / name).write_text("half")
+    run_experiment(read_run_config(folder), folder, resume=True)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in small_run.folder.iterdir()}
