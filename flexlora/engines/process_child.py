@@ -1,8 +1,9 @@
 """Runs a child process: trains chunks for the process that started it, and ends when that process does.
 
-Started as ``python -m flexlora.engines.process_child SOCKET MEMORY``, two inherited file descriptors. It receives one
-``Start`` and then one ``TrainTask`` after another, over a socket that only the process that started it has. It answers
-``READY`` to the start; it answers a task with ``READY`` when it begins, then with the outcome of each client.
+Started as ``python -m flexlora.engines.process_child SOCKET MEMORY PARENT``: two inherited file descriptors, and the
+number of the process that started it. It receives one ``Start`` and then one ``TrainTask`` after another, over a socket
+that only the process that started it has. It answers ``READY`` to the start; it answers a task with ``READY`` when it
+begins, then with the outcome of each client.
 """
 
 import os
@@ -13,13 +14,17 @@ import threading
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
-from flexlora.engines.chunk_trainer import ChunkTrainer
+from flexlora.orphans import end_with_parent
 
 READY = b"ready"
 
 
 def main() -> None:
     """Train what comes over the socket until it is closed."""
+    end_with_parent(int(sys.argv[3]))
+    # Only now: importing torch takes longer than this process may outlive the other one.
+    from flexlora.engines.chunk_trainer import ChunkTrainer
+
     # Ctrl-C reaches both processes; the one that started this one decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection, inbox = Connection(int(sys.argv[1])), SimpleQueue[bytes]()

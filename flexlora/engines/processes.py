@@ -216,7 +216,14 @@ class _Child:
             descriptors = (theirs.fileno(), memory.fileno())
             self.process = subprocess.Popen(
                 # With the paths of this process and no working folder before them, so that it finds the same modules.
-                [sys.executable, "-P", "-m", "flexlora.engines.process_child", *map(str, descriptors)],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "flexlora.engines.process_child",
+                    *map(str, descriptors),
+                    str(os.getpid()),
+                ],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +14,7 @@ from typing import Any
 
 from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_rows import row_of_dead
+from flexlora.orphans import call_watched, packed_call
 
 SCRATCH_FOLDER = "scratch"
 MOST_ATTEMPTS = 2
@@ -81,7 +81,8 @@ class JobPool:
     def _start(self, one: _Running) -> None:
         if one.place not in self._places:
             context = multiprocessing.get_context("spawn")
-            self._places[one.place] = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(self._study,))
+            call = os.getpid(), packed_call(_begin, self._study)
+            self._places[one.place] = ProcessPoolExecutor(1, context, initializer=call_watched, initargs=call)
         scratch = self._folder / SCRATCH_FOLDER / _name_of(one.job)
         with _without_interrupts():
             self._running[self._places[one.place].submit(_run_in_process, one.job, scratch)] = one
@@ -115,7 +116,6 @@ _study: Study | None = None
 def _begin(study: Study) -> None:
     """Prepare a process of the pool: one thread, and a place for the draw it works on."""
     global _draws, _study
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -124,14 +124,6 @@ def _begin(study: Study) -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     _draws, _study = Draws(study), study
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, however that ended."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _run_in_process(job: Job, scratch: Path) -> dict[str, Any]:

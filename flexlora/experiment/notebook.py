@@ -6,10 +6,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from flexlora.aggregators.registry import registered_name
+from flexlora.console import plain_console
 from flexlora.data.owned_examples import OwnedRow
 from flexlora.experiment.config import ConfigError
 from flexlora.experiment.config_sources import ConfigSource, config_from, name_of_source
@@ -72,7 +72,7 @@ def run(
     with (
         _run_folder(out, name_of_source(config)) as folder,
         _global_state_restored(),
-        LiveProgress(Console(emoji=False, stderr=True), hidden=quiet) as progress,
+        LiveProgress(plain_console(stderr=True), hidden=quiet) as progress,
     ):
         progress(Stage(f"Run folder {folder}"))
         try:

@@ -46,6 +46,9 @@ def guarded(command: Callable[[], None]) -> int:
         err.print(f"{error or type(error).__name__}", markup=False, highlight=False)
         return EXIT_MACHINE
     except Exception as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error):
+            err.print("[bold red]Out of memory.[/] Lower training.batch_size, evaluation.batch_size or ranks.")
+            return EXIT_MACHINE
         if type(error).__name__ == "OutOfMemoryError":
             err.print("[bold red]Out of device memory.[/] Lower training.batch_size, evaluation.batch_size or ranks.")
             return EXIT_MACHINE

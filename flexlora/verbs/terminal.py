@@ -4,18 +4,20 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
+from flexlora.console import plain_console
 
-# A client may be called task:100:a, and :100: is no emoji here.
-out = Console(emoji=False)
-err = Console(emoji=False, stderr=True)
+out = plain_console()
+err = plain_console(stderr=True)
 
 
 def hide_other_progress_bars() -> None:
-    """Turn off the bars of transformers, which would break ours."""
+    """Turn off the bars of transformers, which would break ours, and send its messages the way of ours."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    # Its own handler writes names of tensors to stderr as they are.
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
 
 
 def print_json(value: Any) -> None:
