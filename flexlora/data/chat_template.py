@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from flexlora.data.bounded_template import TemplateError, apply_template
 from flexlora.data.examples import Example, Turn
 from flexlora.errors import FlexLoraError
 
@@ -111,14 +112,14 @@ def _rendered(
             "set data.template to alpaca or plain, use a model that calls tools, or remove the column tools"
         )
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=json.loads(tools) if tools else None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+        return apply_template(
+            tokenizer,
+            [dict(message) for message in messages],
+            tools=json.loads(tools) if tools else None,
+            add_generation_prompt=add_generation_prompt,
         )
+    except TemplateError:
+        raise
     except Exception as error:  # Templates raise whatever their authors chose, for example on a system turn.
         roles = ", ".join(str(message["role"]) for message in messages)
         raise PromptError(

@@ -1,8 +1,7 @@
 """Loads a base model, with or without its weights, and finds the modules to adapt."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -10,13 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from flexlora.data.pretraining import resolve_base_model
-from flexlora.errors import FlexLoraError
+from flexlora.training.model_folder import ModelError, check_sizes, check_tokenizer, check_weights, loading
 
 ModelDtype = Literal["float32", "bfloat16"]
-
-
-class ModelError(FlexLoraError, ValueError):
-    """A base model that cannot be loaded or adapted as asked."""
 
 
 def load_base_model(
@@ -39,22 +34,23 @@ def load_base_model(
         trust_remote_code: Let a hub repository run its own model code.
 
     Raises:
-        ModelError: If there is no such model, or the machine is offline and has no copy of it.
+        ModelError: If there is no such model, the machine is offline and has no copy of it, or its files are damaged.
     """
     name_or_path = resolve_base_model(name_or_path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    with loading(name_or_path):
+        source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        check_sizes(AutoConfig.from_pretrained(name_or_path, **source).to_dict(), name_or_path)
+        model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
-            revision=revision or "main",
-            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **source,
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise _not_loadable(name_or_path, error) from error
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
+        check_weights(model, info, name_or_path)
+        check_tokenizer(tokenizer, name_or_path)
     return frozen(model).to(device), tokenizer  # pyright: ignore[reportArgumentType]
 
 
@@ -64,33 +60,18 @@ def load_empty_model(
     """Return the model without weights (on the meta device) and its tokenizer, for shapes and estimates.
 
     Raises:
-        ModelError: If there is no such model, or the machine is offline and has no copy of it.
+        ModelError: If there is no such model, the machine is offline and has no copy of it, or its files are damaged.
     """
     name_or_path = resolve_base_model(name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(
-            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
+    with loading(name_or_path):
+        source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(name_or_path, **source)
+        check_sizes(config.to_dict(), name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
+        check_tokenizer(tokenizer, name_or_path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise _not_loadable(name_or_path, error) from error
     return model, tokenizer
-
-
-def _not_loadable(name_or_path: str, error: Exception) -> ModelError:
-    if Path(name_or_path).exists():
-        rule = f"the folder {name_or_path} must hold a causal language model as transformers saves it"
-    else:
-        rule = (
-            f"the base model must be a local folder or a hub id; there is no folder {name_or_path}, and no such model "
-            "was found on the hub. Check the spelling, the network (HF_HUB_OFFLINE, the local cache), and HF_TOKEN if "
-            "the model is gated"
-        )
-    return ModelError(f"{rule}. Reason: {' '.join(str(error).split())[:300]}")
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
