@@ -138,7 +138,10 @@ def _size_and_depth(node: yaml.Node, known: dict[int, tuple[int, int] | None], p
     if isinstance(node, yaml.SequenceNode):
         parts = node.value
     elif isinstance(node, yaml.MappingNode):
+        _check_keys(node, place)
         parts = [part for pair in node.value for part in pair]
+    elif any("\ud800" <= letter <= "\udfff" for letter in node.value):
+        raise ForeignError(place, f"line {node.start_mark.line + 1}: half of a surrogate pair is no text")
     measured = [_size_and_depth(part, known, place) for part in parts]
     size, depth = 1 + sum(size for size, _ in measured), 1 + max((depth for _, depth in measured), default=0)
     known[id(node)] = size, depth
@@ -151,6 +154,17 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
     return found
+
+
+def _check_keys(node: yaml.MappingNode, place: object) -> None:
+    """Raise if a mapping has a key twice, of which YAML would take the last without a word."""
+    seen: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise ForeignError(place, f"{key.value!r:.60} is there twice, in lines {seen[key.value]} and {line}")
+            seen[key.value] = line
 
 
 def _is_deep(value: Any) -> bool:

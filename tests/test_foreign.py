@@ -37,6 +37,8 @@ NESTED_MERGES = "a0: &a0 {k: v}\n" + "".join(
         (NESTED_ANCHORS, "aliases .* stand for"),
         (NESTED_MERGES, "aliases .* stand for"),
         ("a: *b", "undefined alias"),
+        ("rank: 1\nalpha: 2\nrank: 3", "'rank' is there twice, in lines 1 and 3"),
+        ('a: "\\ud800"', "half of a surrogate pair"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else value,
 )

@@ -1,5 +1,7 @@
 """Checks, opens and reads the folder of a run."""
 
+import hashlib
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,9 @@ from flexlora.rounds.records import (
     read_manifest,
     write_manifest,
 )
+from flexlora.text import printable
+
+log = logging.getLogger(__name__)
 
 ADAPTERS_FOLDER = "adapters"
 CONFIG_FILE = "config.yaml"
@@ -182,13 +187,25 @@ def read_run_config(folder: Path) -> Config:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ExperimentError(f"the folder of a run holds a {CONFIG_FILE}; {folder} holds none")
+    content = path.read_bytes()
     try:
-        tree = read_yaml(path.read_bytes(), path)
+        tree = read_yaml(content, path)
     except ForeignError as error:
         raise ExperimentError(f"{error}; put a copy of the file back") from error
     if not isinstance(tree, dict):
         raise ExperimentError(f"{path} must hold a mapping of sections; put a copy of the file back")
+    _tell_of_changes(folder, content)
     return parse_config(tree, str(path))
+
+
+def _tell_of_changes(folder: Path, content: bytes) -> None:
+    """Log a warning if the configuration is not the one that the run wrote: a person or a fault has changed it."""
+    manifest = read_manifest(folder / MANIFEST_FILE)
+    if manifest is not None and manifest.config_hash != hashlib.sha256(content).hexdigest():
+        log.warning(
+            "%s is not as the run wrote it; unless you changed a path in it, put a copy of the file back",
+            printable(str(folder / CONFIG_FILE)),
+        )
 
 
 def differences(left: Any, right: Any, key: str = "") -> Iterator[str]:

@@ -143,6 +143,11 @@ def test_files_that_are_broken_are_refused(plain: Path, assert_refused: Check) -
             "alpha_pattern of q must",
         ),
         (settings_text.replace('"rank_pattern": {}', '"rank_pattern": {"a{99999999999}": 2}'), "no regular expression"),
+        (
+            settings_text.replace('"rank_pattern": {}', '"rank_pattern": {"((a|aa|[a-z._0-9])+)+x": 2}'),
+            "takes more than 2 s to match",
+        ),
+        ('{"a":' * 200 + "1" + "}" * 200, "must be JSON"),
         (settings_text.replace('"use_rslora": false', '"use_rslora": "false"'), "use_rslora must be true or false in"),
         (settings_text.replace('"fan_in_fan_out": false', '"fan_in_fan_out": "no"'), "must be true or false in .*'no'"),
         (

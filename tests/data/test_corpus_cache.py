@@ -167,3 +167,19 @@ def test_the_hash_covers_all_of_the_package_that_the_data_room_uses():
     assert outside == {"flexlora.errors", "flexlora.federation.streams"}
     streams = (room.with_name("federation") / "streams.py").read_text(encoding="utf-8")
     assert "flexlora" not in streams
+
+
+def test_every_damage_to_the_index_of_a_corpus_is_noticed(tmp_path):
+    made: list[str] = []
+    whole, _ = kept_corpus(tmp_path, {}, reader(made))
+    assert whole.folder is not None
+    path = whole.folder / INDEX_FILE
+    content = path.read_bytes()
+    damaged = [bytearray(content) for _ in range(0, len(content), 29)]
+    for number, other in enumerate(damaged):
+        other[29 * number] ^= 1 << number % 8
+    for other in (*damaged, b"[" * 100_000, b"null", b"{}", b'{"hashes": {}}', b"\xff"):
+        path.write_bytes(other)
+        before = len(made)
+        again, warnings = kept_corpus(tmp_path, {}, reader(made))
+        assert len(made) == before + 1 and again == whole and warnings == ("Left out: 1 row.",)

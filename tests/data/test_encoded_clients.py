@@ -105,3 +105,19 @@ def test_other_settings_or_another_tokenizer_have_another_name(tokenizer):
         assert encoding_name(tokenizer, ["alpaca", 64]) != name
     finally:
         tokenizer.chat_template = template
+
+
+def test_no_flipped_bit_of_a_header_gives_a_client_the_tokens_of_another(encode, tmp_path):
+    of, _ = encode
+    clients = EncodedClients(IDS, of, tmp_path / "whole")
+    wanted = [clients(client_id) for client_id in IDS]
+    (path,) = (tmp_path / "whole").iterdir()
+    content = path.read_bytes()
+    for bit in range(8 * 24):
+        folder = tmp_path / f"bit-{bit}"
+        folder.mkdir()
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (folder / path.name).write_bytes(damaged)
+        later = EncodedClients(IDS, of, folder)
+        assert [later(client_id) for client_id in reversed(IDS)] == wanted[::-1], f"bit {bit}"

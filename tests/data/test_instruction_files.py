@@ -69,6 +69,9 @@ def test_a_folder_is_all_its_files_in_order(tmp_path):
         ),
         ("data.jsonl", "7", "data.jsonl, line 1: a row must be a JSON object of columns; got 7"),
         ("data.json", "[{", r"data.json must be JSON"),
+        ("data.json", "[" * 100_000, r"data.json must be JSON"),
+        ("data.jsonl", '{"a": ' + "[" * 100_000, r"data.jsonl, line 1: must be one JSON object per line"),
+        ("data.jsonl", f'{{"a": {"9" * 5000}}}', r"data.jsonl, line 1: must be one JSON object per line"),
         (
             "data.csv",
             'prompt,completion\np,c\n"p,q",c,d',

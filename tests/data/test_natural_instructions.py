@@ -106,7 +106,12 @@ def test_both_the_tasks_folder_and_the_one_above_can_be_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "must be JSON in UTF-8"), ("[1]", "a task must be a JSON object; got list"), ("{}", "Definition")],
+    [
+        ("{", "must be JSON in UTF-8"),
+        ("[" * 100_000, "must be JSON in UTF-8"),
+        ("[1]", "a task must be a JSON object; got list"),
+        ("{}", "Definition"),
+    ],
 )
 def test_a_broken_file_is_refused_by_its_path(tmp_path, content, message):
     write(tmp_path, "task7.json", content)

@@ -1,5 +1,6 @@
 """Children of real parents: scripts without a main guard, one that is killed and one that ends by itself."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -79,3 +80,40 @@ def has_ended(process_id):
             return True
         time.sleep(0.1)
     return False
+
+
+EARLY = """
+import os, socket, subprocess, sys, time
+ours, theirs = socket.socketpair()
+command = [sys.executable, "-P", "-m", "flexlora.engines.process_child", str(theirs.fileno()), "0", str(os.getpid())]
+child = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL)
+# As a fork of this process would, it holds the other end open, so the socket tells the child nothing.
+keeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[ours.fileno()])
+print(child.pid, keeper.pid, flush=True)
+time.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM], ids=str)
+def test_a_child_whose_parent_dies_while_it_imports_ends_soon_after(end):
+    with subprocess.Popen([sys.executable, "-c", EARLY], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child, keeper = map(int, parent.stdout.readline().split())
+        try:
+            time.sleep(0.5)
+            parent.send_signal(end)
+            parent.wait()
+            start = time.monotonic()
+            while is_running(child) and time.monotonic() - start < 10:
+                time.sleep(0.05)
+            # Two seconds on a machine that has a core to spare.
+            assert not is_running(child)
+        finally:
+            os.kill(keeper, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("module", ["flexlora.orphans", "flexlora.engines.process_child"])
+def test_what_watches_the_parent_imports_nothing_that_takes_long(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

@@ -68,6 +68,20 @@ def test_a_report_and_an_adapter_are_written_beside_a_live_run(tmp_path: Path, s
         assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_configuration_that_was_changed_since_is_told(
+    tmp_path: Path, small_run: RunResult, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(small_run.folder, folder)
+    read_run_config(folder)
+    assert caplog.text == ""
+    text = (folder / "config.yaml").read_text()
+    assert "lora_alpha: 2.0" in text
+    (folder / "config.yaml").write_text(text.replace("lora_alpha: 2.0", "lora_alpha: 3.0"))
+    read_run_config(folder)
+    assert "config.yaml is not as the run wrote it" in caplog.text
+
+
 def test_what_a_killed_run_was_writing_is_no_hindrance(tmp_path: Path, small_run: RunResult) -> None:
     folder = tmp_path / "run"
     shutil.copytree(small_run.folder, folder)
