@@ -26,6 +26,7 @@ from flexlora.rounds.records import (
     RECORDS_FILE,
     REFERENCES_FILE,
     ManifestRecord,
+    RecordsError,
     read_manifest,
     write_manifest,
 )
@@ -34,6 +35,7 @@ from flexlora.text import printable
 log = logging.getLogger(__name__)
 
 ADAPTERS_FOLDER = "adapters"
+SHA256_LETTERS = 64
 CONFIG_FILE = "config.yaml"
 RUN_ENTRIES = {
     ADAPTERS_FOLDER,
@@ -200,8 +202,12 @@ def read_run_config(folder: Path) -> Config:
 
 def _tell_of_changes(folder: Path, content: bytes) -> None:
     """Log a warning if the configuration is not the one that the run wrote: a person or a fault has changed it."""
-    manifest = read_manifest(folder / MANIFEST_FILE)
-    if manifest is not None and manifest.config_hash != hashlib.sha256(content).hexdigest():
+    try:
+        manifest = read_manifest(folder / MANIFEST_FILE)
+    except RecordsError:
+        return  # Whoever needs the manifest says so.
+    known = "" if manifest is None else manifest.config_hash
+    if len(known) == SHA256_LETTERS and known != hashlib.sha256(content).hexdigest():
         log.warning(
             "%s is not as the run wrote it; unless you changed a path in it, put a copy of the file back",
             printable(str(folder / CONFIG_FILE)),
