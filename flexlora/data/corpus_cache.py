@@ -85,11 +85,12 @@ def code_hash(further: tuple[Path, ...] = ()) -> str:
     """Return a SHA-256 of the code that reads, generates, deals and writes examples.
 
     Args:
-        further: Files that decide a corpus besides those of this folder and the random streams.
+        further: Files that decide a corpus besides those of this folder, the random streams and the reader of JSON.
     """
     digest = hashlib.sha256(f"{platform.python_version()} {np.__version__}".encode())
     data = Path(__file__).parent
-    for path in (*sorted(data.rglob("*.py")), data.with_name("federation") / "streams.py", *further):
+    beside = (data.with_name("federation") / "streams.py", data.with_name("foreign.py"))
+    for path in (*sorted(data.rglob("*.py")), *beside, *further):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -1,5 +1,6 @@
 """Runs a comparison: jobs side by side in processes, a row as soon as each is done, everything resumable."""
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -8,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from flexlora.experiment.compare_arms import CompareError
 from flexlora.experiment.compare_folder import (
     append_rows,
     copies,
@@ -61,8 +63,12 @@ def run_comparison(
         notify: Told how far it is.
 
     Raises:
-        CompareError: If ``folder`` holds a comparison that runs, or of another configuration, or something else.
+        CompareError: If ``folder`` holds a comparison that runs, or of another configuration, or something
+            else, or ``jobs`` are more than this machine could bear.
     """
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if not 1 <= jobs <= most:
+        raise CompareError(f"--jobs must be in 1..{most} on the {os.cpu_count()} cores of this machine; got {jobs}")
     with locked_comparison(folder):
         if not overwrite:
             study = _in_known_order(study, known_distributions(folder))

@@ -19,6 +19,9 @@ CONFIGURED = "configured"
 NO_METHOD = "method={name: flexlora}"
 """Takes the place of the configuration's method: a comparison has methods of its own."""
 
+MOST = 10_000
+"""Draws, trials or evaluations; even a hundredth of that takes weeks."""
+
 
 def make_study(
     config_path: Path | str,
@@ -47,8 +50,8 @@ def make_study(
         ("trials", trials, 1),
         ("evaluations", evaluations, 1),
     ):
-        if value < least:
-            raise CompareError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+        if not least <= value <= MOST:
+            raise CompareError(f"--{name.replace('_', '-')} must be in {least}..{MOST}; got {value}")
     if own := [override for override in overrides if override.startswith(("method=", "method."))]:
         raise CompareError(
             f"what is compared belongs to --methods, as --methods fedit,flexlora:fold_tail=true; got {own[0]}"

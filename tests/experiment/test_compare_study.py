@@ -45,7 +45,8 @@ def study(*overrides: str, methods: str = "flexlora", **changes: Any) -> Study:
         (["data.validation_examples=0"], {}, "validation"),
         ([], {"distributions": ["nope"]}, "must be among"),
         ([], {"tune_on": "uniform"}, "--tune-on"),
-        ([], {"draws": 0}, "--draws must be at least 1"),
+        ([], {"draws": 0}, "--draws must be in 1..10000; got 0"),
+        ([], {"trials": 10**11}, "--trials must be in 1..10000; got 100000000000"),
     ],
 )
 def test_what_makes_no_comparison_is_refused(overrides: list[str], changes: dict[str, Any], message: str) -> None:
