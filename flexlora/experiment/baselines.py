@@ -1,24 +1,17 @@
 """Measures what a run is compared with: the base, clients that train alone, and further runs."""
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 
+from flexlora.experiment.control_clients import clients_alone
 from flexlora.experiment.kept_answers import answer_keeper
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.reference_runs import run_reference, wanted_runs
-from flexlora.experiment.scoring import (
-    combined_record,
-    own_tests,
-    sampled_clients,
-    score,
-    task_records,
-    unseen_tasks,
-)
-from flexlora.experiment.stages import Notify, Stage
-from flexlora.experiment.workload import local_training
+from flexlora.experiment.scoring import combined_record, own_tests, score, task_records, unseen_tasks
+from flexlora.experiment.stages import Notify, Stage, Work
+from flexlora.experiment.work_left import ROUNDS, remaining_work, total, trainings_alone
+from flexlora.experiment.workload import steps_alone
 from flexlora.federation.clients import ClientSpec
 from flexlora.federation.kept_factors import with_kept
 from flexlora.federation.messages import Broadcast
@@ -27,6 +20,7 @@ from flexlora.rounds.loop_parts import Loop, Outcome, RoundEvent
 from flexlora.rounds.records import (
     RECORDS_FILE,
     REFERENCES_FILE,
+    REFERENCES_FOLDER,
     LocalClientRecord,
     LocalOnlyRecord,
     ScoreRecord,
@@ -34,10 +28,9 @@ from flexlora.rounds.records import (
     read_references,
     write_references,
 )
+from flexlora.text import count_text
 from flexlora.training.evaluation import Score, combine
 from flexlora.training.one_client import train_client
-
-REFERENCES_FOLDER = "references"
 
 
 def measure_references(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: Path, notify: Notify) -> None:
@@ -50,26 +43,28 @@ def measure_references(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: 
         references = references.model_copy(update={"base": base})
         write_references(path, references)
     evaluation = loaded.config.evaluation
+
+    def left() -> Work:
+        """Return what is left now; the rounds are over, however many there were to be."""
+        return total({name: work for name, work in remaining_work(loaded, folder).items() if name != ROUNDS})
+
     if evaluation.local_only_clients and references.local_only is None:
-        references = references.model_copy(update={"local_only": _local_only(loaded, loop, outcome, notify)})
+        references = references.model_copy(update={"local_only": _local_only(loaded, loop, outcome, notify, left())})
         write_references(path, references)
     for reference in wanted_runs(loaded):
         if getattr(references, reference.name) is None:
             place = folder / REFERENCES_FOLDER / reference.name
             keep = answer_keeper(loaded, folder, reference.name)
-            record = run_reference(reference, loaded, base, outcome.server_round, place, notify, keep)
+            record = run_reference(reference, loaded, base, outcome.server_round, place, notify, keep, left())
             references = references.model_copy(update={reference.name: record})
             write_references(path, references)
 
 
-def _local_only(loaded: LoadedRun, loop: Loop, outcome: Outcome, notify: Notify) -> LocalOnlyRecord:
+def _local_only(loaded: LoadedRun, loop: Loop, outcome: Outcome, notify: Notify, left: Work) -> LocalOnlyRecord:
     """Train sampled clients alone and compare with what the federation gives them."""
-    number = loaded.config.evaluation.local_only_clients
-    sampled = sampled_clients(loaded, number, "local-only").values()
-    # One of each type in turn, so that no type is left out before another has a second client.
-    in_turn = [client for turn in zip_longest(*sampled) for client in turn if client is not None]
-    clients = sorted(in_turn[:number], key=lambda client: (client.plan.name, client.client_id))
-    notify(Stage(f"Reference: {len(clients)} sampled clients train alone", len(clients)))
+    clients = clients_alone(loaded)
+    title = f"Reference: {count_text(len(clients), 'sampled client')} train alone"
+    notify(Stage(title, len(clients), left=left, trainings_per_step=trainings_alone(loaded)))
     rows, tasks, started = [], [], time.perf_counter()
     for client in clients:
         try:
@@ -96,26 +91,25 @@ def _alone(
 ) -> tuple[LocalClientRecord, dict[str, Score]]:
     """Return the record of a client that trained alone, and its scores on each unseen task."""
     config, ranks, own = loaded.config, client.plan.resolve(loaded.shapes), own_tests(loaded, [client])
-    epochs = config.evaluation.local_only_epochs
     start = loop.aggregator.broadcast(loop.aggregator.init(loop.federation.initial_adapter), ranks)
     adapter, _ = (loaded.train_one or train_client)(
         loaded.model,
         start,
         loaded.training_examples(client.client_id),
-        dataclasses.replace(local_training(config), num_epochs=epochs, max_steps=None),
+        steps_alone(config),
         config.training.learning_rate,
         stream_seed(config.seed, "local-only", client.client_id),
     )
     cores = loaded.model.read_cores()
     alone = Broadcast(adapter, train_factors="both" if cores is None else "core", cores=cores)
     together = with_kept(loop.aggregator.broadcast(outcome.state, ranks), outcome.kept.get(client.client_id))
-    unseen = score(loaded, alone, unseen_tasks(loaded))
+    unseen = score(loaded, alone, unseen_tasks(loaded), f"{client.client_id} alone")
     record = LocalClientRecord(
         client_id=client.client_id,
         plan=client.plan.name,
-        own=combined_record(score(loaded, alone, own).values()),
-        global_own=combined_record(score(loaded, together, own).values()),
-        base_own=combined_record(score(loaded, None, own).values()),
+        own=combined_record(score(loaded, alone, own, client.client_id).values()),
+        global_own=combined_record(score(loaded, together, own, client.client_id).values()),
+        base_own=combined_record(score(loaded, None, own, client.client_id).values()),
         unseen=combined_record(unseen.values()),
     )
     return record, unseen

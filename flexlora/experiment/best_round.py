@@ -5,7 +5,7 @@ from typing import Literal
 
 from flexlora.experiment.run_folder import ExperimentError
 from flexlora.rounds.checkpoint import Checkpoint, load_round
-from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER
+from flexlora.rounds.records import CHECKPOINTS_FOLDER
 
 WhichRound = Literal["last", "best"]
 

@@ -11,7 +11,7 @@ from flexlora.experiment.compare_jobs import Study
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import dump_config, override_config, read_settings
 from flexlora.federation.client_types import DISTRIBUTIONS
-from flexlora.report.paired import DEFAULT_REFERENCE
+from flexlora.report.study_rows import DEFAULT_REFERENCE
 
 CONFIGURED = "configured"
 """Name of the distribution that the configuration itself describes."""

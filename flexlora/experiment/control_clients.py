@@ -3,12 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 
-from flexlora.experiment.loaded import LoadedRun
+from flexlora.experiment.gathered import GatheredRun
+from flexlora.experiment.scoring import sampled_clients
 from flexlora.federation.clients import ClientSpec, RankPlan, smallest_ranks
 
 
-def at_smallest_ranks(loaded: LoadedRun, plans: Sequence[RankPlan] = ()) -> list[ClientSpec]:
+def at_smallest_ranks(loaded: GatheredRun, plans: Sequence[RankPlan] = ()) -> list[ClientSpec]:
     """Return the same clients, each at the ranks that all of them can afford: the bucket effect.
 
     Args:
@@ -20,20 +22,31 @@ def at_smallest_ranks(loaded: LoadedRun, plans: Sequence[RankPlan] = ()) -> list
     return [dataclasses.replace(client, plan=plan) for client in loaded.participants.clients]
 
 
-def at_largest_ranks(loaded: LoadedRun, plans: Sequence[RankPlan] = ()) -> list[ClientSpec]:
+def at_largest_ranks(loaded: GatheredRun, plans: Sequence[RankPlan] = ()) -> list[ClientSpec]:
     """Return the same clients, each with the largest plan: what it would be if all could afford it."""
     plan = largest_plan(loaded, plans)
     return [dataclasses.replace(client, plan=plan) for client in loaded.participants.clients]
 
 
-def only_largest(loaded: LoadedRun) -> list[ClientSpec]:
+def only_largest(loaded: GatheredRun) -> list[ClientSpec]:
     """Return the clients that have the largest ranks, without the others."""
     largest = largest_plan(loaded).resolve(loaded.shapes)
     names = {name for name, plan in loaded.participants.plans.items() if plan.resolve(loaded.shapes) == largest}
     return [client for client in loaded.participants.clients if client.plan.name in names]
 
 
-def largest_plan(loaded: LoadedRun, plans: Sequence[RankPlan] = ()) -> RankPlan:
+def clients_alone(loaded: GatheredRun) -> list[ClientSpec]:
+    """Return the sampled clients that also train alone, by plan and id: one of each plan in turn.
+
+    So no plan is left out before another has a second client.
+    """
+    number = loaded.config.evaluation.local_only_clients
+    sampled = sampled_clients(loaded, number, "local-only").values()
+    in_turn = [client for turn in zip_longest(*sampled) for client in turn if client is not None]
+    return sorted(in_turn[:number], key=lambda client: (client.plan.name, client.client_id))
+
+
+def largest_plan(loaded: GatheredRun, plans: Sequence[RankPlan] = ()) -> RankPlan:
     """Return the rank plan with the most parameters."""
     named = sorted(plans or loaded.participants.plans.values(), key=lambda plan: plan.name)
     return max(named, key=lambda plan: sum(r * sum(loaded.shapes[m]) for m, r in plan.resolve(loaded.shapes).items()))

@@ -113,6 +113,7 @@ DEVICE_NOTES = (
 
 def estimate_experiment(config: Config) -> Estimate:
     """Return what a run will do and cost; reads data and tokenizer, but no weights."""
+    resolve_device(config.model.device)
     participants = gather_participants(config)
     base, tokenizer = load_empty(config)
     workload = participants.workload

@@ -24,7 +24,8 @@ from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.product import ProductSum, Spectrum, Split, add_product, decompose
 from flexlora.rounds.checkpoint import load_latest
-from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER, Loop, Outcome
+from flexlora.rounds.loop_parts import Loop, Outcome
+from flexlora.rounds.records import CHECKPOINTS_FOLDER
 
 
 def write_run_adapters(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: Path) -> None:

@@ -17,7 +17,7 @@ from flexlora.engines.simulation import SimulationEngine
 from flexlora.experiment.base import BaseModelError, base_name, check_length, load_base, resolve_device
 from flexlora.experiment.config import Config
 from flexlora.experiment.participants import Participants
-from flexlora.experiment.stages import Notify, Stage
+from flexlora.experiment.stages import Notify, Stage, ignore
 from flexlora.federation.clients import RankPlan
 from flexlora.federation.streams import stream
 from flexlora.lora.factors import Scaling
@@ -38,6 +38,7 @@ class LoadedRun:
         scaling: The scaling rule.
         base_name: What adapters name as their base.
         train_one: A training loop of the user's own; None takes that of the package.
+        notify: Told how far scoring is.
     """
 
     config: Config
@@ -47,12 +48,13 @@ class LoadedRun:
     scaling: Scaling
     base_name: str
     train_one: TrainClient | None = None
+    notify: Notify = ignore
 
     @staticmethod
     def load(
         config: Config,
         participants: Participants,
-        notify: Notify = lambda event: None,
+        notify: Notify = ignore,
         train_one: TrainClient | None = None,
     ) -> "LoadedRun":
         """Load the base model and find the modules that clients adapt."""
@@ -69,7 +71,7 @@ class LoadedRun:
         shapes = adapted_shapes(target_modules(base, config.lora.target_modules), participants.plans.values())
         model = AdaptedModel(base, tokenizer, dropout=config.lora.dropout)
         scaling = scaling_rule(config)
-        return LoadedRun(config, participants, model, shapes, scaling, base_name(config), train_one)
+        return LoadedRun(config, participants, model, shapes, scaling, base_name(config), train_one, notify)
 
     def engine(self, engine: SimulationEngine) -> Engine:
         """Return an engine that trains as this one does, in the processes or on the cluster of the configuration."""

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from flexlora.experiment.config import EvaluationConfig
 from flexlora.experiment.control_clients import at_largest_ranks, at_smallest_ranks, only_largest
+from flexlora.experiment.gathered import GatheredRun
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.method_config import FEDERATED_AVERAGING, read_method
-from flexlora.experiment.round_loop import round_loop
+from flexlora.experiment.round_loop import round_loop, rounds_stage
 from flexlora.experiment.scoring import OnAnswers, Scorer
-from flexlora.experiment.stages import Notify, rounds_stage
+from flexlora.experiment.stages import Notify, Work
 from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks
 from flexlora.federation.messages import Broadcast
 from flexlora.rounds.loop import run_rounds
@@ -40,7 +41,7 @@ class ReferenceRun:
 
     name: str
     in_words: str
-    clients: Callable[[LoadedRun], list[ClientSpec]]
+    clients: Callable[[GatheredRun], list[ClientSpec]]
     wanted: Callable[[EvaluationConfig], bool]
     learning_rate: Callable[[EvaluationConfig], float | None]
 
@@ -70,7 +71,7 @@ REFERENCE_RUNS = (
 )
 
 
-def wanted_runs(loaded: LoadedRun) -> Sequence[ReferenceRun]:
+def wanted_runs(loaded: GatheredRun) -> Sequence[ReferenceRun]:
     """Return the reference runs that the settings ask for and that differ from the run and from each other."""
     # FedIT has one rank in any run, so a run of FedIT is its own reference.
     if loaded.config.method == read_method({"name": FEDERATED_AVERAGING}):
@@ -89,6 +90,7 @@ def run_reference(
     folder: Path,
     notify: Notify,
     on_answers: OnAnswers = lambda adapter, answers: None,
+    left: Work | None = None,
 ) -> ReferenceRunRecord:
     """Run FedIT among the clients of a reference, going on with what is in its folder, and return what is recorded.
 
@@ -100,12 +102,13 @@ def run_reference(
         folder: Where records and checkpoints of the reference go.
         notify: Told about each step.
         on_answers: Told the answers behind each of its scores.
+        left: What the whole run has left, this reference included.
     """
     clients, learning_rate = run.clients(loaded), run.learning_rate(loaded.config.evaluation)
     loop = round_loop(loaded, read_method({"name": FEDERATED_AVERAGING}), clients, folder, notify, learning_rate)
     rounds = dataclasses.replace(loop.settings, num_rounds=num_rounds, patience=None)
     loop = dataclasses.replace(loop, settings=rounds, evaluator=ReferenceScorer(loaded, base, on_answers))
-    notify(rounds_stage(f"Reference: {run.in_words}", loop))
+    notify(rounds_stage(f"Reference: {run.in_words}", loop, left))
     run_rounds(loop)
     records = read_records(folder / RECORDS_FILE)
     scored = [(record, record.evaluation) for record in records if record.evaluation]

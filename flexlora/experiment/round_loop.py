@@ -10,16 +10,19 @@ from flexlora.aggregators.registry import MethodError, method_class
 from flexlora.aggregators.settings import traits_of
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.experiment.config import Config
+from flexlora.experiment.gathered import GatheredRun
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.method_config import MethodConfig
 from flexlora.experiment.participants import clock_of
 from flexlora.experiment.scoring import Scorer
-from flexlora.experiment.stages import Notify
+from flexlora.experiment.stages import Notify, Stage, Work
 from flexlora.experiment.workload import local_training
 from flexlora.federation.clients import ClientSpec, largest_ranks
 from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import Scaling
+from flexlora.rounds.clock import clients_per_round
 from flexlora.rounds.loop_parts import Federation, Loop, RoundSettings
+from flexlora.rounds.records import RECORDS_FILE, read_records
 from flexlora.training.schedule import learning_rate_at
 
 
@@ -77,6 +80,23 @@ def round_loop(
     )
 
 
+def rounds_stage(title: str, loop: Loop, left: Work | None = None) -> Stage:
+    """Return the stage of a round loop, part of which may be done already.
+
+    ``left`` is what the run has left to do, this loop included.
+    """
+    # The bar counts clients, so that it moves within a round.
+    done = rounds_done(loop.folder)
+    size = min(loop.settings.cohort_size, len(loop.federation.clients))
+    size = size if loop.clock is None else clients_per_round(loop.clock.policy, size)
+    return Stage(title, loop.settings.num_rounds * size, done * size, left=left)
+
+
+def rounds_done(folder: Path) -> int:
+    """Return how many rounds of a loop are recorded in its folder."""
+    return max((record.server_round for record in read_records(folder / RECORDS_FILE)), default=0)
+
+
 def aggregator_of(method: MethodConfig, scaling: Scaling) -> Aggregator[Any]:
     """Return the method that a configuration describes.
 
@@ -120,7 +140,7 @@ def _schedule(config: Config, base: float | None) -> Callable[[int], float]:
     )
 
 
-def cohort_of(loaded: LoadedRun, num_clients: int) -> int:
+def cohort_of(loaded: GatheredRun, num_clients: int) -> int:
     """Return the size of a cohort where only ``num_clients`` of the participants can be sampled: their share of it."""
     everybody = len(loaded.participants.clients)
     return max(1, round(cohort_size(loaded.config, everybody) * num_clients / everybody))

@@ -6,18 +6,21 @@ from pathlib import Path
 
 from flexlora.aggregators.base import state_types
 from flexlora.data.owned_examples import OwnedRow
+from flexlora.experiment.base import resolve_device
 from flexlora.experiment.baselines import measure_references
 from flexlora.experiment.config import Config
 from flexlora.experiment.export import write_run_adapters
 from flexlora.experiment.kept_answers import answer_keeper
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
+from flexlora.experiment.manifest import manifest_of
 from flexlora.experiment.method_failures import naming_failures
 from flexlora.experiment.participants import gather_participants
 from flexlora.experiment.result import RunResult
-from flexlora.experiment.round_loop import aggregator_of, round_loop
+from flexlora.experiment.round_loop import aggregator_of, round_loop, rounds_stage
 from flexlora.experiment.run_folder import ExperimentError, held_folder, open_folder
 from flexlora.experiment.scoring import Scorer
-from flexlora.experiment.stages import Notify, Stage, rounds_stage
+from flexlora.experiment.stages import Notify, Stage, ignore
+from flexlora.experiment.work_left import remaining_work, total
 from flexlora.report.answer_file import FEDERATED
 from flexlora.report.page import write_report
 from flexlora.rounds.loop import run_rounds
@@ -34,7 +37,7 @@ def run_experiment(
     trainer: TrainFunction | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    notify: Notify = lambda event: None,
+    notify: Notify = ignore,
 ) -> RunResult:
     """Run everything a configuration describes and leave a complete run folder behind.
 
@@ -75,16 +78,18 @@ def _run_in(
     notify: Notify,
 ) -> RunResult:
     """Run what a configuration describes in a folder that is this process's own."""
+    # A device that is not there is told before hours of reading.
+    resolve_device(config.model.device)
     notify(Stage("Reading data"))
     participants = gather_participants(config, data)
     notify(Stage(participants.in_words(), notes=participants.warnings))
     loaded = LoadedRun.load(config, participants, notify, train_one)
     # Nothing is written before data and model have been read: a start that fails leaves no folder behind.
-    open_folder(loaded, folder, anew)
+    open_folder(config, manifest_of(loaded), folder, anew)
     loop = round_loop(loaded, config.method, participants.clients, folder, notify)
     scorer = Scorer(loaded, answer_keeper(loaded, folder, FEDERATED))
     loop = dataclasses.replace(loop, evaluator=scorer)
-    notify(rounds_stage(f"Federated rounds ({config.method.name})", loop))
+    notify(rounds_stage(f"Federated rounds ({config.method.name})", loop, total(remaining_work(loaded, folder))))
     with naming_failures(loop.aggregator, config.method.name):
         outcome = run_rounds(loop)
         if outcome.has_progress:

@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.errors import FlexLoraError
-from flexlora.experiment.baselines import REFERENCES_FOLDER
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_data import InMemoryData
 from flexlora.experiment.config_file import dump_config, parse_config
-from flexlora.experiment.loaded import LoadedRun
-from flexlora.experiment.manifest import manifest_of
 from flexlora.files import PARTIAL, whole_name, write_whole
 from flexlora.foreign import ForeignError, read_yaml
 from flexlora.locks import LOCK_FILE, locked
 from flexlora.report.answer_file import ANSWERS_FILE
 from flexlora.report.page import REPORT_FILE
-from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER
 from flexlora.rounds.records import (
+    CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
     RECORDS_FILE,
     REFERENCES_FILE,
+    REFERENCES_FOLDER,
     ManifestRecord,
     RecordsError,
     read_manifest,
@@ -87,6 +85,12 @@ def check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) ->
     """
     if folder.exists() and not folder.is_dir():
         raise ExperimentError(f"a run needs a folder to write to; {folder} is a file")
+    if resume and not (folder / CONFIG_FILE).is_file():
+        why = f"holds no {CONFIG_FILE}" if folder.is_dir() else "does not exist"
+        raise ExperimentError(
+            f"there is no run to resume in {folder}, which {why}; "
+            "name the folder of the run (--out, out=), or leave --resume out to start one"
+        )
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     foreign = [path.name for path in entries if whole_name(path.name) not in RUN_ENTRIES]
     holds_run = (folder / CONFIG_FILE).is_file()
@@ -128,7 +132,7 @@ def _check_run(config: Config, folder: Path, resume: bool, overwrite: bool) -> N
         )
 
 
-def open_folder(loaded: LoadedRun, folder: Path, anew: bool) -> None:
+def open_folder(config: Config, manifest: ManifestRecord, folder: Path, anew: bool) -> None:
     """Make ``folder`` that of this run: configuration, manifest, and nothing of another run.
 
     Raises:
@@ -142,13 +146,13 @@ def open_folder(loaded: LoadedRun, folder: Path, anew: bool) -> None:
     for leftover in folder.glob(f"*{PARTIAL}"):
         leftover.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    before, manifest = read_manifest(folder / MANIFEST_FILE), manifest_of(loaded)
+    before = read_manifest(folder / MANIFEST_FILE)
     if before is not None:
         manifest = _resumed_manifest(before, manifest, folder)
         if before.num_rounds != manifest.num_rounds:
             # References must be as long as the run they are compared with.
             (folder / REFERENCES_FILE).unlink(missing_ok=True)
-    write_whole(folder / CONFIG_FILE, dump_config(loaded.config))
+    write_whole(folder / CONFIG_FILE, dump_config(config))
     write_manifest(folder / MANIFEST_FILE, manifest)
 
 

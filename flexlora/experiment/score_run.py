@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flexlora.data.owned_examples import OwnedRow
+from flexlora.experiment.base import resolve_device
 from flexlora.experiment.best_round import WhichRound
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import load_config
@@ -13,7 +14,8 @@ from flexlora.experiment.export import adapter_at_rank, checked_rank, saved_stat
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.participants import Participants, gather_participants
 from flexlora.experiment.run_folder import CONFIG_FILE, ExperimentError, differences, read_run_config
-from flexlora.experiment.scoring import Scorer
+from flexlora.experiment.scoring import Scorer, unseen_tasks
+from flexlora.experiment.stages import Notify, Stage, Work, ignore
 from flexlora.federation.messages import Broadcast
 from flexlora.rounds.records import MANIFEST_FILE, EvaluationRecord, read_manifest
 
@@ -30,6 +32,7 @@ def evaluate_run(
     rank: int | None = None,
     which: WhichRound = "last",
     data: Iterable[OwnedRow] | None = None,
+    notify: Notify = ignore,
 ) -> dict[str, EvaluationRecord]:
     """Score the base alone and with the adapter of a run on the run's unseen tasks.
 
@@ -40,6 +43,7 @@ def evaluate_run(
         rank: Cut the adapter to this rank first; None takes all of it.
         which: The last round, or the best: that of the lowest validation loss.
         data: The examples of a run whose data were passed from Python.
+        notify: Told how far it is.
 
     Raises:
         ExperimentError: If the run has no checkpoint or the rank is out of range.
@@ -51,10 +55,15 @@ def evaluate_run(
     _check_changes(before, config)
     saved = saved_state(config, run_folder, which)
     name = f"rank {checked_rank(rank, saved.server_ranks)}"
+    resolve_device(config.model.device)
+    notify(Stage("Reading data"))
     participants = gather_participants(config, data)
     _check_data(participants, run_folder)
-    loaded = LoadedRun.load(config, participants)
+    loaded = LoadedRun.load(config, participants, notify)
     scorer = Scorer(loaded)
+    # The base and the adapter.
+    num_answers = 2 * sum(len(examples) for examples in unseen_tasks(loaded).values())
+    notify(Stage(f"Scoring the base model and {name}", left=Work(answers=num_answers)))
     adapter = saved.aggregator.broadcast(saved.state, saved.server_ranks)
     if rank is not None:
         adapter = Broadcast(adapter_at_rank(adapter, rank, loaded.scaling))

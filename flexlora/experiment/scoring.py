@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flexlora.data.examples import Example
+from flexlora.experiment.gathered import GatheredRun
 from flexlora.experiment.loaded import LoadedRun
+from flexlora.experiment.stages import Scoring
 from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks
 from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream
@@ -24,10 +26,19 @@ OnAnswers = Callable[[Broadcast | None, Mapping[str, Sequence[Answer]]], None]
 
 
 def answers_to(
-    loaded: LoadedRun, adapter: Broadcast | None, tasks: Mapping[str, Sequence[Example]]
+    loaded: LoadedRun,
+    adapter: Broadcast | None,
+    tasks: Mapping[str, Sequence[Example]],
+    subject: str = "unseen tasks",
 ) -> dict[str, list[Answer]]:
-    """Return what the base with this adapter answers to the examples of each task, and how good that is."""
+    """Return what the base with this adapter answers to the examples of each task, and how good that is.
+
+    Progress displays call the tasks ``subject``.
+    """
     data, evaluation = loaded.config.data, loaded.config.evaluation
+    num_answers = sum(len(examples) for examples in tasks.values())
+    if num_answers:
+        loaded.notify(Scoring(0, num_answers, subject))
     return answer_tasks(
         loaded.model,
         adapter,
@@ -36,12 +47,18 @@ def answers_to(
         max_length=data.max_length,
         max_new_tokens=evaluation.max_new_tokens,
         batch_size=evaluation.batch_size,
+        notify=lambda done: loaded.notify(Scoring(done, num_answers, subject)),
     )
 
 
-def score(loaded: LoadedRun, adapter: Broadcast | None, tasks: Mapping[str, Sequence[Example]]) -> dict[str, Score]:
-    """Return the score of the base with this adapter on each task."""
-    return {task: score_of(answers) for task, answers in answers_to(loaded, adapter, tasks).items()}
+def score(
+    loaded: LoadedRun,
+    adapter: Broadcast | None,
+    tasks: Mapping[str, Sequence[Example]],
+    subject: str = "unseen tasks",
+) -> dict[str, Score]:
+    """Return the score of the base with this adapter on each task; progress displays call the tasks ``subject``."""
+    return {task: score_of(answers) for task, answers in answers_to(loaded, adapter, tasks, subject).items()}
 
 
 def validation_loss(loaded: LoadedRun, adapter: Broadcast | None) -> float | None:
@@ -53,20 +70,20 @@ def validation_loss(loaded: LoadedRun, adapter: Broadcast | None) -> float | Non
     return answer_loss(loaded.model, adapter, examples, data.template, data.max_length, batch_size)
 
 
-def unseen_tasks(loaded: LoadedRun) -> dict[str, Sequence[Example]]:
+def unseen_tasks(loaded: GatheredRun) -> dict[str, Sequence[Example]]:
     """Return the examples that zero-shot scores are about."""
     limit = loaded.config.data.test_examples_per_task
     return {task: splits.test[:limit] for task, splits in loaded.participants.corpus.unseen.items()}
 
 
-def own_tests(loaded: LoadedRun, clients: Sequence[ClientSpec]) -> dict[str, Sequence[Example]]:
+def own_tests(loaded: GatheredRun, clients: Sequence[ClientSpec]) -> dict[str, Sequence[Example]]:
     """Return the test examples of some clients that have any."""
     limit, corpus = loaded.config.data.test_examples_per_task, loaded.participants.corpus
     tests = {client.client_id: corpus.clients[client.client_id].test[:limit] for client in clients}
     return {client_id: examples for client_id, examples in tests.items() if examples}
 
 
-def sampled_clients(loaded: LoadedRun, per_plan: int, purpose: str) -> dict[str, list[ClientSpec]]:
+def sampled_clients(loaded: GatheredRun, per_plan: int, purpose: str) -> dict[str, list[ClientSpec]]:
     """Return up to ``per_plan`` clients of each plan that have test examples, seeded, sorted by id."""
     sampled: dict[str, list[ClientSpec]] = {}
     for name in loaded.participants.plans:
@@ -122,9 +139,9 @@ class Scorer:
             if not traits.folds_into_base:
                 # Without the tail that some methods send along: what a device of these ranks can keep.
                 adapter = Broadcast(adapter.adapter)
-            unseen = score(self.loaded, adapter, unseen_tasks(self.loaded))
-            scores = score(self.loaded, adapter, own) if own else {}
-            base = score(self.loaded, None, own) if own else {}
+            unseen = score(self.loaded, adapter, unseen_tasks(self.loaded), f"ranks of {name}")
+            scores = score(self.loaded, adapter, own, f"clients of {name}") if own else {}
+            base = score(self.loaded, None, own, f"clients of {name}") if own else {}
             groups[name] = RankGroupRecord(
                 ranks=compact_ranks(plan.resolve(self.loaded.shapes), self.loaded.shapes),
                 num_clients=len(own),

@@ -1,30 +1,67 @@
-"""Defines the stages of a run, for progress displays."""
+"""Defines what a run tells progress displays about: its stages and, within them, scoring and what is left in all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-from flexlora.rounds.clock import clients_per_round
-from flexlora.rounds.loop_parts import Loop, RoundEvent
-from flexlora.rounds.records import RECORDS_FILE, read_records
+if TYPE_CHECKING:
+    # A display is shown before torch is imported, which round loops need.
+    from flexlora.rounds.loop_parts import RoundEvent
+
+
+@dataclass(frozen=True)
+class Work:
+    """Units of work that take most of a run's time.
+
+    Attributes:
+        trainings: Times that a client trains.
+        answers: Answers that are generated and scored.
+    """
+
+    trainings: float = 0
+    answers: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.trainings + other.trainings, self.answers + other.answers)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a run, for progress displays: how many steps it has and how many are done already."""
+    """One part of a run, for progress displays.
+
+    Attributes:
+        title: What it is called.
+        num_steps: How many steps it has, None where nobody knows.
+        completed: How many of them are done already.
+        notes: What to know about it.
+        left: What the run has left to do, this stage and all after it; None where that is not known yet.
+        trainings_per_step: How many trainings of a round one step takes as long as.
+    """
 
     title: str
     num_steps: int | None = None
     completed: int = 0
     notes: tuple[str, ...] = ()
+    left: Work | None = None
+    trainings_per_step: float = 1.0
 
 
-Notify = Callable[[RoundEvent | Stage], None]
+@dataclass(frozen=True)
+class Scoring:
+    """How far the scoring of one model is.
+
+    Attributes:
+        done: Answers generated so far, of ``num_answers``.
+        subject: What is scored.
+    """
+
+    done: int
+    num_answers: int
+    subject: str = "scoring"
 
 
-def rounds_stage(title: str, loop: Loop) -> Stage:
-    """Return the stage of a round loop, part of which may be done already."""
-    # The bar counts clients, so that it moves within a round.
-    done = max((record.server_round for record in read_records(loop.folder / RECORDS_FILE)), default=0)
-    size = min(loop.settings.cohort_size, len(loop.federation.clients))
-    size = size if loop.clock is None else clients_per_round(loop.clock.policy, size)
-    return Stage(title, loop.settings.num_rounds * size, done * size)
+Notify: TypeAlias = "Callable[[RoundEvent | Stage | Scoring], None]"
+
+
+def ignore(event: "RoundEvent | Stage | Scoring") -> None:
+    """Show nothing."""

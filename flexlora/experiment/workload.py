@@ -103,6 +103,11 @@ def local_training(config: Config, traits: Traits | None = None) -> LocalTrainin
     )
 
 
+def steps_alone(config: Config) -> LocalTraining:
+    """Return the settings of a client that trains alone, for comparison."""
+    return replace(local_training(config), num_epochs=config.evaluation.local_only_epochs, max_steps=None)
+
+
 def measure_workload(
     config: Config, examples: Iterable[Example], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Workload:

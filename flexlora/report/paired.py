@@ -12,7 +12,7 @@ from flexlora.report.measures import MEASURES, Measure, Scores, scores, went_wro
 from flexlora.report.pair_statistics import PairStatistics, holm, pair_statistics
 from flexlora.report.run_costs import Costs, mean_costs
 from flexlora.report.study_flags import Flag, study_flags
-from flexlora.report.study_rows import ROWS_FILE, Row, StudyError, read_rows
+from flexlora.report.study_rows import DEFAULT_REFERENCE, ROWS_FILE, Row, StudyError, read_rows
 from flexlora.report.verdicts import Verdict, differences, verdicts
 
 __all__ = [
@@ -27,8 +27,6 @@ __all__ = [
     "read_rows",
     "summary",
 ]
-
-DEFAULT_REFERENCE = "fedit_smallest"
 
 
 @dataclass(frozen=True)

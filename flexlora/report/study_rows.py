@@ -17,6 +17,9 @@ Row = dict[str, Any]
 """One finished run; see `REQUIRED` for what every row has."""
 
 ROWS_FILE = "rows.jsonl"
+DEFAULT_REFERENCE = "fedit_smallest"
+"""Label of the arm that differences are taken to, unless another is named."""
+
 REQUIRED = {
     "phase": str,
     "draw": int,

@@ -14,9 +14,10 @@ from flexlora.rounds.checkpoint import (
 )
 from flexlora.rounds.cohort import cohort_work
 from flexlora.rounds.history import history_lines, line_digest, line_in, write_history
-from flexlora.rounds.loop_parts import CHECKPOINTS_FOLDER, Loop, Outcome, Progress, RoundEvent, Stopwatch
+from flexlora.rounds.loop_parts import Loop, Outcome, Progress, RoundEvent, Stopwatch
 from flexlora.rounds.outcomes import aggregated, checked, round_record, trained
 from flexlora.rounds.records import (
+    CHECKPOINTS_FOLDER,
     RECORDS_FILE,
     ClientRecord,
     RecordsError,

@@ -19,8 +19,6 @@ from flexlora.text import count_text
 from flexlora.uplink.base import UplinkStep
 from flexlora.uplink.wire import WireDtype
 
-CHECKPOINTS_FOLDER = "checkpoints"
-
 
 @dataclass(frozen=True)
 class RoundSettings:

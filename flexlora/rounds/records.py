@@ -30,6 +30,12 @@ REFERENCES_FILE = "references.json"
 MANIFEST_FILE = "manifest.json"
 
 
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+REFERENCES_FOLDER = "references"
+
+
 class RecordsError(FlexLoraError, ValueError):
     """A record file cannot be read as what it should be."""
 

@@ -1,6 +1,6 @@
 """Scores a model per task and over tasks: ROUGE-L and exact match of generated answers, and answer loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -86,6 +86,7 @@ def evaluate(
     max_length: int,
     max_new_tokens: int,
     batch_size: int = 64,
+    notify: Callable[[int], None] = lambda num_answers: None,
 ) -> dict[str, Score]:
     """Return the score of each task that has examples, in the order given; for the arguments see ``answer_tasks``."""
     answers = answer_tasks(
@@ -122,12 +123,13 @@ def answer_tasks(
         max_length: Longest sequence in tokens, prompt and generated answer together.
         max_new_tokens: Longest generated answer.
         batch_size: Most sequences decoded at once.
+        notify: Told after each batch how many answers have been generated.
     """
     examples = [example for task in tasks.values() for example in task]
     if adapter is not None:
         model.load(adapter)
     with model.without_adapter() if adapter is None else nullcontext():
-        answers = generate_answers(model, examples, template, max_length, max_new_tokens, batch_size)
+        answers = generate_answers(model, examples, template, max_length, max_new_tokens, batch_size, notify)
         losses = _losses(model, examples, template, max_length, batch_size)
     scored = iter(map(_answer, examples, answers, losses))
     return {task: [next(scored) for _ in members] for task, members in tasks.items() if members}

@@ -1,6 +1,6 @@
 """Generates answers by greedy decoding, in batches of similar length."""
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import cast
 
 import torch
@@ -23,6 +23,7 @@ def generate_answers(
     max_length: int,
     max_new_tokens: int,
     batch_size: int = 64,
+    notify: Callable[[int], None] = lambda num_answers: None,
 ) -> list[str]:
     """Return the answer that the model generates for each example with the factors that are loaded.
 
@@ -30,6 +31,7 @@ def generate_answers(
         max_length: Longest sequence; prompts are cut to leave room for ``max_new_tokens``, at most to half of this.
         max_new_tokens: Longest answer.
         batch_size: Most prompts decoded at once.
+        notify: Told after each batch how many answers there are.
     """
     room = max(max_length - max_new_tokens, max_length // 2)
     # A text that stands alone follows nothing, not even a start where the tokenizer has none.
@@ -37,7 +39,8 @@ def generate_answers(
     prompts = [prompt or nothing for prompt in encode_prompts(examples, model.tokenizer, template, room)]
     num_new = min(max_new_tokens, max_length - max(map(len, prompts), default=0))
     end = end_token(model.tokenizer, template)
-    generated = generate(model, prompts, num_new, batch_size, [] if end is None else [end])
+    ends = [] if end is None else [end]
+    generated = generate(model, prompts, num_new, batch_size, ends, notify)
     return [str(model.tokenizer.decode(tokens, skip_special_tokens=True)).rstrip() for tokens in generated]
 
 
@@ -48,6 +51,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 64,
     further_ends: Sequence[int] = (),
+    notify: Callable[[int], None] = lambda num_answers: None,
 ) -> list[list[int]]:
     """Return the most probable tokens after each prompt, one at a time, without the token that ends them.
 
@@ -59,14 +63,17 @@ def generate(
         max_new_tokens: Longest continuation.
         batch_size: Most prompts decoded at once.
         further_ends: Tokens that end an answer, besides those that tokenizer and model name.
+        notify: Told after each batch how many answers there are.
     """
     ends = _end_tokens(model) | set(further_ends)
     answers: list[list[int]] = [[] for _ in prompts]
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    lengths, done = [len(prompt) + max_new_tokens for prompt in prompts], 0
     for batch in batches_of_similar_length(lengths, batch_size):
         decoded = _decode(model, [prompts[i] for i in batch], max_new_tokens, ends)
         for index, answer in zip(batch, decoded, strict=True):
             answers[index] = answer
+        done += len(batch)
+        notify(done)
     return answers
 
 

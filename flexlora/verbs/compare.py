@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flexlora.progress import stage
 from flexlora.verbs.arguments import ConfigArgument, JsonOption, OverridesArgument
 from flexlora.verbs.leaving import interruptible
 from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json
@@ -61,13 +62,8 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods on paired draws, each at its own learning rate, with all controls; see docs/compare.md."""
-    from flexlora.experiment.compare import run_comparison
     from flexlora.experiment.compare_arms import read_arms
-    from flexlora.experiment.compare_progress import CompareProgress, FreshPage
     from flexlora.experiment.compare_study import make_study, reference_of
-    from flexlora.report.compare_page import write_page
-    from flexlora.report.compare_terminal import summary_table
-    from flexlora.report.paired import summary
 
     study = make_study(
         config,
@@ -83,7 +79,15 @@ def compare(
         with_controls=not no_controls,
     )
     reference = reference_of(study, reference)
-    hide_other_progress_bars()
+    with stage(err, "Loading libraries", hidden=quiet or as_json):
+        # Only here: loading torch takes seconds, and a mistake is told before.
+        from flexlora.experiment.compare import run_comparison
+        from flexlora.experiment.compare_progress import CompareProgress, FreshPage
+        from flexlora.report.compare_page import write_page
+        from flexlora.report.compare_terminal import summary_table
+        from flexlora.report.paired import summary
+
+        hide_other_progress_bars()
     until = None if minutes is None else time.time() + 60 * minutes
     with (
         interruptible("the same command continues with the runs that are left"),

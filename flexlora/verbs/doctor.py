@@ -4,16 +4,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from flexlora.progress import stage
 from flexlora.verbs.arguments import JsonOption
 from flexlora.verbs.leaving import EXIT_MACHINE
-from flexlora.verbs.terminal import out, print_json
+from flexlora.verbs.terminal import err, out, print_json
 
 
 def doctor(as_json: JsonOption = False) -> None:
     """Check versions, devices and files, and say how to fix what is wrong."""
     from flexlora.experiment.doctor import examine
 
-    findings = examine()
+    with stage(err, "Looking at versions, devices and files", hidden=as_json):
+        findings = examine()
     if as_json:
         print_json([finding.to_json() for finding in findings])
     else:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flexlora.verbs.arguments import JsonOption, OverridesArgument, RunArgument
-from flexlora.verbs.terminal import hide_other_progress_bars, out, print_json
+from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json
 
 
 def evaluate(
@@ -16,11 +16,21 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score the adapter of a run on its unseen tasks, compared with the base model alone."""
-    from flexlora.experiment.score_run import evaluate_run
-    from flexlora.experiment.terminal import print_evaluation
+    from flexlora.experiment.config_file import load_config
+    from flexlora.experiment.live_progress import LiveProgress
+    from flexlora.experiment.run_folder import CONFIG_FILE, read_run_config
+    from flexlora.experiment.stages import Stage
 
-    hide_other_progress_bars()
-    scores = evaluate_run(run_folder, overrides or (), rank=rank)
+    read_run_config(run_folder)
+    load_config(run_folder / CONFIG_FILE, overrides or (), check_paths=True)
+    with LiveProgress(err, hidden=as_json) as progress:
+        progress(Stage("Loading libraries"))
+        # Only here: loading torch takes seconds, and a mistake is told before.
+        from flexlora.experiment.score_run import evaluate_run
+        from flexlora.experiment.terminal import print_evaluation
+
+        hide_other_progress_bars()
+        scores = evaluate_run(run_folder, overrides or (), rank=rank, notify=progress)
     if as_json:
         print_json({name: json.loads(record.model_dump_json()) for name, record in scores.items()})
     else:

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import typer
 
 from flexlora.errors import FlexLoraError
+from flexlora.progress import stage
 from flexlora.verbs.arguments import JsonOption, PadToOption, RanksOption, RunArgument, UniformOption, check_uniform
-from flexlora.verbs.terminal import hide_other_progress_bars, out, print_json
+from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json
 
 
 def export(
@@ -32,13 +33,21 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the global adapter of a run as a standard PEFT folder, at any rank, with a model card."""
-    from flexlora.experiment.export import export_run
+    from flexlora.experiment.run_folder import ExperimentError, read_run_config
 
     if folder is None and push_to_hub is None:
         raise FlexLoraError("exporting needs a place: --out DIR, --push-to-hub ORG/NAME, or both")
     check_uniform(uniform, ranks)
-    hide_other_progress_bars()
-    with TemporaryDirectory() as passing:
+    read_run_config(run_folder)
+    if folder is not None and folder.exists():
+        raise ExperimentError(f"the folder to write must not exist yet; {folder} does")
+    with stage(err, "Loading libraries", hidden=as_json):
+        # Only here: loading torch takes seconds, and a mistake is told before.
+        from flexlora.experiment.export import export_run
+
+        hide_other_progress_bars()
+    writing = "Writing the whole model" if merged else "Writing the adapter"
+    with TemporaryDirectory() as passing, stage(err, writing, hidden=as_json):
         target = folder or Path(passing) / "adapter"
         written = export_run(
             run_folder,

@@ -1,12 +1,14 @@
 """The verb ``merge``: merges LoRA adapters of any ranks, or inspects one."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from flexlora.errors import FlexLoraError
+from flexlora.progress import stage
 from flexlora.verbs.arguments import JsonOption, PadToOption, RanksOption, UniformOption, check_uniform
 from flexlora.verbs.leaving import interruptible
 from flexlora.verbs.terminal import err, out, print_json
@@ -84,13 +86,17 @@ def merge(
     if not adapters or target is None:
         raise FlexLoraError("merging needs adapters and the folder to write: flexlora merge A B --out DIR")
     check_uniform(uniform, ranks)
-    from flexlora.adapters.merge import merge as merge_adapters
-    from flexlora.adapters.terminal import module_progress, print_merge
+    numbers = _numbers(weights) if weights is not None else None
+    _check_paths(adapters, target)
+    with stage(err, "Loading libraries", hidden=as_json):
+        # Only here: loading torch takes seconds, and a mistake is told before.
+        from flexlora.adapters.merge import merge as merge_adapters
+        from flexlora.adapters.terminal import module_progress, print_merge
 
     with interruptible("nothing was written"), module_progress(err, "merging", hidden=as_json) as progress:
         result = merge_adapters(
             adapters,
-            _numbers(weights) if weights is not None else None,
+            numbers,
             out=target,
             method=method,
             rank=rank,
@@ -111,9 +117,22 @@ def merge(
         print_merge(out, result, explain=explain)
 
 
+def _check_paths(adapters: Sequence[str], target: Path | None = None) -> None:
+    """Raise if a folder that is here holds no adapter, or the one to write exists; the hub is asked later."""
+    from flexlora.adapters.peft_settings import read_config
+
+    for name in adapters:
+        if Path(name).exists() or name.count("/") != 1:
+            read_config(Path(name), name)
+    if target is not None and os.path.lexists(target):
+        raise FlexLoraError(f"--out must not exist yet; {target} does")
+
+
 def _inspect(adapter: str, picture: Path | None, *, every_module: bool, as_json: bool) -> None:
-    from flexlora.adapters.inspection import PICTURE_ENDINGS, inspect_adapter
-    from flexlora.adapters.terminal import module_progress, print_inspection
+    _check_paths([adapter])
+    with stage(err, "Loading libraries", hidden=as_json):
+        from flexlora.adapters.inspection import PICTURE_ENDINGS, inspect_adapter
+        from flexlora.adapters.terminal import module_progress, print_inspection
 
     if picture is not None and (picture.suffix not in PICTURE_ENDINGS or os.path.lexists(picture)):
         raise FlexLoraError(

@@ -23,15 +23,21 @@ def run(
     """Fine-tune a model across clients; write adapters, records and a report."""
     from flexlora.experiment.config_file import load_config
     from flexlora.experiment.live_progress import LiveProgress
-    from flexlora.experiment.run import run_experiment
-    from flexlora.experiment.terminal import print_summary
+    from flexlora.experiment.run_folder import check_folder
+    from flexlora.experiment.stages import Stage
 
     settings = load_config(config, overrides or (), check_paths=True)
-    hide_other_progress_bars()
+    check_folder(settings, folder, resume, overwrite)
     with (
         interruptible("the same command with --resume continues from the last checkpoint"),
         LiveProgress(err, hidden=quiet or as_json) as progress,
     ):
+        progress(Stage("Loading libraries"))
+        # Only here: loading torch takes seconds, and a mistake is told before.
+        from flexlora.experiment.run import run_experiment
+        from flexlora.experiment.terminal import print_summary
+
+        hide_other_progress_bars()
         result = run_experiment(settings, folder, resume=resume, overwrite=overwrite, notify=progress)
     if as_json:
         print_json(result.summary())

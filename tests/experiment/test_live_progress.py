@@ -22,7 +22,7 @@ def test_progress_shows_stages_and_clients_as_they_are(
         progress(RoundEvent("cohort", 1, 1))
         for name in names[:4]:
             progress(RoundEvent("client", 1, 1, client=failed(name)))
-            progress._progress.refresh()
+            progress._bars.refresh()
             assert f"{name} failed" in shown(console)
         progress(RoundEvent("done", 1, 1, record=record_of(1, failed(names[0]))))
     assert "Training [/on] a" in shown(console) and "[/note]" in shown(console)
