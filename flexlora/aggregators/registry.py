@@ -11,10 +11,12 @@ an import would load torch, and a mistake in a configuration has to be told befo
 import __future__
 
 import ast
+import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +28,18 @@ from flexlora.aggregators.settings import OptionError, Traits, option
 from flexlora.errors import FlexLoraError
 
 ENTRY_POINTS = "flexlora.methods"
+_AVERAGES = {
+    "fedavg",
+    "fedaverage",
+    "avg",
+    "average",
+    "mean",
+    "fedavgm",
+    "federatedaveraging",
+    "fedprox",
+    "fedadam",
+    "fedopt",
+}
 METHOD_FOLDER = Path(__file__).parent
 
 Method = TypeVar("Method", bound=type)
@@ -92,8 +106,18 @@ def method_class(name: str, path: str | None = None) -> type:
     elif name not in _registered and name in _entry_points():
         _load_entry_point(name)
     if name not in _registered:
-        raise MethodError(f"method.name: must be one of {_listed(method_names())}; got {name!r}")
+        raise MethodError(f"method.name: must be one of {_listed(method_names())}; got {name!r}{_meant(name)}")
     return _registered[name]
+
+
+def _meant(name: str) -> str:
+    """Return which method a name that there is not may have meant, as the end of a message."""
+    plain = re.sub("[^a-z0-9]", "", name.lower())
+    if plain in _AVERAGES and name not in method_names():
+        return "; did you mean fedit (FedAvg of LoRA factors with any optimiser) or fedavg (with SGD)?"
+    known = {other.replace("_", ""): other for other in method_names()}
+    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.75)
+    return f"; did you mean {known[near[0]]}?" if near else ""
 
 
 def registered_name(method: type) -> str:

@@ -10,6 +10,7 @@ from flexlora.experiment.config import Config
 from flexlora.experiment.config_data import InMemoryData, InstructionsData, NaturalInstructionsData, PhoneBookData
 from flexlora.experiment.method_config import DEFAULT_METHOD
 from flexlora.patterns import PatternError, bounded_pattern
+from flexlora.rounds.devices import BUILT_IN, DeviceError, assign_devices, device_profiles
 from flexlora.text import count_text
 
 NUM_CLIENTS_SHOWN = 5
@@ -218,10 +219,28 @@ def missing_paths(config: Config) -> Iterator[str]:
     if isinstance(data, InstructionsData) and _looks_local(data.path) and not Path(data.path).expanduser().exists():
         yield f"data.path: there is no file or folder {data.path}; a hub id looks like org/name"
     profiles = config.devices.profiles
-    if profiles not in (None, "built_in") and not Path(profiles).expanduser().is_file():
+    if profiles is not None and profiles != BUILT_IN and not Path(profiles).expanduser().is_file():
         yield f"devices.profiles: must be built_in or a CSV file; there is no file {profiles}"
+    elif profiles is not None:
+        yield from _device_mistakes(config)
     if name != "embedded" and _looks_local(name) and not Path(name).expanduser().is_dir():
         yield f"model.name_or_path: there is no folder {name}; use `embedded`, a local folder or a hub id like org/name"
+
+
+def _device_mistakes(config: Config) -> Iterator[str]:
+    """Yield what is wrong in the file of devices, and with devices that settings name."""
+    try:
+        # No client is given a device, but every name is looked up.
+        assign_devices(
+            (),
+            device_profiles(config.devices.profiles),
+            config.seed,
+            distribution=config.devices.distribution,
+            counts=dict.fromkeys(config.devices.counts, 0),
+            assigned={},
+        )
+    except DeviceError as error:
+        yield str(error)
 
 
 def _looks_local(name: str) -> bool:

@@ -1,7 +1,6 @@
 """Reads and writes configurations, a YAML file plus ``key=value`` overrides, and explains what is wrong."""
 
 import copy
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from flexlora.experiment.config_data import (
 )
 from flexlora.experiment.config_section import Section
 from flexlora.experiment.method_config import method_model, method_named
+from flexlora.experiment.setting_hints import hint
 from flexlora.foreign import ForeignError, read_yaml
 
 TRUNCATED_VALUE_LENGTH = 80
@@ -33,6 +33,13 @@ MOST_CHECKS = 6
 
 
 PLACEHOLDER = "?"
+
+
+DEMO = "demo"
+"""Name of the configuration that comes with the package."""
+
+
+DEMO_FILE = Path(__file__).with_name("demo.yaml")
 
 
 DATA_SECTIONS: Mapping[str, type[Section]] = {
@@ -68,17 +75,24 @@ def override_config(
     return parse_config(tree, source, problems, check_paths=check_paths)
 
 
+def settings_file(path: Path | str) -> Path:
+    """Return the file that a path names: that of the package for ``demo``, unless there is a file of this name."""
+    path = Path(path)
+    return DEMO_FILE if str(path) == DEMO and not path.is_file() else path
+
+
 def read_settings(path: Path | str) -> dict[str, Any]:
     """Return the settings in a YAML file as they are written, unchecked.
 
     Raises:
         ConfigError: If there is no such file, or it holds no mapping.
     """
-    path = Path(path)
+    path = settings_file(path)
     if not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"; {path.parent} holds {', '.join(near)}" if near else ""
-        raise ConfigError([f"there is no such file{hint}"], str(path))
+        near_by = f"; {path.parent} holds {', '.join(near)}" if near else ""
+        near_by += "" if path.suffix else f'; "{DEMO}" comes with flexlora'
+        raise ConfigError([f"there is no such file{near_by}"], str(path))
     try:
         tree = read_yaml(path.read_bytes(), path) or {}
     except ForeignError as error:
@@ -193,10 +207,7 @@ def _explain(detail: Any, tree: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(error, FlexLoraError):
         yield str(error)
     elif detail["type"] == "extra_forbidden":
-        choices = _known_keys(location, tree)
-        near = difflib.get_close_matches(shown[-1], choices, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(choices))}"
-        yield f"{key}: there is no such setting; {hint}"
+        yield f"{key}: there is no such setting; {hint(shown, _known_keys(location, tree))}"
     elif detail["type"] == "missing" or detail["input"] is None:
         yield f"{key}: must be set, for example {key}=VALUE on the command line"
     elif detail["type"] in ("union_tag_not_found", "union_tag_invalid"):

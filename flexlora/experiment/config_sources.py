@@ -5,17 +5,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel
 
-from flexlora.experiment.config import Config, ConfigError
+from flexlora.experiment.config import Config
 from flexlora.experiment.config_data import CommonData
-from flexlora.experiment.config_file import parse_config, read_settings
-
-DEMO = "demo"
-DEMO_FILE = Path(__file__).with_name("demo.yaml")
+from flexlora.experiment.config_file import DEMO, DEMO_FILE, parse_config, read_settings
+from flexlora.experiment.setting_hints import setting_names, word_meant
 
 # Sections with a variant for each name, and the name they have by default.
 VARIANTS = {"data": "generated", "method": "flexlora"}
@@ -45,7 +42,7 @@ def config_from(source: ConfigSource, settings: Mapping[str, object]) -> Config:
     elif source == DEMO:
         tree, name = read_settings(DEMO_FILE), "the demo"
     else:
-        tree, name = _read_file(Path(source))
+        tree, name = read_settings(Path(source)), str(source)
     problems = [problem for key, value in _joined(settings).items() for problem in _apply(tree, key, value)]
     if settings:
         name += f" with {len(settings)} override{'s' if len(settings) > 1 else ''}"
@@ -55,17 +52,6 @@ def config_from(source: ConfigSource, settings: Mapping[str, object]) -> Config:
 def name_of_source(source: ConfigSource) -> str:
     """Return a short name for runs of this configuration."""
     return Path(source).stem if isinstance(source, str | os.PathLike) else "run"
-
-
-def _read_file(path: Path) -> tuple[dict[str, Any], str]:
-    try:
-        return read_settings(path), str(path)
-    except ConfigError as error:
-        if path.exists() or path.suffix:
-            raise
-        raise ConfigError(
-            [f'{problem}; "{DEMO}" comes with flexlora' for problem in error.problems], str(path)
-        ) from None
 
 
 def _joined(settings: Mapping[str, object]) -> dict[str, Any]:
@@ -133,25 +119,14 @@ def _apply_deep(section: dict[str, Any], key: str, path: list[str], value: Any) 
 
 def _hint(key: str) -> str:
     """Return what a key that does not exist may have meant."""
-    known = {f"{section}__{name}" for section in Config.model_fields for name in _settings_of(section)}
+    if meant_by_word := word_meant(re.sub("__", ".", key)):
+        return meant_by_word
+    known = {name.replace(".", "__", 1) for name in setting_names()}
     meant = sorted(name for name in known if key in (name.partition("__")[2], name.replace("__", "_")))
     near = difflib.get_close_matches(key, [*known, *Config.model_fields], n=1)
     if meant or near:
         return f"did you mean {' or '.join(meant or near)}?"
     return f"known keys here: {', '.join(sorted(Config.model_fields))}; write SECTION__SETTING=VALUE"
-
-
-def _settings_of(section: str) -> set[str]:
-    """Return the names of the settings that some variant of a section has."""
-
-    def models(annotation: Any) -> Iterator[type[BaseModel]]:
-        """Yield the sections that an annotation leads to."""
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield annotation
-        for part in get_args(annotation):
-            yield from models(part)
-
-    return {name for model in models(Config.model_fields[section].annotation) for name in model.model_fields}
 
 
 def _plain(value: Any) -> Any:

@@ -138,16 +138,17 @@ def read_profiles(path: Path) -> dict[str, DeviceProfile]:
         raise DeviceError(f"devices.profiles: {path} cannot be read as CSV: {error}") from error
     problems = list(_column_problems(columns))
     profiles: dict[str, DeviceProfile] = {}
-    for line, row in rows if not problems else []:
+    for line, row in rows:
         found: list[str] = []
-        profile = _read_row(row, f"line {line}", found)
-        if profile.name in profiles:
+        # A column that is not there is said once, not again on every line.
+        profile = _read_row(row, f"line {line}", found, columns)
+        if profile.name in profiles and profile.name:
             found.append(f"line {line}, column name: must be unique; {profile.name!r} is there twice: rename one")
         profiles[profile.name] = profile
         problems += found
-    if not rows and not problems:
+    if not rows:
         problems.append("there is no device: add a line below the names of the columns")
-    if not problems and not any(profile.weight for profile in profiles.values()):
+    if profiles and not any(profile.weight for profile in profiles.values()):
         problems.append("column weight: is 0 everywhere; raise at least one")
     if problems:
         raise DeviceError(f"devices.profiles: {path} cannot be used:\n" + "\n".join(f"  - {text}" for text in problems))
@@ -166,10 +167,12 @@ def _column_problems(columns: Sequence[str]) -> Iterator[str]:
         yield f"column {name}: must be there once; remove one"
 
 
-def _read_row(row: Mapping[str | None, str | None], where: str, problems: list[str]) -> DeviceProfile:
-    """Return the profile on a line; append what is wrong with it to ``problems``."""
+def _read_row(
+    row: Mapping[str | None, str | None], where: str, problems: list[str], columns: Sequence[str]
+) -> DeviceProfile:
+    """Return the profile on a line; append what is wrong with the cells of the file's columns to ``problems``."""
     name = (row.get("name") or "").strip()
-    if not name:
+    if not name and "name" in columns:
         problems.append(f"{where}, column name: must not be empty; write what reports are to call the device")
     if None in row:
         problems.append(f"{where} ({name}): has more cells than there are columns; put cells with commas in quotes")
@@ -178,7 +181,7 @@ def _read_row(row: Mapping[str | None, str | None], where: str, problems: list[s
     def number(key: str, column: _Column) -> float | None:
         """Return the number in a cell; None if it is wrong, which is then among the problems."""
         text = (row.get(key) or "").strip()
-        if not text and column.default is not None:
+        if key not in columns or (not text and column.default is not None):
             return column.default
         value = _number(text)
         if value is None or not column.holds(value):
