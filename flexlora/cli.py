@@ -19,13 +19,15 @@ try:
     from flexlora.verbs.doctor import doctor
     from flexlora.verbs.evaluate import evaluate
     from flexlora.verbs.export import export
+    from flexlora.verbs.group import Verbs
+    from flexlora.verbs.init import init
     from flexlora.verbs.leaving import guarded
     from flexlora.verbs.merge import merge
     from flexlora.verbs.methods import methods
     from flexlora.verbs.plan import plan
     from flexlora.verbs.report import report
     from flexlora.verbs.run import run
-    from flexlora.verbs.terminal import err, out
+    from flexlora.verbs.terminal import err
 except KeyboardInterrupt:
     # Loading these takes most of the time before main can catch an interruption.
     sys.stderr.write("Interrupted.\n")
@@ -34,17 +36,18 @@ except KeyboardInterrupt:
 from flexlora import __version__
 
 VERBS = (
-    ("run", run, "flexlora run configs/demo.yaml rounds.num_rounds=10 --out runs/demo"),
+    ("run", run, "flexlora run demo rounds.num_rounds=10 --out runs/demo"),
     (
         "compare",
         compare,
-        "flexlora compare configs/demo.yaml --methods fedit,flexlora,aligned --draws 8 --jobs 2 --out cmp",
+        "flexlora compare demo --methods fedit,flexlora,aligned --draws 8 --jobs 2 --out cmp",
     ),
     ("plan", plan, "flexlora plan configs/natural_instructions.yaml data.path=natural-instructions"),
     ("export", export, "flexlora export runs/demo --rank 8 --out adapter"),
     ("merge", merge, "flexlora merge clinic-a clinic-b me/on-the-hub --weights 3,1,1 --rank 16 --out merged"),
     ("eval", evaluate, "flexlora eval runs/demo --rank 4 data.test_examples_per_task=50"),
     ("report", report, "flexlora report runs/wait runs/deadline runs/async --target 30"),
+    ("init", init, "flexlora init own-data my-federation"),
     ("methods", methods, "flexlora methods flexlora"),
     ("doctor", doctor, "flexlora doctor"),
 )
@@ -53,7 +56,7 @@ app = typer.Typer(
     name="flexlora",
     help="Fine-tune one language model across many data owners whose devices afford different LoRA ranks.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=Verbs,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 unexpected error, 2 wrong input, 3 no progress, 4 disk or memory, 130 interrupted.",
@@ -62,14 +65,20 @@ for _name, _verb, _example in VERBS:
     app.command(name=_name, epilog=f"Example: {_example}")(_verb)
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        # Not through rich: programs read this.
+        sys.stdout.write(f"flexlora {__version__}\n")
+        raise typer.Exit()
+
+
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_say_version)
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show more log messages.")] = False,
 ) -> None:
-    if version:
-        out.print(__version__)
-        raise typer.Exit()
     handler = RichHandler(console=err, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], format="%(message)s")
 

@@ -6,13 +6,23 @@ from typing import Annotated, Literal
 import typer
 
 from flexlora.errors import FlexLoraError
+from flexlora.verbs.completion import configurations, runs, settings
 
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+ConfigArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="A YAML file, or demo, which comes with flexlora.", autocompletion=configurations
+    ),
+]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the file, as rounds.num_rounds=3."),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that replace those of the file, as rounds.num_rounds=3.",
+        autocompletion=settings,
+    ),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", autocompletion=runs)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 RanksOption = Annotated[
     Literal["uniform", "exact"],

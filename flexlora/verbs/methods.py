@@ -4,12 +4,16 @@ from typing import Annotated
 
 import typer
 
+from flexlora.verbs import completion
 from flexlora.verbs.arguments import JsonOption
 from flexlora.verbs.terminal import out, print_json
 
 
 def methods(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Methods to show; default all.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Methods to show; default all.", autocompletion=completion.methods),
+    ] = None,
     path: Annotated[str | None, typer.Option("--path", help="A Python file with methods of your own.")] = None,
     as_json: JsonOption = False,
 ) -> None:
