@@ -5,7 +5,7 @@ else is refused by name; what is left can be added up.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flexlora.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, AdapterError, factor_keys
+from flexlora.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, AdapterError
 from flexlora.adapters.peft_settings import pickle_error, plain_targets, read_config
-from flexlora.adapters.stored_modules import StoredModule, read_header
+from flexlora.adapters.stored_modules import StoredCopy, StoredModule, read_header
+from flexlora.adapters.wrong_folder import wrong_content
 from flexlora.lora.factors import AdapterState, LoraFactors
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class AdapterFolder:
             main one) and ``task_type``.
         target_modules: Names the modules were chosen by, None where they were chosen in a less simple way.
         modules: Module path -> its factors.
-        copies: Keys of whole weights stored beside the factors: untrained embeddings, saved for convenience.
+        copies: Module path -> the whole weights stored beside factors: untrained embeddings, saved for convenience.
+        is_renamed: Whether paths were freed of what tools for training wrap around modules.
         weights: The open file.
     """
 
@@ -45,7 +47,8 @@ class AdapterFolder:
     settings: Mapping[str, Any]
     target_modules: tuple[str, ...] | None
     modules: Mapping[str, StoredModule]
-    copies: tuple[str, ...]
+    copies: Mapping[str, StoredCopy]
+    is_renamed: bool
     weights: safe_open
 
     @property
@@ -61,16 +64,16 @@ class AdapterFolder:
             AdapterError: If one holds NaN or infinity.
         """
         module = self.modules[path]
-        A, B = (self._finite(key) for key in factor_keys(path, module.is_embedding))
+        A, B = (self._finite(key) for key in module.keys)
         return LoraFactors(A, B, module.scaling)
 
-    def copy(self, key: str) -> Tensor:
-        """Return one of the whole weights in ``copies``, mapped from the file.
+    def whole_weights(self, path: str) -> list[Tensor]:
+        """Return the whole weights of one of ``copies``, mapped from the file; two where it is stored twice.
 
         Raises:
-            AdapterError: If it holds NaN or infinity.
+            AdapterError: If one holds NaN or infinity.
         """
-        return self._finite(key)
+        return [self._finite(key) for key in self.copies[path].keys]
 
     def _finite(self, key: str) -> Tensor:
         tensor = self.weights.get_tensor(key)
@@ -83,20 +86,43 @@ class AdapterFolder:
 def locate_adapter(name: str) -> Path:
     """Return the folder called ``name``, fetched from the Hugging Face hub if it is no local one but reads like an id.
 
+    An id may name a branch, tag or commit: ``org/name@revision``.
+
     Raises:
         AdapterError: If the hub has no such adapter, or has it as a pickle only, or cannot be reached.
     """
-    if Path(name).exists() or not _HUB_ID.fullmatch(name):
+    match = _HUB_ID.fullmatch(name)
+    if Path(name).exists() or match is None:
         return Path(name)
+    options = {"revision": match["revision"]} if match["revision"] else {}
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-        is_pickle = not (folder / WEIGHTS_FILE).is_file() and huggingface_hub.file_exists(name, PICKLE_FILE)
+        folder = Path(
+            huggingface_hub.snapshot_download(match["id"], allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **options)
+        )
+        is_whole = (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file()
+        files = [] if is_whole else huggingface_hub.list_repo_files(match["id"], **options)
     except Exception as error:  # the hub's errors have no base of their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AdapterError(f"{name} is no local folder, and the hub did not give it ({reason})") from error
-    if is_pickle:
-        raise pickle_error(name)
+    if not is_whole:
+        raise _hub_error(name, match["id"], files)
     return folder
+
+
+def _hub_error(name: str, repo_id: str, files: Sequence[str]) -> AdapterError:
+    """Return the error of a repository that has no adapter where PEFT looks for one."""
+    if PICKLE_FILE in files and WEIGHTS_FILE not in files:
+        return pickle_error(name)
+    below = sorted(file.removesuffix(f"/{CONFIG_FILE}") for file in files if file.endswith(f"/{CONFIG_FILE}"))
+    what = ""
+    if below:
+        what = (
+            f"; it holds adapters in folders: {', '.join(below[:5])}{', ...' if len(below) > 5 else ''}: fetch one "
+            f"(hf download {repo_id} --include '{below[0]}/*' --local-dir DIR) and give DIR/{below[0]}"
+        )
+    elif "config.json" in files:
+        what = "; it is a whole model: a LoRA adapter must be extracted first, as mergekit-extract-lora does"
+    return AdapterError(f"{name} must hold {CONFIG_FILE} and {WEIGHTS_FILE} on the hub{what}")
 
 
 @contextmanager
@@ -120,9 +146,10 @@ def open_adapter(folder: Path | str, name: str | None = None) -> Iterator[Adapte
     try:
         opened = safe_open(folder / WEIGHTS_FILE, framework="pt")
     except SafetensorError as error:
-        raise AdapterError(f"{name}: {WEIGHTS_FILE} is not a whole safetensors file ({error})") from error
+        wrong = wrong_content(folder / WEIGHTS_FILE) or f"is not a whole safetensors file ({error})"
+        raise AdapterError(f"{name}: {WEIGHTS_FILE} {wrong}") from error
     with opened as weights:
-        modules, copies = read_header(weights, config, name)
+        header = read_header(weights, config, name)
         yield AdapterFolder(
             name=name,
             base_model=str(config.get("base_model_name_or_path") or "").rstrip("/") or None,
@@ -131,11 +158,12 @@ def open_adapter(folder: Path | str, name: str | None = None) -> Iterator[Adapte
                 "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
                 "layer_replication": config.get("layer_replication") or None,
                 "revision": None if config.get("revision") in ("", "main") else config.get("revision"),
-                "task_type": config.get("task_type"),
+                "task_type": config.get("task_type") or None,
             },
             target_modules=plain_targets(config),
-            modules=modules,
-            copies=copies,
+            modules=header.modules,
+            copies=header.copies,
+            is_renamed=header.is_renamed,
             weights=weights,
         )
 

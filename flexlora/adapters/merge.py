@@ -7,12 +7,14 @@ added up, decomposed and written before the next is read, so memory depends neit
 on the number of modules.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from flexlora.adapters.coefficients import COEFFICIENTS, Missing
+from flexlora.adapters.copies import common_copy, copied_paths, copy_key
 from flexlora.adapters.folder import AdapterFolder
 from flexlora.adapters.merge_request import (
     MergeRequest,
@@ -27,7 +29,7 @@ from flexlora.adapters.merged_folder import SpooledModule, card_of, cast_factor,
 from flexlora.adapters.peft_format import factor_keys
 from flexlora.adapters.rank_layout import RankLayout, Ranks, common_rank
 from flexlora.adapters.tensor_file import TensorSpool
-from flexlora.adapters.together import MergeError, check_together, common_copy, named_base, open_adapters
+from flexlora.adapters.together import MergeError, check_together, named_base, open_adapters
 from flexlora.adapters.write import AdapterDtype
 from flexlora.lora.certificate import Accuracy
 from flexlora.lora.factors import LoraFactors
@@ -99,10 +101,12 @@ def _merge_into(folder: Path, request: MergeRequest, notify: Callable[[int, int]
         paths = sorted({path for adapter in opened for path in adapter.modules})
         stack.enter_context(_naming(folder))
         spool = stack.enter_context(TensorSpool(parent))
-        for key in sorted({key for adapter in opened for key in adapter.copies}):
-            spool.add(key, common_copy(opened, key))
+        for path in copied_paths(opened):
+            spool.add(copy_key(path, paths), common_copy(opened, path))
         modules: list[MergedModule] = []
+        unchanged: Counter[int] = Counter()
         for done, path in enumerate(paths, start=1):
+            unchanged.update(place for place, adapter in enumerate(opened) if _is_unchanged(adapter, path))
             modules.append(_merge_module(opened, path, request, spool))
             if notify is not None:
                 notify(done, len(paths))
@@ -114,6 +118,7 @@ def _merge_into(folder: Path, request: MergeRequest, notify: Callable[[int, int]
         config, card = config_of(opened, ranks), card_of(opened, request, common_rank(ranks), len(ranks))
         write_merged(folder, spool, config, spooled, request, card)
         base_model = named_base(opened).base_model
+        notes += _unchanged_notes(opened, unchanged)
     modules = [replace(module, stored_rank=ranks[module.path]) for module in modules]
     notes += _missing_notes(modules, len(opened), request.missing) + _padding_notes(modules, request.layout)
     modules.sort(key=lambda module: layer_order(module.path))
@@ -181,6 +186,29 @@ def _decompose(
     # Where changes cancel there is nothing but rounding errors to keep.
     energy_kept = certificate.energy_kept if len(spectrum.S) else 1.0
     return MergedModule(path, shape, ranks, rank, energy_kept, certificate, rank), factors
+
+
+def _is_unchanged(adapter: AdapterFolder, path: str) -> bool:
+    """Return whether an adapter has a module and changes nothing there."""
+    if path not in adapter.modules:
+        return False
+    factors = adapter.factors(path)
+    return factors.scaling == 0 or not factors.B.any() or not factors.A.any()
+
+
+def _unchanged_notes(opened: Sequence[AdapterFolder], unchanged: Mapping[int, int]) -> list[str]:
+    """Return a note for each adapter that changes nothing in modules that it has, because it counts there too.
+
+    Args:
+        opened: The adapters.
+        unchanged: Place of an adapter -> the number of these modules.
+    """
+    notes = []
+    for place, count in sorted(unchanged.items()):
+        adapter, num_modules = opened[place], len(opened[place].modules)
+        where = "anywhere" if count == num_modules else f"in {count} of its {count_text(num_modules, 'module')}"
+        notes.append(f"{adapter.name} changes nothing {where} (a factor is zero), and its weight counts all the same")
+    return notes
 
 
 def _missing_notes(modules: Sequence[MergedModule], num_adapters: int, missing: Missing) -> list[str]:

@@ -11,9 +11,9 @@ from typing import get_args
 import torch
 
 from flexlora.adapters.coefficients import COEFFICIENTS, Missing
+from flexlora.adapters.peft_format import MergeError
 from flexlora.adapters.peft_settings import is_number
 from flexlora.adapters.rank_layout import RankLayout
-from flexlora.adapters.together import MergeError
 from flexlora.adapters.write import AdapterDtype
 from flexlora.lora.certificate import Accuracy, Certificate
 from flexlora.lora.product import Spectrum

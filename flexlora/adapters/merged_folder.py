@@ -15,7 +15,7 @@ from flexlora.adapters.merge_request import MergeRequest
 from flexlora.adapters.peft_format import WEIGHTS_FILE, factor_keys
 from flexlora.adapters.rank_layout import common_rank, laid_out
 from flexlora.adapters.tensor_file import TensorSpool
-from flexlora.adapters.together import MergeError, common_targets, named_base
+from flexlora.adapters.together import MergeError, common_setting, common_targets, named_base
 from flexlora.adapters.write import AdapterDtype, peft_config, write_config
 from flexlora.files import appearing_whole
 from flexlora.lora.factors import LoraFactors
@@ -126,10 +126,8 @@ def config_of(opened: Sequence[AdapterFolder], ranks: Mapping[str, int]) -> dict
     config = peft_config(ranks, common_rank(ranks), named_base(opened).base_model)
     config["fan_in_fan_out"] = any(adapter.settings["fan_in_fan_out"] for adapter in opened)
     config["target_modules"] = common_targets(opened, tuple(ranks)) or sorted(ranks)
-    task_types = {adapter.settings["task_type"] for adapter in opened}
-    config["task_type"] = task_types.pop() if len(task_types) == 1 else None
-    mappings = [adapter.settings["auto_mapping"] for adapter in opened]
-    config["auto_mapping"] = mappings[0] if mappings == mappings[:1] * len(mappings) else None
+    config["task_type"] = common_setting(opened, "task_type")
+    config["auto_mapping"] = common_setting(opened, "auto_mapping")
     config["layer_replication"] = opened[0].settings["layer_replication"]
     config["revision"] = named_base(opened).settings["revision"]
     return config

@@ -24,6 +24,10 @@ class AdapterError(FlexLoraError, ValueError):
     """An adapter that cannot be written, read or merged."""
 
 
+class MergeError(AdapterError):
+    """Adapters that cannot be combined as asked."""
+
+
 def factor_keys(path: str, is_embedding: bool = False) -> tuple[str, str]:
     """Return the keys of ``A`` and ``B`` in a PEFT file."""
     if is_embedding:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from flexlora.adapters.peft_format import CONFIG_FILE, INTO_THE_BASE, PICKLE_FILE, WEIGHTS_FILE, AdapterError
+from flexlora.adapters.wrong_folder import what_it_is, wrong_content
 from flexlora.foreign import ForeignError, read_json
 from flexlora.patterns import PatternError, bounded_pattern
 
@@ -15,12 +16,9 @@ REFUSED = {
     "alora_invocation_tokens": f"aLoRA is active only after its invocation tokens; {INTO_THE_BASE}",
     "arrow_config": "Arrow chooses between adapters at every token; merge the adapters that it routes to",
     "kasa_config": f"KaSA changes the base weights too; {INTO_THE_BASE}",
-    "lora_bias": f"a bias behind lora_B is no part of B @ A; {INTO_THE_BASE}",
     "megatron_config": "factors of Megatron layers are stored in parts; save it from a model that is in one piece",
-    "modules_to_save": f"whole weights were trained beside the factors; {INTO_THE_BASE}",
     "monteclora_config": f"MonteCLoRA samples around its factors; {INTO_THE_BASE}",
     "target_parameters": f"factors of stacked experts are no product of two matrices; {INTO_THE_BASE}",
-    "trainable_token_indices": f"single token embeddings were trained beside the factors; {INTO_THE_BASE}",
     "use_bdlora": f"BD-LoRA stores block-diagonal factors; {INTO_THE_BASE}",
     "use_dora": f"DoRA rescales the columns of the whole weight; {INTO_THE_BASE}",
     "use_qalora": f"QA-LoRA pools its inputs; {INTO_THE_BASE}",
@@ -29,8 +27,30 @@ REFUSED = {
 """Setting -> why an adapter that sets it is no sum of products, and what to do instead."""
 
 
-UNDERSTOOD = frozenset(
-    "alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config "
+WHOLE_WEIGHTS = (
+    f"whole weights were trained beside the factors (modules_to_save): {INTO_THE_BASE}; if mergekit extracted it, "
+    "leave these modules out with its --exclude-regex"
+)
+"""Why whole weights are refused."""
+
+
+STORED = {
+    "lora_B.bias": f"a bias behind lora_B is no part of B @ A; {INTO_THE_BASE}",
+    "lora_embedding_B.bias": f"a bias behind lora_B is no part of B @ A; {INTO_THE_BASE}",
+    "bias": f"biases were trained beside the factors; {INTO_THE_BASE}",
+    "lora_magnitude_vector": f"DoRA rescales the columns of the whole weight; {INTO_THE_BASE}",
+    "trainable_tokens_delta": f"single token embeddings were trained beside the factors; {INTO_THE_BASE}",
+    "trainable_tokens_original": f"single token embeddings were trained beside the factors; {INTO_THE_BASE}",
+}
+"""Ending of a tensor's name -> why an adapter that holds such a tensor is no sum of products."""
+
+
+JUDGED_BY_CONTENT = frozenset({"bias", "lora_bias", "modules_to_save", "trainable_token_indices"})
+"""Settings that mean something only where tensors are stored for them, and are judged by these."""
+
+
+UNDERSTOOD = JUDGED_BY_CONTENT | frozenset(
+    "alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config "
     "exclude_modules fan_in_fan_out inference_mode init_lora_weights layer_replication layers_pattern "
     "layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core peft_type peft_version "
     "qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_rslora".split()
@@ -65,7 +85,11 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if path.is_file() and (folder / PICKLE_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         raise pickle_error(name)
     if not path.is_file() or not (folder / WEIGHTS_FILE).is_file():
-        raise AdapterError(f"{name} must be a PEFT adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise AdapterError(
+            f"{name} must be a PEFT adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}{what_it_is(folder, name)}"
+        )
+    if wrong := wrong_content(path):
+        raise AdapterError(f"{name}: {CONFIG_FILE} {wrong}")
     try:
         config = read_json(path.read_bytes(), path)
     except ForeignError as error:
@@ -106,16 +130,20 @@ def _refuse_settings(config: Mapping[str, Any], name: str) -> None:
                 f"{name}: it sets {key}, which is not known here; if that changes nothing about what the factors mean, "
                 f"take it out of {CONFIG_FILE}"
             )
-    if (config.get("bias") or "none") != "none":
-        raise AdapterError(
-            f"{name}: bias must be none; with {config['bias']} biases were trained beside the factors; {INTO_THE_BASE}"
-        )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
         raise AdapterError(
             f"{name}: init_lora_weights must leave the base as it is; {init} changes it at the start: save the "
             "adapter with path_initial_model_for_weight_conversion, which makes it plain LoRA"
         )
+
+
+def trained_whole(config: Mapping[str, Any], path: str) -> bool:
+    """Return whether the configuration says that the whole weight of a module was trained."""
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list):
+        return True
+    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def numbers_of(config: Mapping[str, Any], default: str, pattern: str, paths: tuple[str, ...], name: str) -> Numbers:

@@ -41,7 +41,8 @@ def test_a_name_that_reads_like_a_hub_id_is_asked_for_there(
     asked = []
     pickled = shutil.copytree(plain, tmp_path / "pickled")
     (pickled / "adapter_model.safetensors").unlink()
-    monkeypatch.setattr("huggingface_hub.file_exists", lambda repo_id, name: name == "adapter_model.bin")
+    files = {"us/pickled": ["adapter_config.json", "adapter_model.bin"]}
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo_id: files[repo_id])
 
     def download(repo_id: str, allow_patterns: list[str]) -> str:
         asked.append((repo_id, allow_patterns))
@@ -62,6 +63,25 @@ def test_a_name_that_reads_like_a_hub_id_is_asked_for_there(
     assert len(asked) == 2
     with pytest.raises(AdapterError, match=r"^us/pickled: weights must be in .*; adapter_model.bin is a pickle"):
         merge(["us/pickled"], out=tmp_path / "other")
+
+
+def test_an_id_may_name_a_revision_and_folders_of_a_repository_are_named(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(repo_id: str, allow_patterns: list[str], revision: str | None = None) -> str:
+        asked.append((repo_id, revision))
+        return str(plain if repo_id == "us/here" else tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    merge(["us/here@v1.0"], out=tmp_path / "out")
+    merge(["us/here@refs/pr/3"], out=tmp_path / "other")
+    assert asked == [("us/here", "v1.0"), ("us/here", "refs/pr/3")]
+    files = ["README.md", "lora/a/adapter_config.json", "lora/b/adapter_config.json"]
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo_id, revision=None: files)
+    with pytest.raises(AdapterError, match=r"^us/many@v2 must hold .*in folders: lora/a, lora/b: fetch one \(hf downl"):
+        merge(["us/many@v2"], out=tmp_path / "refused")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs somebody who may not read every file")

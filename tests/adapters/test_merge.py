@@ -301,7 +301,7 @@ def test_embeddings_are_merged_and_copies_of_the_base_are_taken_over(
         tensors = load_file(folders[1] / "adapter_model.safetensors")
         tensors[key][0, 0] += 1
         save_file(tensors, folders[1] / "adapter_model.safetensors")
-        with pytest.raises(MergeError, match=r"adapter-0 and .*adapter-1 hold different ones"):
+        with pytest.raises(MergeError, match=r"adapter-0 and .*adapter-1 hold different weights"):
             merge(folders, out=tmp_path / "different")
 
 

@@ -83,9 +83,17 @@ def test_an_adapter_that_names_its_class_of_model_still_loads_without_a_base(
     merge(folders, exact=True, out=tmp_path / "out")
     alone = AutoPeftModel.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(alone), logits(loaded(network, tmp_path / "out")))
-    rewrite(folders[1], auto_mapping=None)
+    # What one says and the other leaves out is no contradiction.
+    auto_mapping = config_of(folders[0])["auto_mapping"]
+    rewrite(folders[0], auto_mapping=None, task_type="CAUSAL_LM")
+    for number, order in enumerate((folders, folders[::-1])):
+        merge(order, out=tmp_path / f"half-{number}")
+        config = config_of(tmp_path / f"half-{number}")
+        assert (config["auto_mapping"], config["task_type"]) == (auto_mapping, "CAUSAL_LM")
+        AutoPeftModel.from_pretrained(tmp_path / f"half-{number}")
+    rewrite(folders[1], auto_mapping=None, task_type="FEATURE_EXTRACTION")
     merge(folders, out=tmp_path / "unclear")
-    assert config_of(tmp_path / "unclear")["auto_mapping"] is None
+    assert config_of(tmp_path / "unclear")["task_type"] is None
 
 
 # PEFT itself adds the pattern for the fused experts that it does not find then.

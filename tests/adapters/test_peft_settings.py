@@ -49,10 +49,8 @@ def test_ways_to_start_that_leave_the_base_alone_are_taken(
     ("config", "match"),
     [
         ({"use_dora": True}, "sets use_dora: DoRA rescales the columns"),
-        ({"bias": "lora_only"}, "bias must be none; with lora_only biases were trained"),
-        ({"bias": "all"}, "bias must be none; with all biases were trained"),
-        ({"modules_to_save": ["lm_head"]}, "sets modules_to_save: whole weights were trained"),
-        ({"trainable_token_indices": [3, 4]}, "sets trainable_token_indices: single token embeddings"),
+        ({"modules_to_save": ["lm_head"]}, r"holds .*lm_head\.weight: whole weights were trained beside .*mergekit"),
+        ({"trainable_token_indices": [3, 4]}, "trainable_tokens_delta: single token embeddings were trained"),
         ({"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}, "sets alora_invocation_tokens: aLoRA is active"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must leave the base as it is; pissa changes it"),
         (
@@ -73,7 +71,36 @@ def test_what_stock_peft_saves_beyond_plain_lora_is_refused_by_name(
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")
 def test_a_bias_behind_lora_b_is_refused(gpt2: PreTrainedModel, save: Save, assert_refused: Check) -> None:
     folder = save(gpt2, r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_bias=True)
-    assert_refused([folder], "sets lora_bias: a bias behind lora_B")
+    assert_refused([folder], r"holds .*lora_B\.bias: a bias behind lora_B")
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_count_where_they_are_stored_and_not_where_a_setting_says_so(
+    network: PreTrainedModel,
+    gpt2: PreTrainedModel,
+    save: Save,
+    tmp_path: Path,
+    bias: str,
+    deltas: Helper,
+    assert_same_changes: Check,
+    assert_refused: Check,
+    rewrite: Helper,
+) -> None:
+    # Llama's linear modules have no bias, so that stock PEFT stores none.
+    folder = save(network, r=2, target_modules=ATTENTION, bias=bias)
+    merge([folder], out=tmp_path / "out")
+    assert_same_changes(deltas(network, tmp_path / "out"), deltas(network, folder))
+    stored = save(gpt2, r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias=bias)
+    assert_refused([stored], r"holds base_model\..*\.bias: biases were trained beside the factors")
+    assert_refused([rewrite(stored, bias="none")], r"\.bias: biases were trained beside the factors")
+
+
+@pytest.mark.parametrize("setting", ["modules_to_save", "trainable_token_indices", "lora_bias"])
+def test_settings_without_what_they_would_store_say_nothing(
+    plain: Path, tmp_path: Path, setting: str, rewrite: Helper
+) -> None:
+    value = {"modules_to_save": ["lm_head"], "trainable_token_indices": [3], "lora_bias": True}[setting]
+    merge([rewrite(plain, **{setting: value})], out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga", "loftq", "somebodys_own"])
@@ -123,7 +150,7 @@ def test_other_kinds_of_adapters_are_refused(
 def test_files_that_are_broken_are_refused(plain: Path, assert_refused: Check) -> None:
     weights, config = plain / "adapter_model.safetensors", plain / "adapter_config.json"
     whole, settings_text = weights.read_bytes(), config.read_text()
-    for content in (b"", b"torn", whole[: len(whole) // 2], whole[:40], b"\xff" * 8 + whole[8:], whole + b"more"):
+    for content in (b"torn", whole[: len(whole) // 2], whole[:40], b"\xff" * 8 + whole[8:], whole + b"more"):
         weights.write_bytes(content)
         assert_refused([plain], "adapter_model.safetensors is not a whole safetensors file")
     weights.write_bytes(whole)

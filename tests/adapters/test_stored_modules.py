@@ -54,6 +54,33 @@ def test_layers_that_are_not_linear_are_refused(
     assert_refused([saved_from(Bag(), tmp_path / "bag", **config)], match)
 
 
+@pytest.mark.parametrize(
+    ("A", "B", "match"),
+    [
+        ((3, 2, 8), (3, 6, 2), "q_proj holds the stacked factors of 3 experts, which are not handled; merge it into"),
+        ((2, 8, 3), (6, 2, 1), "q_proj is LoRA on a convolution"),
+        ((2, 8, 3, 3), (6, 2, 1, 1), "q_proj is LoRA on a convolution"),
+        # One expert of rank 1, or a convolution: the shapes do not tell.
+        ((3, 1, 8), (3, 3, 1), r"q_proj has factors \(3, 3, 1\) and \(3, 1, 8\), which are no matrices"),
+        ((2, 8, 3), (6, 2), r"q_proj has factors \(6, 2\) and \(2, 8, 3\), which are no matrices"),
+    ],
+)
+def test_a_cause_is_named_only_where_shapes_leave_no_doubt(
+    plain: Path, A: tuple[int, ...], B: tuple[int, ...], match: str, assert_refused: Check
+) -> None:
+    path = plain / "adapter_model.safetensors"
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file(load_file(path) | {key.format("A"): torch.ones(A), key.format("B"): torch.ones(B)}, path)
+    assert_refused([plain], match)
+
+
+def test_factors_of_stacked_experts_in_two_axes_are_called_so(plain: Path, assert_refused: Check) -> None:
+    path = plain / "adapter_model.safetensors"
+    key = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
+    save_file(load_file(path) | {key.format("A"): torch.ones(6, 8), key.format("B"): torch.ones(4, 6)}, path)
+    assert_refused([plain], "experts has factors of rank 6, but .* says 2, as if 3 experts were stacked")
+
+
 def test_tensors_that_are_no_pair_of_matrices_are_refused(plain: Path, assert_refused: Check) -> None:
     path = plain / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -77,7 +104,11 @@ def test_tensors_that_are_no_pair_of_matrices_are_refused(plain: Path, assert_re
         ({EMBEDDING: torch.zeros(0, 3)}, r"must be a matrix stored in .*; got F32 of shape \[0, 3\]"),
         ({EMBEDDING: torch.full((3, 3), torch.nan)}, "embed_tokens.weight must be finite; it holds NaN or infinity"),
         ({key: torch.zeros(2, 32, dtype=torch.int8)}, "must be stored in BF16, F16, F32, F64; got I8"),
-        ({"base_model.model.x.lora_magnitude_vector": torch.ones(2)}, "only LoRA factors of linear modules and embedd"),
+        (
+            {"base_model.model.x.lora_magnitude_vector": torch.ones(2)},
+            "lora_magnitude_vector: DoRA rescales the columns",
+        ),
+        ({"base_model.model.x.somebodys_own": torch.ones(2)}, "only LoRA factors of linear modules and embeddings can"),
         ({"q_proj.weight": torch.ones(2)}, "found q_proj.weight"),
         ({key.replace("weight", "default.weight"): torch.ones(2, 32)}, "under the names that PEFT's save_pretrained"),
         ({key.removeprefix("base_model.model."): torch.ones(2, 32)}, "under the names that PEFT's save_pretrained"),
