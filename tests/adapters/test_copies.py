@@ -43,7 +43,7 @@ def untied() -> PreTrainedModel:
         return LlamaForCausalLM(LlamaConfig(vocab_size=259, initializer_range=0.2, **size)).eval()
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.product(range(6), repeat=2))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(range(6), repeat=2)))
 def test_every_mixture_of_copies_and_factors_loads(
     untied: PreTrainedModel,
     save: Save,
@@ -106,14 +106,14 @@ def test_rows_that_do_not_fit_the_factors_are_refused(
     resized = edit(save(untied, r=2, target_modules=["q_proj"]), plain=torch.ones(262, 32))
     assert_refused(
         [with_factors, resized],
-        "embed_tokens must have one shape .*adapter-1 holds it whole with 262x32 and .*adapter-0 has factors for 259x32",
+        "embed_tokens must have one shape .*adapter-1 holds it whole with 262x32 and .*adapter-0 has factors for 259",
     )
     other = edit(save(untied, r=2, target_modules=["q_proj"]), plain=torch.ones(259, 32))
     assert_refused([resized, other], "adapter-1 and .*adapter-2 hold different weights")
     assert_refused([edit(with_factors, under=torch.ones(262, 32))], "holds it whole with 262x32")
 
 
-@pytest.mark.parametrize("types", itertools.permutations(["float32", "bfloat16", "float16"], 2), ids="-".join)
+@pytest.mark.parametrize("types", list(itertools.permutations(["float32", "bfloat16", "float16"], 2)), ids="-".join)
 def test_copies_that_are_equal_but_for_precision_are_one(
     untied: PreTrainedModel, save: Save, tmp_path: Path, types: tuple[str, str]
 ) -> None:

@@ -187,6 +187,35 @@ def test_an_adapter_given_twice_counts_twice_and_is_named(plain: Path, tmp_path:
     assert f"{plain} was given 2 times; each of them counts" in result.notes
 
 
+def test_an_adapter_that_changes_nothing_counts_and_is_named(
+    network: PreTrainedModel,
+    save: Save,
+    tmp_path: Path,
+    deltas: Helper,
+    dense_sum: Helper,
+    assert_same_changes: Check,
+    rewrite: Helper,
+) -> None:
+    folders = [save(network, r=rank, target_modules=ATTENTION) for rank in (2, 3, 4)]
+    for folder, letter, is_some in ((folders[1], "lora_B", False), (folders[2], "lora_A", True)):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for key in tensors:
+            if letter in key and (not is_some or "layers.1" in key):
+                tensors[key].zero_()
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    result = merge(folders, exact=True, out=tmp_path / "out")
+    notes = [note for note in result.notes if "changes nothing" in note]
+    assert notes == [
+        f"{folders[1]} changes nothing anywhere (a factor is zero), and its weight counts all the same",
+        f"{folders[2]} changes nothing in 2 of its 4 modules (a factor is zero), and its weight counts all the same",
+    ]
+    expected = dense_sum([deltas(network, folder) for folder in folders], [1 / 3] * 3)
+    assert_same_changes(deltas(network, tmp_path / "out"), expected)
+    rewrite(folders[0], lora_alpha=0)
+    result = merge(folders[:1], out=tmp_path / "alone")
+    assert any(f"{folders[0]} changes nothing anywhere" in note for note in result.notes)
+
+
 def test_changes_that_cancel_leave_a_module_without_effect(
     network: PreTrainedModel, save: Save, tmp_path: Path, logits: Helper, loaded: Helper
 ) -> None:

@@ -106,7 +106,7 @@ def test_tensors_that_are_no_pair_of_matrices_are_refused(plain: Path, assert_re
         ({key: torch.zeros(2, 32, dtype=torch.int8)}, "must be stored in BF16, F16, F32, F64; got I8"),
         (
             {"base_model.model.x.lora_magnitude_vector": torch.ones(2)},
-            "lora_magnitude_vector: DoRA rescales the columns",
+            "_magnitude_vector: DoRA rescales the columns",
         ),
         ({"base_model.model.x.somebodys_own": torch.ones(2)}, "only LoRA factors of linear modules and embeddings can"),
         ({"q_proj.weight": torch.ones(2)}, "found q_proj.weight"),
