@@ -12,13 +12,18 @@ def is_path(name: str) -> bool:
     return path.is_absolute() or path.is_dir() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
 
 
+def without_cache(name: str) -> str:
+    """Return the hub id of a folder in the Hugging Face cache, any other name as it is."""
+    match = _CACHED.search(name)
+    return match["id"].replace("--", "/", 1) if match else name
+
+
 def portable_name(name: str) -> str:
     """Return the hub id of a base model where the name tells it, or else the last part of its path.
 
     A folder of the Hugging Face cache (``models--org--name/snapshots/...``) belongs to ``org/name``.
     """
-    if match := _CACHED.search(name):
-        return match["id"].replace("--", "/", 1)
+    name = without_cache(name)
     if not is_path(name):
         return name
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]

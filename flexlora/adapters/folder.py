@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flexlora.adapters.base_names import without_cache
 from flexlora.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, AdapterError
 from flexlora.adapters.peft_settings import pickle_error, plain_targets, read_config
 from flexlora.adapters.stored_modules import StoredCopy, StoredModule, read_header
@@ -152,7 +153,7 @@ def open_adapter(folder: Path | str, name: str | None = None) -> Iterator[Adapte
         header = read_header(weights, config, name)
         yield AdapterFolder(
             name=name,
-            base_model=str(config.get("base_model_name_or_path") or "").rstrip("/") or None,
+            base_model=without_cache(str(config.get("base_model_name_or_path") or "").rstrip("/")) or None,
             settings={
                 "auto_mapping": config.get("auto_mapping") or None,
                 "fan_in_fan_out": bool(config.get("fan_in_fan_out")),

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from flexlora.adapters.copies import check_copies, copied_paths
@@ -55,7 +56,11 @@ def check_together(opened: Sequence[AdapterFolder], allow_different_bases: bool)
 def _check_bases(opened: Sequence[AdapterFolder], allow_different_bases: bool) -> list[str]:
     bases = _first_of_each(opened, lambda adapter: adapter.base)
     nameless = bases.pop(None, None)
-    notes = []
+    notes = [
+        f"the base model is named by the folder {adapter.base_model}, which other machines lack; load it there yourself"
+        for adapter in list(bases.values())[:1]
+        if adapter.base_model is not None and Path(adapter.base_model).is_absolute()
+    ]
     if len(bases) > 1:
         named = " and ".join(f"{base} ({adapter.name})" for base, adapter in list(bases.items())[:2])
         if not allow_different_bases:

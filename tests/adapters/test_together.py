@@ -51,6 +51,16 @@ def test_different_bases_are_refused_by_name_unless_allowed(
     assert any("adapter-2 does not say which base model" in note for note in result.notes)
     rewrite(mixed[2], base_model_name_or_path="us/llama", revision="main")
     assert not any("base model" in note for note in merge(mixed, out=tmp_path / "main").notes)
+    # A folder of the cache of the hub belongs to the id in its name.
+    rewrite(mixed[2], base_model_name_or_path="/me/.cache/huggingface/hub/models--us--llama/snapshots/0a1b2c")
+    assert merge(mixed, out=tmp_path / "cached").base_model == "us/llama"
+    for folder in mixed:
+        rewrite(folder, base_model_name_or_path="/me/llama")
+    result = merge(mixed, out=tmp_path / "local")
+    assert result.base_model == "/me/llama"
+    assert any("named by the folder /me/llama, which other machines lack" in note for note in result.notes)
+    for folder in mixed:
+        rewrite(folder, base_model_name_or_path="us/llama")
     rewrite(mixed[2], revision="v2")
     assert_refused(mixed, r"got us/llama \(.*adapter-0\) and us/llama@v2 \(.*adapter-2\)")
 
