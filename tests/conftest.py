@@ -22,6 +22,7 @@ from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.rounds.records import (
     ClientRecord,
     EvaluationRecord,
+    GroupClientRecord,
     LocalClientRecord,
     LocalOnlyRecord,
     ManifestRecord,
@@ -32,6 +33,7 @@ from flexlora.rounds.records import (
     RoundScoreRecord,
     ScoreRecord,
     SpectrumRecord,
+    TaskScoreRecord,
     append_record,
     write_manifest,
     write_references,
@@ -174,11 +176,37 @@ def score(rouge_l: float, num_examples: int = 160, num_tasks: int = 8, loss: flo
     )
 
 
+def task_scores(rouge_l: float) -> dict[str, TaskScoreRecord]:
+    """Return a score for each task of `CATEGORIES`, some above the mean and some below."""
+    names = [
+        (category, number, examples // tasks)
+        for category, (tasks, examples) in CATEGORIES.items()
+        for number in range(tasks)
+    ]
+    return {
+        f"{category} {number}": TaskScoreRecord(
+            rouge_l=rouge_l * (1 + 0.1 * (place - 3.5)), num_examples=examples, category=category
+        )
+        for place, (category, number, examples) in enumerate(names)
+    }
+
+
+def group_clients(rouge_l: float, base: float, count: int) -> list[GroupClientRecord]:
+    return [
+        GroupClientRecord(
+            client_id=f"client {n}", rouge_l=rouge_l + n % 5 - 2, base_rouge_l=base + n % 3 - 1, num_examples=1 + n % 2
+        )
+        for n in range(count)
+    ]
+
+
 def evaluation(rouge_l: float, num_layers: int = 2, with_groups: bool = True) -> EvaluationRecord:
     groups = {
         name: RankGroupRecord(
             ranks=ranks,
-            num_clients=3 + place,
+            num_clients=30 + place,
+            tasks=task_scores(rouge_l - 4 + place),
+            clients=group_clients(rouge_l + 1 + place, 13 + place, 30 + place),
             unseen=score(rouge_l - 4 + place),
             own=score(rouge_l + 1 + place, 30, 3),
             base_own=score(13 + place, 30, 3),
@@ -192,6 +220,7 @@ def evaluation(rouge_l: float, num_layers: int = 2, with_groups: bool = True) ->
             name: score(rouge_l * (0.7 + 0.2 * place), examples, tasks)
             for place, (name, (tasks, examples)) in enumerate(CATEGORIES.items())
         },
+        tasks=task_scores(rouge_l),
         validation_loss=score(rouge_l - 2, 50, 5).loss,
         rank_groups=groups if with_groups else {},
     )

@@ -81,7 +81,7 @@ def _local_only(loaded: LoadedRun, loop: Loop, outcome: Outcome, notify: Notify,
         global_own=_mean_record([row.global_own for row in rows]),
         base_own=_mean_record([row.base_own for row in rows]),
         unseen=_mean_record([row.unseen for row in rows]),
-        tasks=task_records(_mean_by_task(tasks)),
+        tasks=task_records(loaded, _mean_by_task(tasks)),
         seconds=time.perf_counter() - started,
     )
 

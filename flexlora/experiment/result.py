@@ -11,10 +11,11 @@ from urllib.parse import quote
 
 from flexlora.experiment.best_round import WhichRound
 from flexlora.experiment.export import adapter_of_run, export_run
-from flexlora.experiment.result_rows import Row, client_rows, round_rows, score_rows
+from flexlora.experiment.result_rows import client_rows
 from flexlora.experiment.run_folder import ADAPTERS_FOLDER, read_run_config
 from flexlora.lora.factors import AdapterState
 from flexlora.report.page import REPORT_FILE
+from flexlora.report.plain_rows import Row, round_rows, score_rows
 from flexlora.report.scores import last_evaluated
 from flexlora.rounds.records import (
     MANIFEST_FILE,

@@ -121,7 +121,7 @@ class Scorer:
             unseen=combined_record(by_task.values()),
             unseen_unweighted=combined_record(by_task.values(), weighted=False),
             categories={name: combined_record(scores) for name, scores in sorted(categories.items())},
-            tasks=task_records(by_task),
+            tasks=task_records(self.loaded, by_task),
             validation_loss=validation_loss(self.loaded, adapter),
         )
 
@@ -148,7 +148,7 @@ class Scorer:
                 unseen=combined_record(unseen.values()),
                 own=combined_record(scores.values()) if own else None,
                 base_own=combined_record(base.values()) if own else None,
-                tasks=task_records(unseen),
+                tasks=task_records(self.loaded, unseen),
                 clients=[
                     GroupClientRecord(
                         client_id=client_id,
@@ -162,10 +162,13 @@ class Scorer:
         return groups
 
 
-def task_records(by_task: Mapping[str, Score]) -> dict[str, TaskScoreRecord]:
-    """Return the score of each task as it is recorded."""
+def task_records(loaded: LoadedRun, by_task: Mapping[str, Score]) -> dict[str, TaskScoreRecord]:
+    """Return the score of each unseen task as it is recorded."""
+    unseen = loaded.participants.corpus.unseen
     return {
-        task: TaskScoreRecord(rouge_l=rounded(own.rouge_l), num_examples=own.num_examples)
+        task: TaskScoreRecord(
+            rouge_l=rounded(own.rouge_l), num_examples=own.num_examples, category=unseen[task].category
+        )
         for task, own in by_task.items()
     }
 

@@ -50,7 +50,7 @@ def comparison_notes(run: RunFolder, others: Sequence[RunFolder] = (), target: f
         if others and name not in shown:
             why = "has no virtual clock (devices.profiles gives it one)" if folder.records else "has not begun yet"
             notes.append(f"{name} is left out: it {why}.")
-    notes.extend(_disagreements({name: folder for name, folder in folders.items() if name in shown}))
+    notes.extend(disagreements({name: folder for name, folder in folders.items() if name in shown}))
     unlearned = [one.name for one in timed if not one.has_learned]
     if unlearned and _wanted(run, target) is None:
         if len(unlearned) < len(timed):
@@ -85,7 +85,7 @@ def _wanted(run: RunFolder, target: float | None) -> float | None:
     return target if target is not None or run.manifest is None else run.manifest.target_rouge_l
 
 
-def _disagreements(folders: Mapping[str, RunFolder]) -> Iterator[str]:
+def disagreements(folders: Mapping[str, RunFolder]) -> Iterator[str]:
     """Yield a warning for the runs that differ from the first in what every run of a comparison must share."""
     if len(folders) < 2:
         return

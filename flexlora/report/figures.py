@@ -66,7 +66,7 @@ def energy(run: RunFolder) -> list[Figure]:
     """Return how much of the global change lies above the smallest ranks and inside each plan's, over rounds."""
     above = [(r.server_round, _percent(r.energy_above_smallest)) for r in run.records]
     kept = [
-        Series(plan, style, [(r.server_round, _percent(r.energy_kept.get(plan))) for r in run.records])
+        Series(run.called(plan), style, [(r.server_round, _percent(r.energy_kept.get(plan))) for r in run.records])
         for plan, style in run.plan_styles.items()
     ]
     return [
@@ -84,9 +84,9 @@ def energy(run: RunFolder) -> list[Figure]:
         ),
         Figure(
             "energy-kept",
-            "Energy inside the ranks of each plan",
+            "Energy inside the ranks of each device",
             "% of the squared singular values, all modules together",
-            "100 % means that clients of the plan receive the whole change.",
+            "100 % means that clients with the device receive the whole change.",
             line_chart(kept, what="Share of the squared singular values inside", from_zero=False, write=_in_percent),
         ),
     ]
@@ -95,19 +95,20 @@ def energy(run: RunFolder) -> list[Figure]:
 def participation(run: RunFolder) -> list[Figure]:
     """Return who took part in each round, and how often clients were sampled."""
     rounds = [record for record in run.records if record.clients]
-    cohorts = [(r.server_round, _sum_by_plan([(c.plan, 1) for c in r.clients])) for r in rounds]
+    cohorts = [(r.server_round, _sum_by_plan([(run.called(c.plan), 1) for c in r.clients])) for r in rounds]
     histograms = times_sampled(run.records, run.manifest)
     most = max((times for histogram in histograms.values() for times in histogram), default=-1) if rounds else -1
     columns = [
-        (times, {plan: float(histogram[times]) for plan, histogram in histograms.items()}) for times in range(most + 1)
+        (times, {run.called(plan): float(histogram[times]) for plan, histogram in histograms.items()})
+        for times in range(most + 1)
     ]
     write = _counter("client")
-    styles = run.plan_styles
+    styles = _styles_by_name(run)
     return [
         Figure(
             "cohort-chart",
             "Clients per round",
-            "clients sampled, by rank plan",
+            "clients sampled, by device",
             "Clients that failed are included.",
             stacked_bars(cohorts, styles, what="Sampled clients", heading="Round {}", write=write, with_sums=False),
         ),
@@ -124,7 +125,7 @@ def participation(run: RunFolder) -> list[Figure]:
 def traffic(run: RunFolder) -> Figure:
     """Return the bytes moved in each round by rank plan."""
     rounds = [
-        (r.server_round, _sum_by_plan([(c.plan, c.up_bytes + c.down_bytes) for c in r.clients]))
+        (r.server_round, _sum_by_plan([(run.called(c.plan), c.up_bytes + c.down_bytes) for c in r.clients]))
         for r in run.records
         if r.clients
     ]
@@ -132,10 +133,12 @@ def traffic(run: RunFolder) -> Figure:
     unit, name = next(
         (size, name) for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")) if most >= size or size == 1
     )
-    chart = stacked_bars(rounds, run.plan_styles, what="Bytes moved", heading="Round {}", write=bytes_text, unit=unit)
+    chart = stacked_bars(
+        rounds, _styles_by_name(run), what="Bytes moved", heading="Round {}", write=bytes_text, unit=unit
+    )
     caption = "Serialised factors as they travel, both directions."
     return Figure(
-        "traffic-chart", "Traffic per round", f"{name if chart else 'bytes'} up and down, by rank plan", caption, chart
+        "traffic-chart", "Traffic per round", f"{name if chart else 'bytes'} up and down, by device", caption, chart
     )
 
 
@@ -200,6 +203,10 @@ def _unseen_series(run: RunFolder, measure: str) -> list[Series]:
     if base:
         series.append(Series("Base model", BASE, [(0, getattr(base.unseen, measure))], is_level=True))
     return series
+
+
+def _styles_by_name(run: RunFolder) -> dict[str, str]:
+    return {run.called(plan): style for plan, style in run.plan_styles.items()}
 
 
 def _percent(share: float | None) -> float | None:

@@ -1,25 +1,9 @@
-"""Says in a few words and large numbers what was run and what came of it."""
+"""Says in a few sentences what was run, what came of it, and what went wrong."""
 
-from dataclasses import dataclass
-
-from flexlora.report.reference_names import SHORT_NAMES, SMALLEST, inside_a_sentence
+from flexlora.report.falls import best_of
 from flexlora.report.run_folder import RunFolder
 from flexlora.report.score_tables import SummaryRow, summary_table
-from flexlora.report.scores import difference
-from flexlora.text import bytes_text, count_text, number_text, signed_text
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One large number at the top of the page."""
-
-    label: str
-    value: str
-    detail: str
-
-
-COMPARED = {SMALLEST: SHORT_NAMES[SMALLEST], "Training alone": "Training alone"} | SHORT_NAMES
-"""Rows of the summary that the federated one is compared with -> what a tile calls them."""
+from flexlora.text import count_text, number_text, signed_text
 
 
 def headline(run: RunFolder) -> str:
@@ -31,15 +15,8 @@ def headline(run: RunFolder) -> str:
         if base and base.rouge_l is not None:
             return f"{what} Base model alone: ROUGE-L {number_text(base.rouge_l)} of 100 on unseen tasks."
         return f"{what} No result on unseen tasks yet."
-    compared = [
-        f"{name} reached {number_text(rows[name].rouge_l)} "
-        f"({_ahead(difference(federated.rouge_l, rows[name].rouge_l))})"
-        for name in COMPARED
-        if name in rows and rows[name].rouge_l is not None
-    ]
-    # Names begin with a capital only where the sentence does.
-    comparison = "; ".join([*compared[:1], *map(inside_a_sentence, compared[1:])])
-    return " ".join([what, _change_in_words(federated, base), *([f"{comparison}."] if compared else [])])
+    fall = best_of(run.records)
+    return " ".join([what, _change_in_words(federated, base), *([fall.in_words()] if fall and fall.is_told else [])])
 
 
 def _change_in_words(federated: SummaryRow, base: SummaryRow | None) -> str:
@@ -73,29 +50,6 @@ def notices(run: RunFolder) -> list[str]:
     return warnings + [f"Round {record.server_round}: {record.note}" for record in run.records if record.note]
 
 
-def tiles(run: RunFolder) -> list[Tile]:
-    """Return the large numbers at the top."""
-    rows = _rows_by_name(run)
-    found = []
-    federated = rows.get("Federated")
-    if federated:
-        detail = f"{signed_text(federated.difference)} points over base"
-        if federated.difference is None:
-            detail = "of 100, on unseen tasks"
-        found.append(Tile("Unseen ROUGE-L", number_text(federated.rouge_l), detail))
-    for name, called in COMPARED.items():
-        if federated and name in rows:
-            gain = difference(federated.rouge_l, rows[name].rouge_l)
-            detail = f"points; it reached {number_text(rows[name].rouge_l)}"
-            found.append(Tile(f"Versus {inside_a_sentence(called)}", signed_text(gain), detail))
-    if any(record.clients for record in run.records):
-        moved = sum(record.up_bytes + record.down_bytes for record in run.records)
-        up = bytes_text(sum(record.up_bytes for record in run.records))
-        down = bytes_text(sum(record.down_bytes for record in run.records))
-        found.append(Tile("Traffic", bytes_text(moved), f"{up} up, {down} down"))
-    return found
-
-
 def _rows_by_name(run: RunFolder) -> dict[str, SummaryRow]:
     """Return the rows of the summary by name, without the method."""
     return {row.name.split(" (")[0]: row for row in summary_table(run.records, run.references)}
@@ -108,7 +62,7 @@ def _what_was_run(run: RunFolder, num_rounds: int) -> str:
         return f"{count_text(num_rounds, 'round')} of federated tuning."
     manifest = run.manifest
     kinds = len(run.plan_ranks)
-    mixed = f" in {kinds} rank plans" if kinds > 1 else ""
+    mixed = f" of {kinds} kinds of device" if kinds > 1 else ""
     return (
         f"{count_text(num_rounds, 'round')} of {manifest.method} on the {manifest.base_model} model with "
         f"{count_text(manifest.num_clients, 'client')}{mixed}."
@@ -117,11 +71,3 @@ def _what_was_run(run: RunFolder, num_rounds: int) -> str:
 
 def _num_rounds(run: RunFolder) -> int:
     return run.records[-1].server_round if run.records else 0
-
-
-def _ahead(gain: float | None) -> str:
-    if gain is None:
-        return "not comparable"
-    if abs(gain) < 0.05:
-        return "the same"
-    return f"{number_text(abs(gain))} points {'less' if gain > 0 else 'more'}"

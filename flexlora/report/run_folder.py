@@ -1,12 +1,14 @@
 """Reads what a run folder holds, as far as the run has got."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from flexlora.errors import FlexLoraError
 from flexlora.report import participation
+from flexlora.report.answer_file import ANSWERS_FILE, AnswerRecord, read_answers
+from flexlora.report.plan_names import plan_names
 from flexlora.rounds.records import (
     MANIFEST_FILE,
     RECORDS_FILE,
@@ -32,6 +34,9 @@ class RunFolder:
 
     Attributes:
         path: Where it is, with nothing relative in it.
+        adapters: Names of the folders with adapters, smallest rank first.
+        adapter_bytes: Name of such a folder -> size of its files.
+        answers: What models answered to unseen tasks.
     """
 
     path: Path
@@ -40,6 +45,8 @@ class RunFolder:
     manifest: ManifestRecord | None
     config: str | None
     adapters: Sequence[str]
+    adapter_bytes: Mapping[str, int] = field(default_factory=dict)
+    answers: Sequence[AnswerRecord] = ()
 
     @property
     def name(self) -> str:
@@ -50,6 +57,15 @@ class RunFolder:
     def plan_ranks(self) -> dict[str, dict[str, int]]:
         """Plan name -> module path -> rank, smallest ranks first."""
         return participation.plan_ranks(self.records, self.manifest)
+
+    @cached_property
+    def plan_names(self) -> dict[str, str]:
+        """Plan name -> what pages call it."""
+        return plan_names(list(self.plan_ranks), self.records)
+
+    def called(self, plan: str) -> str:
+        """Return what pages call a plan."""
+        return self.plan_names.get(plan, plan)
 
     @cached_property
     def plan_styles(self) -> dict[str, str]:
@@ -70,12 +86,15 @@ def read_run(run_folder: Path) -> RunFolder:
             "name the folder given to `flexlora run --out`"
         )
     config = run_folder / CONFIG_FILE
-    adapters = (path.name for path in run_folder.glob("adapters/rank-*") if path.is_dir())
+    adapters = [path for path in run_folder.glob("adapters/rank-*") if path.is_dir()]
+    sizes = {path.name: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in adapters}
     return RunFolder(
         path=run_folder.resolve(),
         records=read_records(run_folder / RECORDS_FILE),
         references=read_references(run_folder / REFERENCES_FILE),
         manifest=read_manifest(run_folder / MANIFEST_FILE),
         config=config.read_text(encoding="utf-8") if config.exists() else None,
-        adapters=sorted(adapters, key=lambda name: (len(name), name)),
+        adapters=sorted(sizes, key=lambda name: (len(name), name)),
+        adapter_bytes=sizes,
+        answers=read_answers(run_folder / ANSWERS_FILE),
     )

@@ -58,7 +58,7 @@ def spectra_view(run: RunFolder) -> SpectraView | None:
         curve=Chart(curve, [], [], f"Singular values of one module on a logarithmic axis from {low:g} to {high:g}"),
         heat=heatmap(short, rounds, smallest, top),
         heat_top=top,
-        plans=list(errors),
+        plans=[run.called(plan) for plan in errors],
         error_rows=[
             (name, [(ranks.get(module, 0), errors[plan][place][-1]) for plan, ranks in run.plan_ranks.items()])
             for place, (name, module) in enumerate(zip(short, modules, strict=True))
@@ -103,7 +103,11 @@ def _errors(
 
 def _plans(run: RunFolder, modules: Sequence[str]) -> list[dict[str, object]]:
     return [
-        {"name": plan, "style": run.plan_styles[plan], "ranks": [ranks.get(module, 0) for module in modules]}
+        {
+            "name": run.called(plan),
+            "style": run.plan_styles[plan],
+            "ranks": [ranks.get(module, 0) for module in modules],
+        }
         for plan, ranks in run.plan_ranks.items()
     ]
 

@@ -6,6 +6,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flexlora.report.drawing import Chart
 from flexlora.report.scores import finite
+from flexlora.report.task_differences import interval_text
 from flexlora.text import (
     NONE,
     bytes_text,
@@ -36,6 +37,7 @@ def environment() -> Environment:
         duration=seconds_text,
         count=count_text,
         ranks=describe_ranks,
+        interval=interval_text,
         readings=_readings,
     )
     return made

@@ -62,6 +62,7 @@ class TaskScoreRecord(_Record):
 
     rouge_l: float = Field(description="ROUGE-L F-measure of generated text, 0 to 100")
     num_examples: int = Field(ge=0)
+    category: str = ""
 
 
 class GroupClientRecord(_Record):

@@ -6,25 +6,15 @@ import pytest
 
 from flexlora.report.score_tables import (
     SUMMARY_COLUMNS,
-    category_table,
-    fairness_table,
     summary_cells,
     summary_table,
-    total_rows,
 )
-from flexlora.rounds.records import ManifestRecord, ReferencesRecord, RoundRecord, read_manifest, read_references
+from flexlora.rounds.records import ReferencesRecord, RoundRecord, read_references
 
 
 @pytest.fixture
 def references(whole_run: Path) -> ReferencesRecord:
     return read_references(whole_run / "references.json")
-
-
-@pytest.fixture
-def manifest(whole_run: Path) -> ManifestRecord:
-    found = read_manifest(whole_run / "manifest.json")
-    assert found
-    return found
 
 
 def test_summary_has_base_local_fedit_and_federated_with_differences_to_base(
@@ -45,6 +35,9 @@ def test_summary_has_base_local_fedit_and_federated_with_differences_to_base(
     assert (base.difference, local.difference) == (None, pytest.approx(5.5))
     assert (fedit.difference, fedit.up_bytes) == (pytest.approx(20.9), 4_000_000)
     assert local.rouge_l_unweighted is None
+    # Eight clients trained alone: too few for an interval.
+    assert (base.interval, local.interval) == (None, None)
+    assert federated.interval and federated.interval.low > 0 and federated.interval.num_units == 8
     assert federated.up_bytes == sum(client.up_bytes for record in records for client in record.clients)
 
 
@@ -82,40 +75,3 @@ def test_before_the_first_round_there_is_only_the_base(records: list[RoundRecord
 def test_a_score_that_is_not_a_number_is_shown_as_missing(broken_numbers: RoundRecord) -> None:
     (row,) = summary_table([broken_numbers], ReferencesRecord())
     assert (row.rouge_l, row.loss, row.difference) == (None, None, None)
-    assert category_table([broken_numbers], ReferencesRecord())[0].federated is None
-
-
-def test_categories_are_compared_with_base_and_fedit_and_sorted_by_gain(
-    records: list[RoundRecord], references: ReferencesRecord
-) -> None:
-    rows = category_table(records, references)
-    assert [row.name for row in rows] == ["Word Analogy", "Text to Code", "Question Answering", "Sentiment Analysis"]
-    final = 12 + 30 * (1 - 0.75**12)
-    assert rows[0].base == pytest.approx(12 * 1.3)
-    assert rows[0].federated == pytest.approx(final * 1.3)
-    assert rows[0].difference == pytest.approx((final - 12) * 1.3)
-    assert rows[0].fedit == pytest.approx(32.9 * 1.3)
-    assert (rows[0].num_tasks, rows[0].num_examples) == (2, 40)
-    weighted, unweighted = total_rows(records, references)
-    assert (weighted.base, unweighted.base) == (12.0, 10.5)
-
-
-def test_fairness_weights_by_examples_and_compares_the_same_clients(
-    records: list[RoundRecord], references: ReferencesRecord, manifest: ManifestRecord
-) -> None:
-    row = fairness_table(records, references, manifest)[1]
-    # Two clients of type2, with 10 and 30 test examples and scores 35 and 36.
-    assert row.federated == pytest.approx((10 * 35 + 30 * 36) / 40)
-    assert (row.plan, row.num_clients, row.base, row.local_only) == ("type2", 2, 11.0, 31.0)
-    assert row.gain_over_base == pytest.approx(24.75)
-    assert row.gain_over_local == pytest.approx(4.75)
-    assert row.unseen == pytest.approx(12 + 30 * (1 - 0.75**12) - 3)
-
-
-def test_fairness_falls_back_to_the_rank_groups(records: list[RoundRecord], manifest: ManifestRecord) -> None:
-    row = fairness_table(records, ReferencesRecord(), manifest)[0]
-    final = 12 + 30 * (1 - 0.75**12)
-    assert (row.num_clients, row.local_only, row.gain_over_local) == (3, None, None)
-    assert row.federated == pytest.approx(final + 1)
-    assert row.base == pytest.approx(13.0)
-    assert fairness_table([], ReferencesRecord(), manifest) == []
