@@ -106,7 +106,8 @@ def test_rows_that_do_not_fit_the_factors_are_refused(
     resized = edit(save(untied, r=2, target_modules=["q_proj"]), plain=torch.ones(262, 32))
     assert_refused(
         [with_factors, resized],
-        "embed_tokens must have one shape .*adapter-1 holds it whole with 262x32 and .*adapter-0 has factors for 259",
+        "embed_tokens must have one shape .*adapter-1 holds it whole with 262x32 and .*adapter-0 has factors for "
+        "259x32",
     )
     other = edit(save(untied, r=2, target_modules=["q_proj"]), plain=torch.ones(259, 32))
     assert_refused([resized, other], "adapter-1 and .*adapter-2 hold different weights")
