@@ -76,7 +76,9 @@ def is_same_weight(one: Tensor, other: Tensor) -> bool:
         return False
     # Both may have been rounded from the weight itself, each by half the distance of two numbers of its type.
     relative = sum(torch.finfo(dtype).eps for dtype in types) / 2
-    absolute = sum(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps for dtype in types) / 2
+    # Below the normal numbers of a type, which few digits hold, the distance stays the same.
+    stored = {*types, one.dtype, other.dtype}
+    absolute = sum(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps for dtype in stored) / 2
     return _is_close(one, other, relative * (1 + relative), absolute)
 
 

@@ -14,6 +14,7 @@ from flexlora.rounds.records import (
     MANIFEST_FILE,
     RECORDS_FILE,
     REFERENCES_FILE,
+    RecordsError,
     ReferencesRecord,
     RoundRecord,
     read_manifest,
@@ -55,8 +56,7 @@ def run_card(
         is_merged: Whether base and adapter are one model.
     """
     base = base_name(config)
-    rounds = [record for record in read_records(run_folder / RECORDS_FILE) if record.server_round <= server_round]
-    references = read_references(run_folder / REFERENCES_FILE) if with_references else ReferencesRecord()
+    rounds, references = _recorded(run_folder, server_round, with_references)
     what = "A model with a LoRA adapter merged in" if is_merged else "A LoRA adapter"
     text = "\n\n".join(
         [
@@ -76,6 +76,16 @@ def run_card(
     library = "transformers" if is_merged else "peft"
     location = resolve_base_model(config.model.name_or_path)
     return Card(f"{kind} for {base}, rank {rank}", text, base, location, tags, library)
+
+
+def _recorded(run_folder: Path, server_round: int, with_references: bool) -> tuple[list[RoundRecord], ReferencesRecord]:
+    """Return the rounds up to one and what they are compared with; nothing where the records are damaged."""
+    try:
+        rounds = [record for record in read_records(run_folder / RECORDS_FILE) if record.server_round <= server_round]
+        references = read_references(run_folder / REFERENCES_FILE) if with_references else ReferencesRecord()
+    except RecordsError:  # The adapter comes from a checkpoint, which is whole.
+        return [], ReferencesRecord()
+    return rounds, references
 
 
 def _facts(config: Config, run_folder: Path, server_round: int, rank: int, base: str) -> list[tuple[str, str]]:
@@ -102,7 +112,7 @@ def _scores(
     """Return the section with the run's own scores on its unseen tasks."""
     scored = last_evaluated(rounds)
     if scored is None:
-        return "## Scores\n\nThe run was not evaluated."
+        return "## Scores\n\nThe run has left none."
     rows = [
         (
             f"{row['model']}, {row['detail']}" if row["detail"] else row["model"],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import (
     AutoPeftModel,
+    AutoPeftModelForCausalLM,
 )
 from safetensors.torch import load_file
 from transformers import (
@@ -90,7 +91,8 @@ def test_an_adapter_that_names_its_class_of_model_still_loads_without_a_base(
         merge(order, out=tmp_path / f"half-{number}")
         config = config_of(tmp_path / f"half-{number}")
         assert (config["auto_mapping"], config["task_type"]) == (auto_mapping, "CAUSAL_LM")
-        AutoPeftModel.from_pretrained(tmp_path / f"half-{number}")
+        found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / f"half-{number}").eval()
+        torch.testing.assert_close(logits(found), logits(loaded(network, tmp_path / f"half-{number}")))
     rewrite(folders[1], auto_mapping=None, task_type="FEATURE_EXTRACTION")
     merge(folders, out=tmp_path / "unclear")
     assert config_of(tmp_path / "unclear")["task_type"] is None
