@@ -156,6 +156,11 @@ def test_adapters_are_written_read_merged_and_inspected_by_paths_as_text(tmp_pat
     assert flexlora.inspect_adapter(folders[0]).to_json()
 
 
+def test_the_base_in_the_package_is_found_by_its_public_name() -> None:
+    folder = Path(flexlora.resolve_base_model(flexlora.EMBEDDED_BASE))
+    assert (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
+
+
 def test_a_method_can_say_what_need_not_be_sent() -> None:
     mask = flexlora.SparseMask(density=0.5, seed=3)
     trainable = {

@@ -65,6 +65,8 @@ def license_of(base_model: str | None) -> str | None:
         local = Path(base_model).expanduser() / CARD_FILE
         found = local if local.is_file() else try_to_load_from_cache(base_model, CARD_FILE)
         text = Path(found).read_text(encoding="utf-8") if isinstance(found, str | Path) else ""
+        if not text.startswith("---"):  # no fields, of which the library would warn
+            return None
         license = ModelCard(text, ignore_metadata_errors=True).data.license
     except Exception:  # a foreign card, in whatever state
         return None
