@@ -6,7 +6,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexlora.adapters.base_names import portable_name
+from flexlora.data.chat_template import special_tokens
+from flexlora.data.examples import Example
 from flexlora.data.pretraining import EMBEDDED_BASE, is_embedded_base
+from flexlora.data.prompt_templates import Template
+from flexlora.data.prompts import encode, padding_token
 from flexlora.errors import FlexLoraError
 from flexlora.experiment.config import Config
 from flexlora.training.base_model import load_base_model, load_empty_model
@@ -66,4 +70,33 @@ def check_length(config: Any, max_length: int) -> None:
     if context is not None and max_length > context:
         raise BaseModelError(
             f"data.max_length must be at most {context}, the context of the base model; got {max_length}"
+        )
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    """Raise unless the tokenizer can write prompts and the base model has a row for every token it may give.
+
+    Tokens that are special and neither the start, the end nor the padding stay unused: no text becomes one, unless the
+    chat template writes it.
+
+    Raises:
+        BaseModelError: Naming the tokens without a row.
+        PromptError: The template cannot be written or nothing ends an answer.
+    """
+    written = encode(Example("question", "", ("answer",)), tokenizer, template, max_length=10_000).input_ids
+    num_rows = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportArgumentType]
+    special = special_tokens(tokenizer)
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, padding_token(tokenizer), *written}
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= num_rows}
+    used = {
+        number: token
+        for number, token in sorted(beyond.items())
+        if number not in special or number in named or (template == "chat" and token in str(tokenizer.chat_template))
+    }
+    if used:
+        shown = ", ".join(f"{token!r} ({number})" for number, token in list(used.items())[:3])
+        raise BaseModelError(
+            f"the base model must have an embedding for every token of its tokenizer; it has {num_rows} rows and the "
+            f"tokenizer has {len(tokenizer)} tokens, of which {len(used)} are beyond, such as {shown}: use the "
+            "tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer)) and save both"
         )

@@ -39,8 +39,8 @@ class ModelConfig(Section):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.",
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        default="sdpa", description="Attention kernel of transformers."
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        default=None, description="Attention kernel; null leaves the choice to transformers, by architecture."
     )
     trust_remote_code: bool = Field(default=False, description="Let a hub repository run its own model code.")
     num_threads: int | None = Field(

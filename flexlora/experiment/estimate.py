@@ -131,7 +131,7 @@ def estimate_experiment(config: Config) -> Estimate:
         types.append(ClientEstimate(name, compact_ranks(ranks, shapes), len(own), cost, down_bytes))
     facts = _facts(config, participants, workload.base, types, num_processes)
     devices = _device_estimates(config, participants, workload, shapes, folded_ranks)
-    notes = participants.warnings + ESTIMATE_NOTES + _method_notes(config, workload, shapes)
+    notes = participants.warnings + workload.notes + ESTIMATE_NOTES + _method_notes(config, workload, shapes)
     notes += DEVICE_NOTES if devices else ()
     return Estimate(facts, types, notes, devices)
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -14,16 +14,17 @@ from flexlora.engines.process_layout import choose_processes
 from flexlora.engines.processes import ChildProcesses, ProcessEngine
 from flexlora.engines.ray_cluster import ActorSettings, RayActors, RayEngine
 from flexlora.engines.simulation import SimulationEngine
-from flexlora.experiment.base import BaseModelError, base_name, check_length, load_base, resolve_device
+from flexlora.experiment.base import BaseModelError, base_name, check_length, check_tokenizer, load_base, resolve_device
 from flexlora.experiment.config import Config
 from flexlora.experiment.participants import Participants
 from flexlora.experiment.stages import Notify, Stage, ignore
+from flexlora.experiment.target_patterns import check_patterns
 from flexlora.federation.clients import RankPlan
 from flexlora.federation.streams import stream
 from flexlora.lora.factors import Scaling
 from flexlora.training.adapted_model import AdaptedModel
-from flexlora.training.base_model import target_modules
 from flexlora.training.one_client import TrainClient
+from flexlora.training.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,13 @@ class LoadedRun:
             torch.use_deterministic_algorithms(True, warn_only=True)
         base, tokenizer = load_base(config, device)
         check_length(base.config, config.data.max_length)
-        shapes = adapted_shapes(target_modules(base, config.lora.target_modules), participants.plans.values())
+        check_tokenizer(base, tokenizer, config.data.template)
+        targets = find_targets(base, config.lora.target_modules)
+        check_patterns(config, targets)
+        shapes = adapted_shapes(targets.shapes, participants.plans.values())
+        if targets.notes:
+            notify(Stage(f"{len(shapes)} modules to adapt", notes=targets.notes))
+            participants = replace(participants, warnings=(*participants.warnings, *targets.notes))
         model = AdaptedModel(base, tokenizer, dropout=config.lora.dropout)
         scaling = scaling_rule(config)
         return LoadedRun(config, participants, model, shapes, scaling, base_name(config), train_one, notify)

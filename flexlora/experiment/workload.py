@@ -9,9 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flexlora.aggregators.settings import Traits
 from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.prompts import IGNORED, encode_many
-from flexlora.experiment.base import load_empty
+from flexlora.experiment.base import check_tokenizer, load_empty
 from flexlora.experiment.config import Config
 from flexlora.experiment.corpora import length_sample
+from flexlora.experiment.target_patterns import check_patterns
 from flexlora.rounds.costs import (
     BaseShape,
     ClientCost,
@@ -23,8 +24,8 @@ from flexlora.rounds.costs import (
     tail_bytes,
 )
 from flexlora.rounds.devices import DeviceProfile
-from flexlora.training.base_model import target_modules
 from flexlora.training.one_client import LocalTraining
+from flexlora.training.targets import find_targets
 
 # A batch is as long as its longest example.
 PADDING = 1.25
@@ -41,6 +42,7 @@ class Workload:
         answer_tokens: Tokens of such a pass that the loss looks at.
         training: How clients train.
         wire_bytes: Of one number on its way.
+        notes: Sentences about what of the base gets no adapter.
     """
 
     base: BaseShape
@@ -49,6 +51,7 @@ class Workload:
     answer_tokens: float
     training: LocalTraining
     wire_bytes: int
+    notes: tuple[str, ...] = ()
 
     def cost(self, ranks: Mapping[str, int], num_examples: float, flops_per_second: float) -> ClientCost:
         """Return what a client with these ranks and examples spends in one round.
@@ -120,6 +123,9 @@ def measure_workload(
         tokenizer: Its tokenizer.
     """
     text, data, training = base.config.get_text_config(), config.data, config.training
+    check_tokenizer(base, tokenizer, data.template)
+    targets = find_targets(base, config.lora.target_modules)
+    check_patterns(config, targets)
     encoded = encode_many(list(examples), tokenizer, data.template, data.max_length, loss_on=data.loss_on)
     lengths = [len(example.input_ids) for example in encoded]
     answers = sum(label != IGNORED for example in encoded for label in example.labels) / len(encoded)
@@ -133,11 +139,12 @@ def measure_workload(
     )
     return Workload(
         base=shape,
-        shapes=target_modules(base, config.lora.target_modules),
+        shapes=targets.shapes,
         batch_tokens=training.batch_size * sum(lengths) / len(lengths) * (PADDING if training.batch_size > 1 else 1.0),
         answer_tokens=answers * training.batch_size,
         training=local_training(config),
         wire_bytes={"float32": 4, "bfloat16": 2, "float16": 2}[config.rounds.wire_dtype],
+        notes=targets.notes,
     )
 
 

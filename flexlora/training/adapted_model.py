@@ -20,11 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from flexlora.federation.known_rows import known_rows
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
-from flexlora.training.base_model import ModelError, features, frozen
-from flexlora.training.probes import has_dropout, separate_head, takes_positions
+from flexlora.training.base_model import frozen
+from flexlora.training.linear_modules import ModelError, features
+from flexlora.training.probes import cache_name, has_dropout, separate_head, takes_positions
 from flexlora.training.randomness import torch_seeded
 
 _TRAINABLE, _FROZEN = "trainable", "frozen"
+# No module has this name.
+_NO_NAME = "no-module-by-name"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,9 @@ class AdaptedModel:
         dropout: Probability that an input of the trained factors is dropped while training.
         base_drops_out: Whether the base has dropout of its own.
         takes_positions: Whether the base can be told the position of each token.
+        cache_name: What the base calls its cache; state-space models have another word.
+        can_pad_left: Whether prompts of one batch may have different lengths; the state of a state-space model would
+            see what is in front of the shorter ones.
         cores: Module path -> the core that is loaded there; empty where the broadcast has none.
     """
 
@@ -66,6 +72,8 @@ class AdaptedModel:
         self._head = separate_head(network)
         self._refusal: str | None = None
         self.takes_positions = takes_positions(network)
+        self.cache_name = cache_name(network)
+        self.can_pad_left = self.cache_name == "past_key_values"
 
     @property
     def device(self) -> torch.device:
@@ -233,20 +241,45 @@ class AdaptedModel:
         for is_transposed, names in by_layout.items():
             for branch, dropout in ((_TRAINABLE, self.dropout), (_FROZEN, 0.0)):
                 config = LoraConfig(
-                    r=1, lora_alpha=1, target_modules=names, lora_dropout=dropout, fan_in_fan_out=is_transposed
+                    r=1, lora_alpha=1, target_modules=[_NO_NAME], lora_dropout=dropout, fan_in_fan_out=is_transposed
                 )
+                # Names of tensors say exactly which modules are meant. PEFT also adapts what ends in a target's name,
+                # and takes some names for those of experts.
+                tensors = {f"{name}.lora_A.weight": torch.empty(0) for name in names}
                 # PEFT draws initial factors from the global generator; ``load`` replaces them.
                 with torch_seeded(0, self.device), warnings.catch_warnings():
                     # A second adapter is intended: the frozen branch beside the trained one.
                     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
                     # So is an adapted output layer beside its unchanged embedding.
                     warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-                    inject_adapter_in_model(config, self.network, branch)
+                    warnings.filterwarnings("ignore", message="While injecting the PEFT adapters, an inconsistency")
+                    try:
+                        inject_adapter_in_model(config, self.network, branch, state_dict=tensors)
+                    except ValueError as error:
+                        raise ModelError(
+                            f"PEFT cannot adapt {names[0]} and {len(names) - 1} others: {error}"
+                        ) from error
+        self._check_wrapped(paths)
         for path in paths:
             self._layers[path] = cast("LoraLayer", self.network.get_submodule(path))
             self._layers[path].set_adapter([], inference_mode=True)
         if paths:
             self.network.eval()
+
+    def _check_wrapped(self, paths: Sequence[str]) -> None:
+        """Raise unless PEFT has put its layers around these modules and around no others.
+
+        Raises:
+            ModelError: Naming the modules.
+        """
+        wrapped = {path for path, module in self.network.named_modules() if isinstance(module, LoraLayer)}
+        missing, extra = sorted(set(paths) - wrapped), sorted(wrapped - set(paths) - self._layers.keys())
+        if missing or extra:
+            raise ModelError(
+                f"PEFT must adapt exactly the modules that it is told; it left out {', '.join(missing[:5]) or 'none'} "
+                f"and adapted {', '.join(extra[:5]) or 'none'} besides: leave these out of lora.target_modules, or use "
+                "another version of peft"
+            )
 
 
 def _linear(layer: LoraLayer, name: str, branch: str) -> nn.Linear:

@@ -1,15 +1,13 @@
 """Loads a base model, with or without its weights, and finds the modules to adapt."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from flexlora.data.pretraining import resolve_base_model
-from flexlora.training.model_folder import ModelError, check_sizes, check_tokenizer, check_weights, loading
+from flexlora.training.model_folder import check_sizes, check_tokenizer, check_weights, loading
+from flexlora.training.targets import Selection, find_targets
 
 ModelDtype = Literal["float32", "bfloat16"]
 
@@ -19,7 +17,7 @@ def load_base_model(
     *,
     dtype: ModelDtype,
     device: str,
-    attn_implementation: str,
+    attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -29,7 +27,8 @@ def load_base_model(
         name_or_path: A local folder, a hub id, or a name of the base in the package (``resolve_base_model``).
         dtype: Of the base weights; LoRA factors stay float32.
         device: Where the weights go, for example ``cpu`` or ``cuda:0``.
-        attn_implementation: As transformers names it: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        attn_implementation: As transformers names it: ``sdpa``, ``eager`` or ``flash_attention_2``; None is what
+            transformers itself takes for this architecture.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Let a hub repository run its own model code.
 
@@ -81,39 +80,6 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def target_modules(
-    model: PreTrainedModel, selection: Literal["all-linear"] | Sequence[str]
-) -> dict[str, tuple[int, int]]:
-    """Return module path -> ``(out_features, in_features)`` of the modules to adapt, sorted by path.
-
-    Args:
-        model: The base model, not yet adapted.
-        selection: ``all-linear`` for every linear module except the output layer, or the last parts of paths, such as
-            ``("q_proj", "self_attn.v_proj")``.
-
-    Raises:
-        ModelError: If a name matches no linear module.
-    """
-    head = model.get_output_embeddings()
-    linear = {
-        path: features(module) for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-    }
-    if selection == "all-linear":
-        return {path: linear[path] for path in sorted(linear) if model.get_submodule(path) is not head}
-    chosen: dict[str, tuple[int, int]] = {}
-    for suffix in selection:
-        found = {path: shape for path, shape in linear.items() if path == suffix or path.endswith(f".{suffix}")}
-        if not found:
-            names = sorted({path.rpartition(".")[2] for path in linear})
-            raise ModelError(f"target_modules must name linear modules; got {suffix!r}, there are {', '.join(names)}")
-        chosen |= found
-    return dict(sorted(chosen.items()))
-
-
-def features(module: nn.Module) -> tuple[int, int]:
-    """Return ``(out_features, in_features)`` of a linear module."""
-    if isinstance(module, Conv1D):
-        # GPT-2 stores the transpose of what nn.Linear stores.
-        return module.weight.shape[1], module.weight.shape[0]
-    assert isinstance(module, nn.Linear)
-    return module.out_features, module.in_features
+def target_modules(model: PreTrainedModel, selection: Selection) -> dict[str, tuple[int, int]]:
+    """Return module path -> ``(out_features, in_features)`` of the modules to adapt; see ``find_targets``."""
+    return dict(find_targets(model, selection).shapes)

@@ -68,7 +68,7 @@ def generate(
     ends = _end_tokens(model) | set(further_ends)
     answers: list[list[int]] = [[] for _ in prompts]
     lengths, done = [len(prompt) + max_new_tokens for prompt in prompts], 0
-    for batch in batches_of_similar_length(lengths, batch_size):
+    for batch in batches_of_similar_length(lengths, batch_size, equal=not model.can_pad_left):
         decoded = _decode(model, [prompts[i] for i in batch], max_new_tokens, ends)
         for index, answer in zip(batch, decoded, strict=True):
             answers[index] = answer
@@ -114,11 +114,18 @@ def _end_tokens(model: AdaptedModel) -> set[int]:
     return {int(token) for token in [*several, model.tokenizer.eos_token_id] if token is not None}
 
 
-def batches_of_similar_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield indices in batches, longest first, so that a lack of memory shows at once."""
+def batches_of_similar_length(lengths: Sequence[int], batch_size: int, *, equal: bool = False) -> Iterator[list[int]]:
+    """Yield indices in batches, longest first, so that a lack of memory shows at once.
+
+    Args:
+        lengths: In tokens.
+        batch_size: Most indices of a batch.
+        equal: Whether a batch has one length only.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > _MOST_BATCH_TOKENS):
+        is_full = len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0] if batch else 0] > _MOST_BATCH_TOKENS
+        if batch and (is_full or (equal and lengths[index] != lengths[batch[0]])):
             yield batch
             batch = []
         batch.append(index)

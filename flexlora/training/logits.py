@@ -67,13 +67,15 @@ def next_logits(
         attention_mask: 0 at padding, 1 elsewhere, over all columns so far.
         cache: What the previous call returned; None at first.
     """
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
+    inputs = {"input_ids": input_ids, model.cache_name: cache, "use_cache": True}
+    if model.can_pad_left:
+        inputs["attention_mask"] = attention_mask
     if model.takes_positions:
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
     head = model.separate_head
     if head is None:
         output = model.network(**inputs)
-        return output.logits[:, -1].float(), output.past_key_values
+        return output.logits[:, -1].float(), getattr(output, model.cache_name)
     output = model.network.base_model(**inputs)
-    return head(output.last_hidden_state[:, -1]).float(), output.past_key_values
+    return head(output.last_hidden_state[:, -1]).float(), getattr(output, model.cache_name)

@@ -14,8 +14,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexlora.errors import FlexLoraError
+from flexlora.training.linear_modules import ModelError
 
-LONGEST_REASON = 600
+LONGEST_REASON = 3000
+"""In characters: what to do often stands at the end of what transformers says."""
 
 MOST_PARTS = 10_000
 """Most layers or experts."""
@@ -27,10 +29,6 @@ _PARTS = re.compile(r".*(layers?|experts?|blocks|depth)(_per_tok|_size)?")
 _SIZES = re.compile(r".*(size|dim|heads?|embd|inner|d_model|d_ff|_rank)")
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.pth")
-
-
-class ModelError(FlexLoraError, ValueError):
-    """A base model that cannot be loaded or adapted as asked."""
 
 
 @contextmanager

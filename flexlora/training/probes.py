@@ -1,10 +1,14 @@
 """Finds out what a network does, from its settings or by trying a few tokens."""
 
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
 _PROBE_LENGTH = 4
 
@@ -30,6 +34,12 @@ def takes_positions(network: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(network.forward).parameters
 
 
+def cache_name(network: PreTrainedModel) -> str:
+    """Return what the network calls the cache that it takes and returns."""
+    known = inspect.signature(network.forward).parameters
+    return "cache_params" if "cache_params" in known and "past_key_values" not in known else "past_key_values"
+
+
 def has_dropout(network: PreTrainedModel) -> bool:
     """Return whether the network has dropout of its own, in its settings or its modules."""
     settings = network.config.get_text_config().to_dict()
@@ -40,3 +50,74 @@ def has_dropout(network: PreTrainedModel) -> bool:
     ]
     rates += [module.p for module in network.modules() if isinstance(module, nn.Dropout)]
     return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+
+
+def modules_reached(network: PreTrainedModel, linear: Mapping[str, nn.Module]) -> dict[str, bool]:
+    """Return the modules that a text runs through, and whether they return a product alone, tried on a few tokens.
+
+    Experts of their own count whether or not the router has chosen them. A network without weights that cannot be tried
+    is judged by its structure: only the part of it that reads texts counts.
+
+    Args:
+        network: With or without weights.
+        linear: Path -> module.
+    """
+    reached: dict[str, bool] = {}
+
+    def note(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        """Note a module that is called; routers are linear modules that return more."""
+        reached[path] = isinstance(output, Tensor) and output.shape[:-1] == inputs[0].shape[:-1]
+
+    with ExitStack() as stack:
+        for path, module in linear.items():
+            stack.enter_context(module.register_forward_hook(partial(note, path)))
+        if not _runs(network):
+            return {path: True for path in linear if path.startswith(_text_part(network))}
+    return {path: True for path in linear if ".experts." in path} | reached
+
+
+def _runs(network: PreTrainedModel) -> bool:
+    """Run a few tokens through a network, and return whether it can."""
+    tokens = torch.arange(_PROBE_LENGTH, device=network.device)[None]
+    ways: list[dict[str, Any]] = [{"use_cache": False}]
+    if network.device.type == "meta":
+        # What masks look at to save work has no value there; with a cache or a mask they do not look.
+        ways += [{"attention_mask": torch.ones_like(tokens), "use_cache": False}]
+        ways += [{"past_key_values": DynamicCache(config=network.config), "use_cache": True}]
+    with torch.no_grad(), _without_experts(network):
+        for way in ways:
+            try:
+                network(input_ids=tokens, **way)
+            except Exception:  # Whatever an architecture makes of tensors without values.
+                if network.device.type != "meta":
+                    raise
+            else:
+                return True
+    return False
+
+
+@contextmanager
+def _without_experts(network: PreTrainedModel) -> Iterator[None]:
+    """Let stacked experts pass on what they are given, in a network without weights, where nothing can be routed."""
+    stacked = [
+        module
+        for module in network.modules()
+        if network.device.type == "meta"
+        and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+        and "expert" in type(module).__name__.lower()
+    ]
+    for module in stacked:
+        module.forward = lambda hidden, *rest, **options: hidden
+    try:
+        yield
+    finally:
+        for module in stacked:
+            del module.forward
+
+
+def _text_part(network: PreTrainedModel) -> str:
+    """Return what the paths of modules start with that read texts; empty if all may."""
+    if network.config.get_text_config() is network.config:
+        return ""
+    decoder = network.get_decoder()
+    return next((f"{path}." for path, module in network.named_modules() if module is decoder and path), "")

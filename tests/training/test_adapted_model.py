@@ -10,7 +10,8 @@ from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.training.adapted_model import AdaptedModel
-from flexlora.training.base_model import ModelError, target_modules
+from flexlora.training.base_model import target_modules
+from flexlora.training.linear_modules import ModelError
 
 # Stock PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from flexlora.data.pretraining import EMBEDDED_BASE
-from flexlora.training.base_model import ModelError, load_base_model, load_empty_model, target_modules
+from flexlora.training.base_model import load_base_model, load_empty_model, target_modules
+from flexlora.training.linear_modules import ModelError
 
 
 def test_all_linear_leaves_out_the_output_layer_and_knows_shapes(network):

@@ -17,11 +17,12 @@ from flexlora.data.prompts import EncodedExample
 from flexlora.federation.messages import Broadcast, TailPenalty
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.training.adapted_model import AdaptedModel
-from flexlora.training.base_model import ModelError, target_modules
+from flexlora.training.base_model import target_modules
 from flexlora.training.group import TrainedClient, train_group
 from flexlora.training.group_decoder import written_out
 from flexlora.training.group_layers import reason_against_groups
 from flexlora.training.group_passes import GroupJob
+from flexlora.training.linear_modules import ModelError
 from flexlora.training.logits import answer_losses
 from flexlora.training.one_client import DivergedError, LocalTraining, TrainingError, step_batches, train_client
 

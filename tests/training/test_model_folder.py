@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexlora.training.base_model import ModelError, load_base_model, load_empty_model
+from flexlora.training.base_model import load_base_model, load_empty_model
+from flexlora.training.linear_modules import ModelError
 
 
 @pytest.fixture(name="folder")

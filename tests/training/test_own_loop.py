@@ -8,7 +8,8 @@ import torch
 
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import LoraFactors
-from flexlora.training.base_model import ModelError, target_modules
+from flexlora.training.base_model import target_modules
+from flexlora.training.linear_modules import ModelError
 from flexlora.training.logits import answer_losses
 from flexlora.training.one_client import (
     DivergedError,
