@@ -8,7 +8,7 @@ from flexlora.adapters.card import Card, loading_text, table
 from flexlora.data.pretraining import EMBEDDED_BASE, resolve_base_model
 from flexlora.experiment.base import base_name
 from flexlora.experiment.config import Config
-from flexlora.experiment.result_rows import score_rows
+from flexlora.report.plain_rows import score_rows
 from flexlora.report.scores import last_evaluated
 from flexlora.rounds.records import (
     MANIFEST_FILE,
