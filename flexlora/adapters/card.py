@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
@@ -38,7 +39,7 @@ class Card:
     def __str__(self) -> str:
         is_named = self.base_model is not None and not is_path(self.base_model)
         license = license_of(self.base_folder or self.base_model)
-        terms = {"license": license}
+        terms: dict[str, Any] = {"license": license}
         if license is None:
             terms = {"license": "other", "license_name": "that-of-the-base-model"}
             if is_named and "/" in (self.base_model or ""):
@@ -67,7 +68,7 @@ def license_of(base_model: str | None) -> str | None:
         text = Path(found).read_text(encoding="utf-8") if isinstance(found, str | Path) else ""
         if not text.startswith("---"):  # no fields, of which the library would warn
             return None
-        license = ModelCard(text, ignore_metadata_errors=True).data.license
+        license = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
     except Exception:  # a foreign card, in whatever state
         return None
     return license if isinstance(license, str) else None

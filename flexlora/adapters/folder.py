@@ -95,13 +95,15 @@ def locate_adapter(name: str) -> Path:
     match = _HUB_ID.fullmatch(name)
     if Path(name).exists() or match is None:
         return Path(name)
-    options = {"revision": match["revision"]} if match["revision"] else {}
+    revision: str | None = match["revision"]
     try:
         folder = Path(
-            huggingface_hub.snapshot_download(match["id"], allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **options)
+            huggingface_hub.snapshot_download(
+                match["id"], revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
+            )
         )
         is_whole = (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file()
-        files = [] if is_whole else huggingface_hub.list_repo_files(match["id"], **options)
+        files = [] if is_whole else huggingface_hub.list_repo_files(match["id"], revision=revision)
     except Exception as error:  # the hub's errors have no base of their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AdapterError(f"{name} is no local folder, and the hub did not give it ({reason})") from error

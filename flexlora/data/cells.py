@@ -70,4 +70,4 @@ def name_of(value: object, field: str, place: str) -> str:
         raise InstructionDataError(f"{place}: {field!r} must be a text or a whole number; got {abridged(value)}")
     if isinstance(value, str | Integral):
         return str(value)
-    return str(int(value)) if value == value // 1 else str(value)
+    return str(int(float(value))) if value == value // 1 else str(value)

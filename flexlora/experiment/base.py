@@ -84,9 +84,11 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         PromptError: The template cannot be written or nothing ends an answer.
     """
     written = encode(Example("question", "", ("answer",)), tokenizer, template, max_length=10_000).input_ids
-    num_rows = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportArgumentType]
+    embeddings: Any = model.get_input_embeddings()
+    num_rows = int(embeddings.weight.shape[0])
     special = special_tokens(tokenizer)
-    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, padding_token(tokenizer), *written}
+    ends: list[Any] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    named = {*ends, padding_token(tokenizer), *written}
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= num_rows}
     used = {
         number: token

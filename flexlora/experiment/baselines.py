@@ -1,5 +1,6 @@
 """Measures what a run is compared with: the base, clients that train alone, and further runs."""
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -44,7 +44,7 @@ def _examples(loaded: LoadedRun) -> list[AnswerRecord]:
 
 def prompt_text(example: Example) -> str:
     """Return what a person reads as the prompt: earlier turns, instruction and input, whatever the template."""
-    turns = [f"{role}: {content}" for role, content in example.history]
+    turns = [f"{turn[0]}: {turn[1]}" for turn in example.history]
     return "\n\n".join(part for part in (*turns, example.instruction, example.input) if part)
 
 

@@ -39,7 +39,7 @@ def load_base_model(
     with loading(name_or_path):
         source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         check_sizes(AutoConfig.from_pretrained(name_or_path, **source).to_dict(), name_or_path)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
@@ -47,6 +47,7 @@ def load_base_model(
             output_loading_info=True,
             **source,
         )
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
         check_weights(model, info, name_or_path)
         check_tokenizer(tokenizer, name_or_path)

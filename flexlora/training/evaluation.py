@@ -97,6 +97,7 @@ def evaluate(
         max_length=max_length,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        notify=notify,
     )
     return {task: score_of(own) for task, own in answers.items()}
 
@@ -110,6 +111,7 @@ def answer_tasks(
     max_length: int,
     max_new_tokens: int,
     batch_size: int = 64,
+    notify: Callable[[int], None] = lambda num_answers: None,
 ) -> dict[str, list[Answer]]:
     """Return one answer per example of each task that has examples, in the order given; draws no random numbers.
 

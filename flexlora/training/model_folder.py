@@ -117,7 +117,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> No
         ModelError: Saying what to look at.
     """
     tokens = tokenizer("The answer is 42.", add_special_tokens=False)["input_ids"]
-    if not tokens or set(tokens) == {tokenizer.unk_token_id}:
+    if not tokens or all(token == tokenizer.unk_token_id for token in tokens):
         raise ModelError(
             f"{name_or_path}: its tokenizer makes {'no tokens' if not tokens else 'unknown tokens only'} of a plain "
             "text; tokenizer.json is missing, empty or damaged: put a copy of it back"

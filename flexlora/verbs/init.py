@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -25,7 +25,7 @@ def init(
     as_json: JsonOption = False,
 ) -> None:
     """Write a commented configuration that runs as it is, with made-up data in the place of yours."""
-    from flexlora.experiment.starter import STARTERS, StarterError, write_starter
+    from flexlora.experiment.starter import STARTERS, Starter, StarterError, write_starter
 
     *kinds, folder = words
     kind = kinds[0] if kinds else "demo"
@@ -34,7 +34,7 @@ def init(
     if not kinds and folder in STARTERS:
         raise StarterError(f"init needs the folder to write to as well: flexlora init {folder} DIR")
     with stage(err, "Writing", hidden=as_json):
-        path = write_starter(kind, Path(folder))
+        path = write_starter(cast("Starter", kind), Path(folder))
     if as_json:
         print_json({"config": str(path)})
         return

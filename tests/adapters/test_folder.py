@@ -42,9 +42,9 @@ def test_a_name_that_reads_like_a_hub_id_is_asked_for_there(
     pickled = shutil.copytree(plain, tmp_path / "pickled")
     (pickled / "adapter_model.safetensors").unlink()
     files = {"us/pickled": ["adapter_config.json", "adapter_model.bin"]}
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo_id: files[repo_id])
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo_id, revision: files[repo_id])
 
-    def download(repo_id: str, allow_patterns: list[str]) -> str:
+    def download(repo_id: str, allow_patterns: list[str], revision: str | None) -> str:
         asked.append((repo_id, allow_patterns))
         if repo_id == "us/here":
             return str(plain)
