@@ -43,6 +43,7 @@ from flexlora.lora.factors import LoraFactors
 from flexlora.training.base_model import load_base_model
 
 SLOW_SECONDS = 10.0
+TOLD_EVERY = 100
 VOLATILE = ("seconds", "started", "digest")
 
 
@@ -71,6 +72,13 @@ class Outcomes:
             self.bad.append(f"{what}: {seconds:.1f} s")
         self.slowest = max(self.slowest, seconds)
         self.counts[ended] += 1
+        if self.counts.total() % TOLD_EVERY == 0:
+            print(self, flush=True)
+
+    def __str__(self) -> str:
+        """Return the counts in words."""
+        counts = ", ".join(f"{count} {ended}" for ended, count in sorted(self.counts.items()))
+        return f"{counts}; slowest {self.slowest:.2f} s of CPU time; {len(self.bad)} bad"
 
 
 def tiny_model(folder: Path) -> Path:
@@ -323,8 +331,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         outcomes = KINDS[given.kind](given.number, given.seed, Path(root))
-    print(", ".join(f"{count} {ended}" for ended, count in sorted(outcomes.counts.items())))
-    print(f"slowest {outcomes.slowest:.1f} s of CPU time; {len(outcomes.bad)} bad")
+    print(outcomes)
     for line in outcomes.bad:
         print(f"  {line}")
     sys.exit(bool(outcomes.bad))
