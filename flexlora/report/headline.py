@@ -1,6 +1,7 @@
 """Says in a few sentences what was run, what came of it, and what went wrong."""
 
-from flexlora.report.falls import best_of
+from flexlora.report.falls import best_of, best_of_reference
+from flexlora.report.reference_names import reference_runs
 from flexlora.report.run_folder import RunFolder
 from flexlora.report.score_tables import SummaryRow, summary_table
 from flexlora.text import count_text, number_text, signed_text
@@ -45,9 +46,14 @@ def status(run: RunFolder) -> str | None:
 
 
 def notices(run: RunFolder) -> list[str]:
-    """Return the warnings of the run and the notes of its rounds."""
+    """Return the warnings of the run, the references that fell from their best, and the notes of rounds."""
     warnings = list(run.manifest.warnings) if run.manifest else []
-    return warnings + [f"Round {record.server_round}: {record.note}" for record in run.records if record.note]
+    fallen = [
+        best.in_words(name)
+        for name, reference in reference_runs(run.references).items()
+        if (best := best_of_reference(reference)) and best.is_told
+    ]
+    return warnings + fallen + [f"Round {record.server_round}: {record.note}" for record in run.records if record.note]
 
 
 def _rows_by_name(run: RunFolder) -> dict[str, SummaryRow]:

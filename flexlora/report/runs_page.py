@@ -1,5 +1,6 @@
 """Writes one page that compares any runs: curves, scores, differences over seeds, and what their settings are."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,7 @@ def check_out(out: Path) -> None:
 
 def render_runs(folders: Sequence[RunFolder], target: float | None = None) -> str:
     """Return the page that compares runs; see `write_runs_page`."""
-    by_path = {folder.path: folder for folder in folders}
-    runs = dict(zip(distinct_names(list(by_path)), by_path.values(), strict=True))
+    runs = _named(folders)
     arms = arms_of(runs)
     rows, over_seeds = run_rows(runs, arms), seed_rows(runs, arms)
     first, *others = runs.values()
@@ -92,6 +92,21 @@ def render_runs(folders: Sequence[RunFolder], target: float | None = None) -> st
         "devices": [],
     }
     return environment().get_template("runs_page.html.j2").render(**shown)
+
+
+def summary_of(folders: Sequence[RunFolder]) -> dict[str, Any]:
+    """Return what a comparison says in a few words, as plain values: ``headline``, ``notes`` and ``runs``."""
+    runs = _named(folders)
+    arms = arms_of(runs)
+    rows = run_rows(runs, arms)
+    words = comparison_in_words(rows, seed_rows(runs, arms))
+    plain = json.loads(json_text({"runs": [_plain(row) for row in rows]}))
+    return {"headline": words, "notes": _notes(runs, rows), **plain}
+
+
+def _named(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
+    by_path = {folder.path: folder for folder in folders}
+    return dict(zip(distinct_names(list(by_path)), by_path.values(), strict=True))
 
 
 def _has_clock(runs: Mapping[str, RunFolder]) -> bool:

@@ -1,7 +1,7 @@
 """The verb ``eval``: scores the adapter of a run."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,9 @@ def evaluate(
     run_folder: RunArgument,
     overrides: OverridesArgument = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Cut the adapter to this rank first.")] = None,
+    which: Annotated[
+        Literal["last", "best"], typer.Option("--round", help="The last round, or that of the lowest validation loss.")
+    ] = "last",
     as_json: JsonOption = False,
 ) -> None:
     """Score the adapter of a run on its unseen tasks, compared with the base model alone."""
@@ -30,7 +33,7 @@ def evaluate(
         from flexlora.experiment.terminal import print_evaluation
 
         hide_other_progress_bars()
-        scores = evaluate_run(run_folder, overrides or (), rank=rank, notify=progress)
+        scores = evaluate_run(run_folder, overrides or (), rank=rank, which=which, notify=progress)
     if as_json:
         print_json({name: json.loads(record.model_dump_json()) for name, record in scores.items()})
     else:

@@ -1,4 +1,4 @@
-"""The verb ``report``: writes the page of a run again."""
+"""The verb ``report``: writes the page of a run again, or a page that compares several."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +9,22 @@ from flexlora.errors import FlexLoraError
 from flexlora.verbs.arguments import JsonOption, RunArgument
 from flexlora.verbs.terminal import out, print_json
 
+COMPARISON = Path("comparison.html")
+
 
 def report(
     run_folder: RunArgument,
     others: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="OTHER", help="Folders of runs to compare it with on the virtual clock."),
+        typer.Argument(metavar="OTHER", help="Folders of runs to compare it with; differences are to the first."),
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help=f"The page; default report.html in the folder of one run, {COMPARISON} here for several. A comparison "
+            "never replaces the report of a run.",
+        ),
     ] = None,
     target: Annotated[
         float | None,
@@ -25,23 +35,28 @@ def report(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write report.html again from what a run has recorded so far, compared with other runs if any are named."""
+    """Write the report of a run again from what it has recorded so far, or a page that compares runs."""
     from flexlora.report.comparison import comparison_notes, timed_runs
     from flexlora.report.page import write_report
     from flexlora.report.run_folder import read_run
+    from flexlora.report.runs_page import summary_of, write_runs_page
     from flexlora.report.terminal import print_virtual_time
 
-    for folder in (run_folder, *(others or ())):
+    folders = [run_folder, *(others or ())]
+    for folder in folders:
         if not folder.is_dir():
             raise FlexLoraError(f"RUN and OTHER must be folders of runs; there is no folder {folder}")
-    path = write_report(run_folder, others or (), target)
-    run, beside = read_run(run_folder), [read_run(other) for other in others or ()]
-    notes = comparison_notes(run, beside, target)
-    timed, target = timed_runs(run, beside, target)
+    is_one = len(folders) == 1 and page is None
+    path = write_report(run_folder, (), target) if is_one else write_runs_page(folders, page or COMPARISON, target)
+    runs = [read_run(folder) for folder in folders]
+    notes = comparison_notes(runs[0], runs[1:], target)
+    timed, target = timed_runs(runs[0], runs[1:], target)
+    found = summary_of(runs)
     if as_json:
         reached = {one.name: one.seconds_to(target) for one in timed}
-        found = {"report": str(path), "target_rouge_l": target, "virtual_seconds_to_target": reached, "notes": notes}
-        print_json(found)
+        times = {"target_rouge_l": target, "virtual_seconds_to_target": reached}
+        print_json({"report": str(path), **times, "notes": [*found["notes"], *notes], "runs": found["runs"]})
         return
-    print_virtual_time(out, timed, target, notes)
-    out.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    print_virtual_time(out, timed, target, notes if timed else ())
+    for line in [*([] if is_one else [found["headline"]]), *found["notes"], f"Wrote {path}"]:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)

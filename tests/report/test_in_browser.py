@@ -173,7 +173,7 @@ def test_charts_answer_to_keys_and_the_spectra_to_their_controls(browser: Any, r
     choose = "const one = document.getElementById('{}'); one.value = {}; one.dispatchEvent(new Event('{}'));"
     text = "return document.getElementById('{}').textContent"
     browser.execute_script(choose.format("pick-module", 3, "change"))
-    assert browser.execute_script(text.format("spectrum-title")) == "model.layers.0.self_attn.v_proj"
+    assert browser.execute_script(text.format("spectrum-title")) == "model.layers.0.self_attn.o_proj"
     browser.execute_script(choose.format("pick-round", 4, "input"))
     assert [browser.execute_script(text.format(name)) for name in ("round-out", "error-round")] == ["5", "5"]
     browser.execute_script(choose.format("pick-plan", 2, "change"))
