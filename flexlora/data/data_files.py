@@ -37,7 +37,9 @@ def kind_of(file: Path) -> Kind:
     return Kind(inner.stem, inner.suffix.lower(), compression)
 
 
-def data_files(folder: Path, endings: Collection[str], notes: DataNotes, *, deep: bool = True) -> list[Path]:
+def data_files(
+    folder: Path, endings: Collection[str], notes: DataNotes, *, deep: bool = True, splits: bool = True
+) -> list[Path]:
     """Return the files of a folder that hold training data, sorted.
 
     Args:
@@ -45,6 +47,7 @@ def data_files(folder: Path, endings: Collection[str], notes: DataNotes, *, deep
         endings: Of files that can be read, such as ``.jsonl``; compressed ones count, too.
         notes: Told about all other files.
         deep: Whether folders in it are searched.
+        splits: Whether a word such as ``test`` in the name of a file says that it is no training data.
     """
     candidates = []
     for file in sorted(folder.rglob("*") if deep else folder.glob("*")):
@@ -61,7 +64,7 @@ def data_files(folder: Path, endings: Collection[str], notes: DataNotes, *, deep
             notes.skipped["/".join(parts)] = f"no {', '.join(endings)}"
         else:
             candidates.append(file)
-    return _without_tests(candidates, folder, notes)
+    return _without_tests(candidates, folder, notes) if splits else candidates
 
 
 def owner_of(file: Path, folder: Path) -> str:

@@ -14,7 +14,7 @@ class DataNotes:
     Attributes:
         skipped: What was not read -> why; names of files and folders as they stand in the data.
         unused: Columns and fields of turns that hold something and have no meaning here.
-        num_repaired: Rows with halves of surrogate pairs, which are no text, in place of which U+FFFD was put.
+        num_repaired: Rows or tasks with halves of surrogate pairs, which are no text, in place of which U+FFFD was put.
         num_unasked: Answers before the first question of their conversation, which are context and not trained.
     """
 
@@ -30,7 +30,8 @@ class DataNotes:
             found.append(f"Not used: {_listed(sorted(self.unused))}.")
         if self.num_repaired:
             found.append(
-                f"Repaired: {self.num_repaired} rows held halves of surrogate pairs (no valid text), now U+FFFD."
+                f"Repaired: {self.num_repaired} rows or tasks held halves of surrogate pairs (no valid text), now "
+                "U+FFFD."
             )
         if self.num_unasked:
             found.append(f"Not trained: {self.num_unasked} answers that no question comes before.")

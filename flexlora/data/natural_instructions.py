@@ -7,8 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexlora.data.data_files import data_files, kind_of
+from flexlora.data.data_notes import DataNotes
+from flexlora.data.data_streams import opened_bytes
 from flexlora.data.examples import Example
 from flexlora.data.found_values import abridged
+from flexlora.data.instruction_errors import InstructionDataError
+from flexlora.data.surrogates import whole_value
 from flexlora.errors import FlexLoraError
 from flexlora.foreign import ForeignError, read_json
 
@@ -42,10 +47,14 @@ class Task:
     num_repeated: int = 0
 
 
-def read_tasks(path: Path | str) -> Iterator[Task]:
-    """Yield the tasks of a folder of ``*.json`` files, or of the ``tasks`` folder in it, sorted by file name.
+def read_tasks(path: Path | str, notes: DataNotes | None = None) -> Iterator[Task]:
+    """Yield the tasks of a folder of ``*.json`` files, perhaps compressed, or of the ``tasks`` folder in it, by name.
 
     One task is in memory at a time: the original corpus has five million instances.
+
+    Args:
+        path: The folder.
+        notes: Told which files are not read, and how many tasks hold halves of surrogate pairs, which are replaced.
 
     Raises:
         NaturalInstructionsError: There is no such folder, it holds no task, or a file is broken.
@@ -53,7 +62,8 @@ def read_tasks(path: Path | str) -> Iterator[Task]:
     folder = Path(path).expanduser()
     if (folder / "tasks").is_dir():
         folder = folder / "tasks"
-    files = sorted(folder.glob("*.json"))
+    notes = DataNotes() if notes is None else notes
+    files = data_files(folder, (".json",), notes, deep=False, splits=False)
     if not files:
         state = "holds no .json file" if folder.is_dir() else "does not exist"
         raise NaturalInstructionsError(
@@ -61,13 +71,16 @@ def read_tasks(path: Path | str) -> Iterator[Task]:
         )
     for file in files:
         try:
-            fields = read_json(file.read_bytes(), file)
-        except (OSError, ForeignError) as error:
+            with opened_bytes(file) as content:
+                fields = read_json(content.read(), file)
+        except (OSError, ForeignError, InstructionDataError) as error:
             reason = error.reason if isinstance(error, ForeignError) else error
             raise NaturalInstructionsError(
                 f"{file} must be JSON in UTF-8 ({reason}); repair the file or take it out of the folder"
             ) from error
-        yield parse_task(file.stem, fields, str(file))
+        whole = whole_value(fields)
+        notes.num_repaired += whole is not fields
+        yield parse_task(kind_of(file).stem, whole, str(file))
 
 
 def parse_task(task_id: str, fields: object, source: str = "") -> Task:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flexlora.data.corpus_cache import files_state, kept_corpus, user_cache_folder
 from flexlora.data.corpus_file import ExampleFile
+from flexlora.data.data_notes import DataNotes
 from flexlora.data.examples import Example, FederatedCorpus
 from flexlora.data.generated.tasks import all_tasks, split_of
 from flexlora.data.instructions import load_instructions
@@ -155,8 +156,9 @@ def _left_out(counts: Mapping[str, int]) -> tuple[str, ...]:
 def _read_tasks(
     data: GeneratedData | NaturalInstructionsData, seed: int, file: ExampleFile, *, base_is_embedded: bool
 ) -> tuple[FederatedCorpus, tuple[str, ...]]:
+    notes = DataNotes()
     if isinstance(data, NaturalInstructionsData):
-        tasks = read_tasks(data.path)
+        tasks = read_tasks(data.path, notes)
         dealing = TaskDealing(
             hold_out=HoldOut(data.unseen_tasks, data.unseen_categories, data.num_unseen_tasks),
             fraction=data.subsample_fraction,
@@ -182,7 +184,7 @@ def _read_tasks(
         "test examples that a client trains on": summary.num_leaked,
     }
     missing = tuple(f"Held-out task {task} was left out too." for task in summary.unseen_left_out)
-    return corpus, _left_out(counts) + missing
+    return corpus, _left_out(counts) + missing + notes.sentences()
 
 
 def _generated_tasks(data: GeneratedData) -> Iterator[Task]:

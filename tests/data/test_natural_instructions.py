@@ -1,9 +1,11 @@
 """Task files of Natural Instructions: what is read, and how broken ones are refused."""
 
+import gzip
 import json
 
 import pytest
 
+from flexlora.data.data_notes import DataNotes
 from flexlora.data.natural_instructions import NaturalInstructionsError, parse_task, read_tasks
 
 
@@ -125,3 +127,17 @@ def test_a_folder_without_tasks_is_refused(tmp_path):
         list(read_tasks(tmp_path))
     with pytest.raises(NaturalInstructionsError, match="does not exist"):
         list(read_tasks(tmp_path / "nowhere"))
+
+
+def test_task_files_are_read_whatever_their_case_and_compression_and_the_others_named(tmp_path):
+    task = {"Definition": ["Do."], "Instances": [{"input": "a\ud83d", "output": ["b"]}]}
+    text = json.dumps(task)
+    # Words of splits are words like others in the name of a task.
+    for name in ("task1_train.json", "task2_test.JSON", "._task1_train.json", "README.md", "task3.jsonl"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "task4.json.gz").write_bytes(gzip.compress(text.encode()))
+    notes = DataNotes()
+    tasks = list(read_tasks(tmp_path, notes))
+    assert [task.task_id for task in tasks] == ["task1_train", "task2_test", "task4"]
+    assert {task.examples[0].input for task in tasks} == {"a\ufffd"} and notes.num_repaired == 3
+    assert set(notes.skipped) == {"._task1_train.json", "README.md", "task3.jsonl"}
