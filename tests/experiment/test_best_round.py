@@ -11,6 +11,7 @@ from flexlora.adapters.folder import read_adapter
 from flexlora.experiment.export import export_run
 from flexlora.experiment.result import RunResult, open_run
 from flexlora.experiment.run_folder import ExperimentError
+from flexlora.rounds.checkpoint import replace_progress
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def set_best(folder: Path, best: int | None, loss: float | None) -> None:
     for path in (folder / "checkpoints").glob("round-*/state.json"):
         tree = json.loads(path.read_bytes())
         tree["progress"]["loop"] |= {"best_round": best, "best_validation_loss": loss}
-        path.write_text(json.dumps(tree))
+        replace_progress(folder / "checkpoints", tree["server_round"], tree["progress"])
 
 
 def test_the_best_round_is_exported_from_its_own_checkpoint(run_copy: Path, tmp_path: Path) -> None:
