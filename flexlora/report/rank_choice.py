@@ -26,7 +26,7 @@ class RankRow:
 def rank_rows(run: RunFolder) -> list[RankRow]:
     """Return one row per rank that was scored, smallest first, the server's rank last; none before the end of a run."""
     last = last_evaluated(run.records)
-    if last is None or last.evaluation is None or not last.evaluation.rank_groups:
+    if last is None or last.server_round == 0 or last.evaluation is None or not last.evaluation.rank_groups:
         return []
     whole = last.evaluation
     top = max((rank for ranks in run.plan_ranks.values() for rank in ranks.values()), default=0)
