@@ -175,8 +175,10 @@ def left_behind(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _untimed(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: part for key, part in value.items() if key not in VOLATILE}
+def _untimed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _untimed(part) for key, part in value.items() if key not in VOLATILE}
+    return [_untimed(part) for part in value] if isinstance(value, list) else value
 
 
 def flip(path: Path, rng: random.Random) -> str:

@@ -1,17 +1,23 @@
 """Keeps what models answered to the examples of unseen tasks, side by side: `answers.jsonl`.
 
-One example a line: its task and prompt, the accepted answers, and what each model said. The file is written as a whole,
-so it is there after the first evaluation, and each later one replaces the answers of its model.
+One example a line: its task and prompt, the accepted answers, what each model said, and last a digest of the line (see
+``flexlora.seal``). The file is written as a whole, so it is there after the first evaluation, and each later one
+replaces the answers of its model.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexlora.files import write_whole
+from flexlora.foreign import ForeignError, read_json
 from flexlora.rounds.records import RecordsError
+from flexlora.seal import SealError, sealed, unsealed
+
+log = logging.getLogger(__name__)
 
 ANSWERS_FILE = "answers.jsonl"
 
@@ -62,7 +68,7 @@ def write_answers(path: Path, examples: Sequence[AnswerRecord], answers: Mapping
         for model, own in answers.items():
             record = record.answered(model, own[place])
         # A lone surrogate, which no UTF-8 file can hold, travels escaped.
-        lines.append(json.dumps(record.model_dump(mode="python"), ensure_ascii=True))
+        lines.append(sealed(json.dumps(record.model_dump(mode="python"), ensure_ascii=True)))
     write_whole(path, "".join(line + "\n" for line in lines))
 
 
@@ -80,9 +86,10 @@ def read_answers(path: Path, *, damaged_is_none: bool = False) -> list[AnswerRec
     found = []
     for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
         try:
-            found.append(AnswerRecord.model_validate(json.loads(line)))
-        except (ValidationError, ValueError, RecursionError) as error:
+            found.append(AnswerRecord.model_validate(read_json(unsealed(line)[0], f"line {number}")))
+        except (ValidationError, ForeignError, SealError) as error:
             if damaged_is_none:
+                log.warning("%s, line %d, is damaged; the answers in it are made again or left out", path, number)
                 return []
             raise RecordsError(
                 f"{path}, line {number}, is not an example with answers; remove the file to report without it"

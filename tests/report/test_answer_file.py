@@ -57,3 +57,15 @@ def test_a_damaged_line_is_named_and_does_not_stop_a_run(tmp_path: Path, damage:
         read_answers(path)
     write_answers(path, EXAMPLES, {"federated": said("f0", "f1")})
     assert [list(record.answers) for record in read_answers(path)] == [["federated"]] * 2
+
+
+def test_no_flipped_bit_of_an_answer_goes_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    write_answers(path, EXAMPLES, {"base": said("b0", "b1")})
+    whole = path.read_bytes()
+    for bit in range(0, 8 * (len(whole) - 1), 11):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(RecordsError, match="is not an example with answers"):
+            read_answers(path)
