@@ -14,14 +14,12 @@ def test_a_client_that_cannot_train_alone_is_reported_and_ends_nothing(monkeypat
     class Bench:
         config = Config()
 
-    def sampled(loaded: object, number: int, purpose: str) -> dict[str, list[ClientSpec]]:
-        return {"p": clients}
-
     def alone(loaded: object, loop: object, state: object, client: ClientSpec) -> object:
         raise ArithmeticError("the loss left the finite numbers")
 
-    monkeypatch.setattr(references, "sampled_clients", sampled)
+    monkeypatch.setattr(references, "clients_alone", lambda loaded: clients)
+    monkeypatch.setattr(references, "trainings_alone", lambda loaded: 1)
     monkeypatch.setattr(references, "_alone", alone)
-    record = references._local_only(Bench(), None, None, lambda event: None)  # type: ignore[arg-type]
+    record = references._local_only(Bench(), None, None, lambda event: None, {})  # type: ignore[arg-type]
     assert [row.failure for row in record.clients] == ["ArithmeticError: the loss left the finite numbers"] * 2
     assert record.own is None

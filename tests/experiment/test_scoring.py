@@ -30,7 +30,9 @@ def scored_with(method: Mapping[str, object], monkeypatch: pytest.MonkeyPatch) -
     )
     seen: list[tuple[Any, Sequence[str]]] = []
 
-    def score(loaded: LoadedRun, adapter: Broadcast | None, tasks: Mapping[str, Sequence[object]]) -> dict[str, Score]:
+    def score(
+        loaded: LoadedRun, adapter: Broadcast | None, tasks: Mapping[str, Sequence[object]], subject: str
+    ) -> dict[str, Score]:
         seen.append((adapter, sorted(tasks)))
         return {task: Score(1.0, 0.0, 1.0, 1, 1) for task in tasks}
 

@@ -118,9 +118,6 @@ def test_a_changed_file_is_noticed_when_resuming_and_a_lost_one_is_named(method:
 def test_mistakes_in_its_settings_are_told_before_anything_is_loaded(method: Path) -> None:
     run = ["run", ROOT / "configs" / "demo.yaml", "method.path=median_b.py", "method.name=median_b", "--out", "wrong"]
     wrong = flexlora(*run, "method.momentum=0.5", at=method.parent)
-    assert (
-        wrong.returncode == 2
-        and "method.momentum: there is no such setting; known keys here: name, path" in wrong.stderr
-    )
+    assert wrong.returncode == 2 and "method.momentum: there is no such setting" in wrong.stderr
     several = flexlora(*run, "data.num_clients=20", at=method.parent)
     assert several.returncode == 2 and "method.name=median_b needs one rank for all clients" in several.stderr
