@@ -138,7 +138,10 @@ def comparison_in_words(rows: Sequence[RunRow], seeds: Sequence[SeedRow]) -> str
     told = [(row, row.to_first) for row in rows if row.to_first is not None]
     if told:
         return " ".join(_task_sentence(row.name, rows[0].name, difference) for row, difference in told[:3])
-    return "No two of these runs can be compared by a difference: they share no unseen tasks, or none is scored yet."
+    return (
+        "No run can be compared with the first by a difference: they share fewer than 8 unseen tasks, or one has no "
+        "score yet."
+    )
 
 
 def _seed_sentence(row: SeedRow) -> str:
