@@ -27,13 +27,15 @@ try:
     from flexlora.verbs.plan import plan
     from flexlora.verbs.report import report
     from flexlora.verbs.run import run
-    from flexlora.verbs.terminal import err
+    from flexlora.verbs.terminal import err, out
 except KeyboardInterrupt:
     # Loading these takes most of the time before main can catch an interruption.
     sys.stderr.write("Interrupted.\n")
     sys.exit(130)
 
 from flexlora import __version__
+
+ENDLESS_COLUMNS = 10_000
 
 VERBS = (
     ("run", run, "flexlora run demo rounds.num_rounds=10 --out runs/demo"),
@@ -91,6 +93,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A command must not fail because the terminal lacks a letter.
             stream.reconfigure(errors="backslashreplace")
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        # Programs and files have no width.
+        out.width = ENDLESS_COLUMNS
     sys.exit(guarded(app))
 
 

@@ -1,7 +1,7 @@
 """Estimates what a run will do and cost, before any weight is loaded."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,15 @@ from flexlora.experiment.client_plans import config_plans
 from flexlora.experiment.config import Config
 from flexlora.experiment.corpora import length_sample
 from flexlora.experiment.device_ranks import Affordable, Budget, exceeded, time_budget
+from flexlora.experiment.gathered import Gathered
 from flexlora.experiment.loaded import adapted_shapes
-from flexlora.experiment.participants import Participants, gather_participants, policy_of
-from flexlora.experiment.round_loop import cohort_size
+from flexlora.experiment.participants import Participants, gather_participants
+from flexlora.experiment.run_totals import RunTotals, run_totals
 from flexlora.experiment.workload import Workload, cost_on_device, measure_workload
 from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks, largest_ranks
-from flexlora.rounds.clock import clients_per_round
-from flexlora.rounds.costs import BaseShape, ClientCost, DeviceCost, measure_flops_per_second
+from flexlora.rounds.costs import ClientCost, DeviceCost, measure_flops_per_second
 from flexlora.rounds.devices import DeviceProfile
-from flexlora.text import bytes_text, count_text, seconds_text
+from flexlora.text import bytes_text
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,26 @@ class Estimate:
     """What a run will do and cost.
 
     Attributes:
-        facts: Pairs of a name and a value for a person.
+        totals: Of the whole run.
         types: One per rank plan.
         notes: Sentences on how the estimate was made.
         devices: One per device and rank plan; empty when no devices are simulated.
     """
 
-    facts: Sequence[tuple[str, str]]
+    totals: RunTotals
     types: Sequence[ClientEstimate]
     notes: Sequence[str]
     devices: Sequence[DeviceEstimate] = ()
 
+    @property
+    def facts(self) -> Sequence[tuple[str, str]]:
+        """Pairs of a name and a value for a person."""
+        return self.totals.facts()
+
     def to_json(self) -> dict[str, Any]:
-        """Return everything as plain values."""
+        """Return everything as plain values: numbers, and notes in words."""
         return {
-            "facts": dict(self.facts),
+            "run": {**dataclasses.asdict(self.totals), "seconds": self.totals.seconds},
             "types": {
                 row.name: {
                     "ranks": dict(row.ranks),
@@ -100,8 +105,7 @@ class Estimate:
 
 ESTIMATE_NOTES = (
     "Memory and time are estimates from shapes and a short measurement of this machine; transfers follow from the "
-    "factors' shapes, with a folded tail at its most and no direction left out. Server work and evaluation come on "
-    "top.",
+    "factors' shapes, with a folded tail at its most and no direction left out. Server work comes on top.",
 )
 
 
@@ -124,16 +128,28 @@ def estimate_experiment(config: Config) -> Estimate:
     folded_ranks = _folded_ranks(config, participants, shapes)
     num_processes, flops_per_second = _measure_machine(config, workload)
     types = []
-    for name, plan in participants.plans.items():
-        ranks, own = plan.resolve(shapes), [client for client in participants.clients if client.plan == plan]
+
+    def cost_of(own: Sequence[ClientSpec]) -> tuple[ClientCost, int]:
+        """Return what clients of one plan spend, and the bytes that each is sent."""
+        ranks = own[0].plan.resolve(shapes)
         cost = workload.cost(ranks, _mean_examples(own), flops_per_second)
-        down_bytes = cost.transfer_bytes + workload.tail_bytes(ranks, folded_ranks)
-        types.append(ClientEstimate(name, compact_ranks(ranks, shapes), len(own), cost, down_bytes))
-    facts = _facts(config, participants, workload.base, types, num_processes)
+        return cost, cost.transfer_bytes + workload.tail_bytes(ranks, folded_ranks)
+
+    for name, plan in participants.plans.items():
+        own = [client for client in participants.clients if client.plan == plan]
+        cost, down_bytes = cost_of(own)
+        types.append(ClientEstimate(name, compact_ranks(plan.resolve(shapes), shapes), len(own), cost, down_bytes))
+
+    def traffic_of(own: Sequence[ClientSpec]) -> tuple[float, float, float]:
+        """Return seconds, bytes up and bytes down of clients of one plan."""
+        cost, down_bytes = cost_of(own)
+        return cost.train_seconds, cost.transfer_bytes, down_bytes
+
+    totals = run_totals(Gathered(config, participants, shapes), workload, traffic_of, num_processes, flops_per_second)
     devices = _device_estimates(config, participants, workload, shapes, folded_ranks)
     notes = participants.warnings + workload.notes + ESTIMATE_NOTES + _method_notes(config, workload, shapes)
     notes += DEVICE_NOTES if devices else ()
-    return Estimate(facts, types, notes, devices)
+    return Estimate(totals, types, notes, devices)
 
 
 # The names that they had first; everywhere else a plan is a rank plan.
@@ -222,49 +238,3 @@ def _left_out(device: Affordable) -> DeviceEstimate:
 
 def _mean_examples(clients: Sequence[ClientSpec]) -> float:
     return sum(client.num_examples for client in clients) / len(clients)
-
-
-def _facts(
-    config: Config,
-    participants: Participants,
-    shape: BaseShape,
-    types: Sequence[ClientEstimate],
-    num_processes: int,
-) -> list[tuple[str, str]]:
-    num_clients, num_rounds = len(participants.clients), config.rounds.num_rounds
-    sent, counted = _clients_per_round(config, participants)
-
-    def per_run(value: Callable[[ClientEstimate], float]) -> float:
-        """Return the sum over the rounds of the mean over clients."""
-        return num_rounds * sum(row.num_clients * value(row) for row in types) / num_clients
-
-    examples = sum(client.num_examples for client in participants.clients)
-    clients = (
-        f"{num_clients:,} with {examples:,} training examples; {counted} in each of {count_text(num_rounds, 'round')}"
-    )
-    traffic = per_run(lambda row: sent * row.down_bytes + counted * row.cost.transfer_bytes)
-    seconds = counted * per_run(lambda row: row.cost.train_seconds)
-    where = "on this machine"
-    if config.ray is not None:
-        where = "divided by the actors of the cluster"
-    elif num_processes > 1:
-        seconds, where = seconds / num_processes, f"on this machine, by {num_processes} processes"
-    return [
-        ("Base model", f"{config.model.name_or_path}, {shape.num_parameters:,} parameters, {config.model.dtype}"),
-        ("Method", config.method.name),
-        ("Clients", clients + (f", {sent} sampled" if sent > counted else "")),
-        ("Unseen tasks", f"{len(participants.corpus.unseen)}"),
-        ("Traffic of the run", bytes_text(traffic)),
-        ("Local training of the run", f"about {seconds_text(seconds)} {where}"),
-    ]
-
-
-def _clients_per_round(config: Config, participants: Participants) -> tuple[int, int]:
-    """Return how many clients a round samples, and of how many it waits for the update."""
-    num_clients = len(participants.clients)
-    size = cohort_size(config, num_clients)
-    if not participants.devices:
-        return size, size
-    policy = policy_of(config, config.method.traits(), size)
-    sent = min(num_clients, clients_per_round(policy, size))
-    return sent, sent if policy.name == "async" else min(sent, size)

@@ -12,27 +12,27 @@ from flexlora.report.comparison import comparison_notes, timed_runs
 from flexlora.report.run_folder import read_run
 from flexlora.report.score_tables import SUMMARY_COLUMNS, summary_cells, summary_table
 from flexlora.report.terminal import WIDE_COLUMNS, print_virtual_time
-from flexlora.rounds.records import EvaluationRecord
-from flexlora.text import bytes_text, count_text, describe_ranks, number_text, seconds_text
+from flexlora.report.whole_table import WholeTable
+from flexlora.rounds.records import EvaluationRecord, ScoreRecord
+from flexlora.text import bytes_text, count_text, describe_ranks, number_text, seconds_text, signed_text
+
+MOST_CATEGORIES = 10
+"""Categories that the scores of a run show."""
 
 NARROW_COLUMNS = (SUMMARY_COLUMNS[0], "ROUGE-L", "exact match", "difference to base")
 
 
 def print_summary(console: Console, result: RunResult) -> None:
     """Print the final table of a run and where its artefacts are."""
-    table = Table(
-        title=f"Unseen tasks after {count_text(result.server_round, 'round')}",
-        title_justify="left",
-        header_style="bold",
-    )
+    rows = [summary_cells(row) for row in summary_table(result.rounds, result.references, result.method)]
     wide = console.width >= WIDE_COLUMNS
-    shown = [index for index, name in enumerate(SUMMARY_COLUMNS) if wide or name in NARROW_COLUMNS]
-    for index in shown:
-        table.add_column(SUMMARY_COLUMNS[index], justify="left" if index == 0 else "right", no_wrap=index > 0)
-    rows = summary_table(result.rounds, result.references, result.method)
-    for row in rows:
-        cells = summary_cells(row)
-        table.add_row(*(Text(cells[index]) for index in shown), style="bold green" if row is rows[-1] else None)
+    shown = [place for place, name in enumerate(SUMMARY_COLUMNS) if wide or name in NARROW_COLUMNS]
+    table = WholeTable(
+        [SUMMARY_COLUMNS[place] for place in shown],
+        [[cells[place] for place in shown] for cells in rows],
+        title=f"Unseen tasks after {count_text(result.server_round, 'round')}",
+        styles={len(rows) - 1: "bold green"},
+    )
     console.print(table)
     run = read_run(result.folder)
     print_virtual_time(console, *timed_runs(run), comparison_notes(run))
@@ -49,22 +49,21 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
     for name, value in estimate.facts:
         facts.add_row(Text(name, style="bold"), Text(value))
     console.print(facts)
-    table = Table(title="One client, one round", title_justify="left", header_style="bold")
-    for name in ("type", "ranks", "clients", "trained", "memory", "down", "up", "time"):
-        is_text = name in ("type", "ranks")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "ranks")
-    for row in estimate.types:
-        table.add_row(
-            Text(row.name),
-            Text(describe_ranks(row.ranks)),
-            f"{row.num_clients}",
+    rows = [
+        (
+            row.name,
+            describe_ranks(row.ranks),
+            f"{row.num_clients:,}",
             f"{row.cost.num_trainable:,}",
             bytes_text(row.cost.memory_bytes),
             bytes_text(row.down_bytes),
             bytes_text(row.cost.transfer_bytes),
             seconds_text(row.cost.train_seconds),
         )
-    console.print(table)
+        for row in estimate.types
+    ]
+    headers = ("type", "ranks", "clients", "trained", "memory", "down", "up", "time")
+    console.print(WholeTable(headers, rows, title="One client, one round", texts=("ranks",)))
     if estimate.devices:
         _print_devices(console, estimate)
     for line in estimate.notes:
@@ -72,45 +71,80 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
 
 
 def _print_devices(console: Console, estimate: Estimate) -> None:
-    table = Table(title="One client, one round, on its device", title_justify="left", header_style="bold")
     parts = ("down", "compute", "up") if console.width >= WIDE_COLUMNS else ()
-    for name in ("device", "clients", "memory", "it has", *parts, "time", "traffic", "limited by"):
-        is_text = name in ("device", "limited by")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)
+    rows = []
     for row in estimate.devices:
         cost = row.cost
         times = (cost.download_seconds, cost.compute_seconds, cost.upload_seconds) if parts else ()
-        table.add_row(
-            Text(row.device if row.plan in ("", row.device) else f"{row.device}, {row.plan}"),
-            f"{row.num_clients}",
-            bytes_text(cost.memory_bytes),
-            bytes_text(row.memory_bytes),
-            *(seconds_text(seconds) for seconds in times),
-            seconds_text(cost.seconds),
-            bytes_text(cost.down_bytes + cost.up_bytes),
-            row.limited_by or "nothing",
+        rows.append(
+            (
+                row.device if row.plan in ("", row.device) else f"{row.device}, {row.plan}",
+                f"{row.num_clients:,}",
+                bytes_text(cost.memory_bytes),
+                bytes_text(row.memory_bytes),
+                *(seconds_text(seconds) for seconds in times),
+                seconds_text(cost.seconds),
+                bytes_text(cost.down_bytes + cost.up_bytes),
+                row.limited_by or "nothing",
+            )
         )
-    console.print(table)
+    headers = ("device", "clients", "memory", "it has", *parts, "time", "traffic", "limited by")
+    console.print(WholeTable(headers, rows, title="One client, one round, on its device", texts=("limited by",)))
     for device, types in {row.device: row.fixed_types for row in estimate.devices if row.fixed_types}.items():
         verdicts = [f"{name} does not fit: {why}" if why else f"{name} fits" for name, why in types.items()]
         console.print(f"Of clients.types on {device}: {'; '.join(verdicts)}.", highlight=False, markup=False)
 
 
-def print_evaluation(console: Console, scores: Mapping[str, EvaluationRecord]) -> None:
-    """Print models side by side: all unseen tasks, then each category."""
-    names: Sequence[str] = list(scores)
-    table = Table(header_style="bold")
-    table.add_column("unseen tasks")
-    table.add_column("tasks", justify="right")
-    table.add_column("examples", justify="right")
-    for name in names:
-        table.add_column(f"{name}\nROUGE-L", justify="right")
-    last = scores[names[-1]]
-    for title, pick in (("all, by examples", "unseen"), ("all, by tasks", "unseen_unweighted")):
-        record = getattr(last, pick)
-        cells = [number_text(getattr(scores[name], pick).rouge_l) for name in names]
-        table.add_row(title, f"{record.num_tasks}", f"{record.num_examples}", *cells, style="bold")
-    for category, record in last.categories.items():
-        cells = [number_text(scores[name].categories[category].rouge_l) for name in names]
-        table.add_row(Text(category), f"{record.num_tasks}", f"{record.num_examples}", *cells)
-    console.print(table)
+def print_evaluation(
+    console: Console, scores: Mapping[str, EvaluationRecord], *, most_categories: int = MOST_CATEGORIES
+) -> None:
+    """Print models side by side: all unseen tasks by three measures, then the categories that changed most.
+
+    Args:
+        scores: Model -> its scores; the first is what the last is compared with.
+        most_categories: How many categories are shown; the others are folded into one line.
+    """
+    names = list(scores)
+    headers = ("unseen tasks", *names, *(("difference",) if len(names) > 1 else ()))
+    last = scores[names[-1]].unseen
+    measures = ("ROUGE-L", "exact match", "loss (nats)")
+    parts = (("by examples", "unseen"), ("by tasks", "unseen_unweighted"))
+    rows = [
+        _score_cells(f"{measure}, {title}", measure, [getattr(scores[name], part) for name in names])
+        for measure in measures
+        for title, part in parts
+    ]
+    tasks = f"{count_text(last.num_tasks, 'task')}, {count_text(last.num_examples, 'example')}"
+    console.print(WholeTable(headers, rows, title=tasks, styles={0: "bold"}))
+    _print_categories(console, scores, headers, most_categories)
+
+
+def _print_categories(
+    console: Console, scores: Mapping[str, EvaluationRecord], headers: Sequence[str], most: int
+) -> None:
+    first, last = (list(scores.values())[place].categories for place in (0, -1))
+    order = sorted(last, key=lambda name: (-abs(last[name].rouge_l - first[name].rouge_l), name))
+    folded = order[most:] if len(order) > most + 1 else []
+    shown = [name for name in order if name not in folded]
+    rows = [
+        _score_cells(
+            f"{name} ({last[name].num_tasks})", "ROUGE-L", [record.categories[name] for record in scores.values()]
+        )
+        for name in sorted(shown, key=lambda name: (first[name].rouge_l - last[name].rouge_l, name))
+    ]
+    if rows:
+        title = "ROUGE-L by category (tasks)" + (", those that changed most" if folded else "")
+        console.print(WholeTable(("category", *headers[1:]), rows, title=title))
+    if folded:
+        least = abs(last[folded[0]].rouge_l - first[folded[0]].rouge_l)
+        note = f"{len(folded)} more categories changed by {number_text(least)} at most; --categories shows them."
+        console.print(note, highlight=False, markup=False)
+
+
+def _score_cells(title: str, measure: str, records: Sequence[ScoreRecord]) -> list[str]:
+    field, digits, unit = {"ROUGE-L": ("rouge_l", 1, ""), "exact match": ("exact_match", 1, " %")}.get(
+        measure, ("loss", 3, "")
+    )
+    values = [getattr(record, field) for record in records]
+    cells = [number_text(value, digits, unit=unit) for value in values]
+    return [title, *cells, *([signed_text(values[-1] - values[0], digits)] if len(values) > 1 else [])]

@@ -16,6 +16,7 @@ def evaluate(
     which: Annotated[
         Literal["last", "best"], typer.Option("--round", help="The last round, or that of the lowest validation loss.")
     ] = "last",
+    categories: Annotated[bool, typer.Option("--categories", help="Show every category of tasks.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score the adapter of a run on its unseen tasks, compared with the base model alone."""
@@ -30,11 +31,12 @@ def evaluate(
         progress(Stage("Loading libraries"))
         # Only here: loading torch takes seconds, and a mistake is told before.
         from flexlora.experiment.score_run import evaluate_run
-        from flexlora.experiment.terminal import print_evaluation
+        from flexlora.experiment.terminal import MOST_CATEGORIES, print_evaluation
 
         hide_other_progress_bars()
         scores = evaluate_run(run_folder, overrides or (), rank=rank, which=which, notify=progress)
     if as_json:
         print_json({name: json.loads(record.model_dump_json()) for name, record in scores.items()})
     else:
-        print_evaluation(out, scores)
+        most = sum(len(record.categories) for record in scores.values()) if categories else MOST_CATEGORIES
+        print_evaluation(out, scores, most_categories=most)

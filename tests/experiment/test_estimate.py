@@ -120,8 +120,48 @@ def test_what_is_folded_round_by_round_is_said_to_be_left_out(name: str) -> None
 
 def test_an_estimate_is_plain_json(estimate: Estimate) -> None:
     tree = json.loads(json.dumps(estimate.to_json(), allow_nan=False))
-    assert list(tree) == ["facts", "types", "devices", "notes"]
+    assert list(tree) == ["run", "types", "devices", "notes"]
     assert tree["types"]["type4"]["num_clients"] == 2 and tree["types"]["type4"]["num_trainable"] > 0
+
+
+def test_a_plan_counts_references_and_scores_in_numbers(estimate: Estimate) -> None:
+    run = json.loads(json.dumps(estimate.to_json()))["run"]
+    # 3 rounds of 4 clients; 2 unseen tasks with an example each, scored before round 1 and after round 3, and the rank
+    # groups at the end: 4 types, each on the 2 unseen tasks, and with own tests of at most 2 clients, base and adapter.
+    assert run["parts"]["rounds"]["trainings"] == 12
+    assert 2 * 2 + 4 * 2 <= run["parts"]["rounds"]["answers"] <= 2 * 2 + 4 * 2 + 2 * 8
+    assert run["parts"]["fedit_smallest_rank"]["trainings"] == 12
+    assert run["parts"]["fedit_smallest_rank"]["answers"] == 2
+    smallest = 2 * 4 * sum(sum(shape) for shape in base_shapes().values())  # Rank 1, both ways, four bytes.
+    assert (
+        12 * smallest
+        < run["parts"]["fedit_smallest_rank"]["traffic_bytes"]
+        < 12 * (smallest + 800 * len(base_shapes()))
+    )
+    seconds = sum(part["training_seconds"] + part["scoring_seconds"] for part in run["parts"].values())
+    assert run["seconds"] == pytest.approx(seconds) and seconds > 0
+    assert run["num_clients"] == 8 and run["num_rounds"] == 3 and run["num_unseen_tasks"] == 2
+    facts = dict(estimate.facts)
+    assert "fedit smallest rank" in facts["Training of references"] and "answers in all" in facts["Scoring"]
+
+
+def test_only_notes_are_sentences_in_json(estimate: Estimate) -> None:
+    tree = estimate.to_json()
+    del tree["notes"]
+    texts: list[str] = []
+
+    def walk(value: object) -> None:
+        if isinstance(value, dict):
+            for own in value.values():
+                walk(own)
+        elif isinstance(value, list | tuple):
+            for own in value:
+                walk(own)
+        elif isinstance(value, str):
+            texts.append(value)
+
+    walk(tree)
+    assert not [text for text in texts if " " in text]
 
 
 def test_the_first_names_of_estimates_still_import() -> None:
