@@ -51,12 +51,16 @@ def resolve_device(name: str) -> str:
     """Return the device that ``auto`` stands for, or the one named.
 
     Raises:
-        BaseModelError: If CUDA is asked for where there is none.
+        BaseModelError: If a CUDA device is asked for that is not there.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise BaseModelError(f"model.device={name} needs a CUDA device and there is none; use model.device=cpu or auto")
+    number = int(name.partition(":")[2] or 0) if name.startswith("cuda") else 0
+    if name.startswith("cuda") and number >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise BaseModelError(f"model.device={name} is not there; the CUDA devices here are cuda:0 to cuda:{last}")
     return name
 
 

@@ -105,6 +105,12 @@ class RunResult:
         export_run(self.folder, folder, rank=rank, merged=merged, which=which)
         return Path(folder)
 
+    def adapters(self) -> dict[int, Path]:
+        """Return rank -> the PEFT folder of the global adapter at this rank, smallest first; none before the end."""
+        found = (self.folder / ADAPTERS_FOLDER).glob("rank-*")
+        ranks = {int(folder.name.removeprefix("rank-")): folder for folder in found}
+        return dict(sorted(ranks.items()))
+
     def summary(self) -> dict[str, Any]:
         """Return the outcome as plain values."""
         last = last_evaluated(self.rounds)
@@ -120,6 +126,7 @@ class RunResult:
             "server_round": self.server_round,
             "stopped": self.stopped,
             "has_progress": self.has_progress,
+            "adapters": {str(rank): str(folder) for rank, folder in self.adapters().items()},
             "unseen": {
                 "base": unseen(self.references.base),
                 "federated": unseen(last.evaluation if last else None),

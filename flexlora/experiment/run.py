@@ -96,6 +96,7 @@ def _run_in(
             write_run_adapters(loaded, loop, outcome, folder)
     if outcome.has_progress:
         measure_references(loaded, loop, outcome, folder, notify)
+    notify(Stage("Writing the report"))
     return RunResult(
         folder=folder,
         report=write_report(folder),

@@ -85,13 +85,14 @@ def check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) ->
     """
     if folder.exists() and not folder.is_dir():
         raise ExperimentError(f"a run needs a folder to write to; {folder} is a file")
-    if resume and not (folder / CONFIG_FILE).is_file():
-        why = f"holds no {CONFIG_FILE}" if folder.is_dir() else "does not exist"
-        raise ExperimentError(
-            f"there is no run to resume in {folder}, which {why}; "
-            "name the folder of the run (--out, out=), or leave --resume out to start one"
-        )
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    if resume and not entries:
+        # One that was killed before its first write has left something.
+        why = "is empty" if folder.is_dir() else "does not exist"
+        raise ExperimentError(
+            f"there is no run to resume in {folder}, which {why}; name the folder of the run (--out, out=), or leave "
+            "--resume out to start one"
+        )
     foreign = [path.name for path in entries if whole_name(path.name) not in RUN_ENTRIES]
     holds_run = (folder / CONFIG_FILE).is_file()
     if foreign and not (resume and holds_run):

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from flexlora.errors import FlexLoraError
+from flexlora.progress import stage
 from flexlora.verbs.arguments import JsonOption, RunArgument
-from flexlora.verbs.terminal import out, print_json
+from flexlora.verbs.terminal import err, out, print_json
 
 COMPARISON = Path("comparison.html")
 
@@ -36,22 +37,24 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write the report of a run again from what it has recorded so far, or a page that compares runs."""
-    from flexlora.report.comparison import comparison_notes, timed_runs
-    from flexlora.report.page import write_report
-    from flexlora.report.run_folder import read_run
-    from flexlora.report.runs_page import summary_of, write_runs_page
-    from flexlora.report.terminal import print_virtual_time
-
     folders = [run_folder, *(others or ())]
     for folder in folders:
         if not folder.is_dir():
             raise FlexLoraError(f"RUN and OTHER must be folders of runs; there is no folder {folder}")
-    is_one = len(folders) == 1 and page is None
-    path = write_report(run_folder, (), target) if is_one else write_runs_page(folders, page or COMPARISON, target)
-    runs = [read_run(folder) for folder in folders]
-    notes = comparison_notes(runs[0], runs[1:], target)
-    timed, target = timed_runs(runs[0], runs[1:], target)
-    found = summary_of(runs)
+    with stage(err, "Reading records and writing the page", hidden=as_json):
+        # Only here: they load what computes intervals.
+        from flexlora.report.comparison import comparison_notes, timed_runs
+        from flexlora.report.page import write_report
+        from flexlora.report.run_folder import read_run
+        from flexlora.report.runs_page import summary_of, write_runs_page
+        from flexlora.report.terminal import print_virtual_time
+
+        is_one = len(folders) == 1 and page is None
+        path = write_report(run_folder, (), target) if is_one else write_runs_page(folders, page or COMPARISON, target)
+        runs = [read_run(folder) for folder in folders]
+        notes = comparison_notes(runs[0], runs[1:], target)
+        timed, target = timed_runs(runs[0], runs[1:], target)
+        found = summary_of(runs)
     if as_json:
         reached = {one.name: one.seconds_to(target) for one in timed}
         times = {"target_rouge_l": target, "virtual_seconds_to_target": reached}

@@ -94,3 +94,9 @@ def test_a_run_without_a_round_has_no_adapter_yet(small_run: RunResult, tmp_path
     assert (started.server_round, started.has_progress) == (0, False)
     with pytest.raises(ExperimentError, match="has no round to take an adapter from yet"):
         started.adapter()
+
+
+def test_a_summary_names_the_adapters_by_rank(small_run: RunResult) -> None:
+    named = small_run.summary()["adapters"]
+    there = {path.name.removeprefix("rank-"): str(path) for path in (small_run.folder / "adapters").iterdir()}
+    assert named == there and list(named) == sorted(named, key=int)

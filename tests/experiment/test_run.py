@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from flexlora.experiment import run
+from flexlora.experiment import estimate, run
+from flexlora.experiment.base import BaseModelError, resolve_device
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import dump_config, parse_config
 from flexlora.experiment.export import export_run
@@ -89,3 +91,28 @@ def test_what_a_killed_run_was_writing_is_no_hindrance(tmp_path: Path, small_run
         (folder / name).write_text("half")
     run_experiment(read_run_config(folder), folder, resume=True)
     assert {path.name for path in folder.iterdir()} == {path.name for path in small_run.folder.iterdir()}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_told_before_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (run, estimate):
+        monkeypatch.setattr(module, "gather_participants", lambda *_: pytest.fail("data were read"))
+    config = config_of(model={"device": "cuda"})
+    with pytest.raises(BaseModelError, match="needs a CUDA device and there is none"):
+        run_experiment(config, tmp_path / "run")
+    with pytest.raises(BaseModelError, match="needs a CUDA device and there is none"):
+        estimate.estimate_experiment(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("number", "is_there"), [(1, True), (2, False)])
+def test_only_devices_that_are_there_are_taken(number: int, is_there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    if is_there:
+        assert resolve_device(f"cuda:{number}") == f"cuda:{number}"
+    else:
+        with pytest.raises(BaseModelError, match="are cuda:0 to cuda:1"):
+            resolve_device(f"cuda:{number}")

@@ -53,3 +53,9 @@ def test_a_resumed_run_may_only_get_longer_or_score_fewer_prompts_at_once(tmp_pa
     with pytest.raises(ExperimentError, match=r"differs in method\.error_compensation, seed"):
         changed = config_of(seed=1, method={"name": "flexlora", "error_compensation": True}, rounds={"num_rounds": 5})
         check_folder(changed, folder, resume=True, overwrite=False)
+
+
+def test_only_a_run_can_be_resumed(tmp_path: Path) -> None:
+    for folder, why in ((tmp_path / "none", "does not exist"), (tmp_path, "is empty")):
+        with pytest.raises(ExperimentError, match=f"there is no run to resume in .*{why}.*leave --resume out"):
+            check_folder(Config(), folder, resume=True, overwrite=False)

@@ -119,3 +119,20 @@ def test_counts_of_devices_are_met_exactly_and_unknown_names_refused() -> None:
         assign_devices(IDS, PROFILES, 1, distribution={"tablet": 1}, counts={}, assigned={})
     with pytest.raises(ClientError, match=r"devices\.assigned must name clients of the data; 1 of 1 are unknown"):
         assign_devices(IDS, PROFILES, 1, distribution={}, counts={}, assigned={"nobody": "phone"})
+
+
+def test_mistakes_in_columns_and_in_lines_are_told_together(tmp_path: Path) -> None:
+    header = "name,memory_megabyte,gigaflops_per_second,down_megabits_per_second,up_megabits_per_second,weight"
+    text = problem(tmp_path, header, "tv,500,zero,16,4,0", "tv,500,8,-1,4,0", ",1,1,1,1,0")
+    for expected in (
+        "memory_megabytes missing from the first line",
+        "there is no column 'memory_megabyte'",
+        "line 2 (tv), column gigaflops_per_second: must be a number above 0; got 'zero'",
+        "line 3 (tv), column down_megabits_per_second: must be a number above 0; got '-1'",
+        "line 3, column name: must be unique",
+        "line 4, column name: must not be empty",
+        "column weight: is 0 everywhere",
+    ):
+        assert expected in text
+    # The missing column is told once, and not for each line.
+    assert text.count("  - ") == 7
