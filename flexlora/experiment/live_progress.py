@@ -123,7 +123,7 @@ class LiveProgress:
     def _finish_round(self, record: "RoundRecord", name: str) -> None:
         self._bytes += record.up_bytes + record.down_bytes
         if record.train_loss is not None:
-            self._shown = f"loss {record.train_loss:.3f}"
+            self._shown = f"training loss {record.train_loss:.3f}"
         if record.evaluation is not None:
             self._unseen = f"unseen ROUGE-L {record.evaluation.unseen.rouge_l:.1f}"
             line = f"  {name}: {self._unseen}, exact match {record.evaluation.unseen.exact_match:.1f} %"
