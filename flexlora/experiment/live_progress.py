@@ -143,7 +143,7 @@ class LiveProgress:
         if left is None:
             return
         share = self._time.elapsed() / max(1e-9, self._time.elapsed() + left)
-        detail = f"about {seconds_text(left)} left"
+        detail = f"about {seconds_text(left)} left" if left >= 1 else "nearly done"
         self._bars.update(self._whole, completed=share, visible=True, detail=detail)
 
     def _say(self, what: str) -> None:

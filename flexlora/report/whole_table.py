@@ -60,11 +60,10 @@ class WholeTable:
             pad_edge=bool(box),
         )
         for place, header in enumerate(self.headers):
-            is_text = self._is_text(place)
+            # No number is broken: each column is as wide as its longest.
             table.add_column(
                 header,
-                justify="left" if is_text else "right",
-                no_wrap=not is_text,
+                justify="left" if self._is_text(place) else "right",
                 overflow="fold",
                 width=widths[place],
             )

@@ -10,7 +10,7 @@ import typer
 from flexlora.progress import stage
 from flexlora.verbs.arguments import ConfigArgument, JsonOption, OverridesArgument
 from flexlora.verbs.leaving import interruptible
-from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json
+from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json, reading
 
 
 def compare(
@@ -62,23 +62,24 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods on paired draws, each at its own learning rate, with all controls; see docs/compare.md."""
-    from flexlora.experiment.compare_arms import read_arms
-    from flexlora.experiment.compare_study import make_study, reference_of
+    with reading(config):
+        from flexlora.experiment.compare_arms import read_arms
+        from flexlora.experiment.compare_study import make_study, reference_of
 
-    study = make_study(
-        config,
-        overrides or (),
-        read_arms(methods),
-        distributions=[name.strip() for name in (distributions or "").split(",") if name.strip()],
-        draws=draws,
-        tuning_draws=tuning_draws,
-        trials=trials,
-        evaluations=evaluations,
-        text=not no_text,
-        tune_on=tune_on,
-        with_controls=not no_controls,
-    )
-    reference = reference_of(study, reference)
+        study = make_study(
+            config,
+            overrides or (),
+            read_arms(methods),
+            distributions=[name.strip() for name in (distributions or "").split(",") if name.strip()],
+            draws=draws,
+            tuning_draws=tuning_draws,
+            trials=trials,
+            evaluations=evaluations,
+            text=not no_text,
+            tune_on=tune_on,
+            with_controls=not no_controls,
+        )
+        reference = reference_of(study, reference)
     with stage(err, "Loading libraries", hidden=quiet or as_json):
         # Only here: loading torch takes seconds, and a mistake is told before.
         from flexlora.experiment.compare import run_comparison

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from flexlora.verbs.arguments import JsonOption, OverridesArgument, RunArgument
-from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json
+from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json, reading
 
 
 def evaluate(
@@ -20,13 +20,14 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score the adapter of a run on its unseen tasks, compared with the base model alone."""
-    from flexlora.experiment.config_file import load_config
-    from flexlora.experiment.live_progress import LiveProgress
-    from flexlora.experiment.run_folder import CONFIG_FILE, read_run_config
-    from flexlora.experiment.stages import Stage
+    with reading(run_folder):
+        from flexlora.experiment.config_file import load_config
+        from flexlora.experiment.live_progress import LiveProgress
+        from flexlora.experiment.run_folder import CONFIG_FILE, read_run_config
+        from flexlora.experiment.stages import Stage
 
-    read_run_config(run_folder)
-    load_config(run_folder / CONFIG_FILE, overrides or (), check_paths=True)
+        read_run_config(run_folder)
+        load_config(run_folder / CONFIG_FILE, overrides or (), check_paths=True)
     with LiveProgress(err, hidden=as_json) as progress:
         progress(Stage("Loading libraries"))
         # Only here: loading torch takes seconds, and a mistake is told before.

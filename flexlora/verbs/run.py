@@ -8,7 +8,7 @@ from rich.markup import escape
 
 from flexlora.verbs.arguments import ConfigArgument, JsonOption, OverridesArgument
 from flexlora.verbs.leaving import EXIT_NO_PROGRESS, interruptible
-from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json
+from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json, reading
 
 
 def run(
@@ -21,13 +21,14 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a model across clients; write adapters, records and a report."""
-    from flexlora.experiment.config_file import load_config
-    from flexlora.experiment.live_progress import LiveProgress
-    from flexlora.experiment.run_folder import check_folder
-    from flexlora.experiment.stages import Stage
+    with reading(config):
+        from flexlora.experiment.config_file import load_config
+        from flexlora.experiment.live_progress import LiveProgress
+        from flexlora.experiment.run_folder import check_folder
+        from flexlora.experiment.stages import Stage
 
-    settings = load_config(config, overrides or (), check_paths=True)
-    check_folder(settings, folder, resume, overwrite)
+        settings = load_config(config, overrides or (), check_paths=True)
+        check_folder(settings, folder, resume, overwrite)
     with (
         interruptible("the same command with --resume continues from the last checkpoint"),
         LiveProgress(err, hidden=quiet or as_json) as progress,

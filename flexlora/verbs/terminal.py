@@ -2,9 +2,12 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from flexlora.console import plain_console
+from flexlora.progress import can_move, stage
 
 out = plain_console()
 err = plain_console(stderr=True)
@@ -18,6 +21,13 @@ def hide_other_progress_bars() -> None:
     # Its own handler writes names of tensors to stderr as they are.
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Show in a terminal that a configuration is being read, which is over at once on a free machine."""
+    with stage(err, f"Reading {what}", hidden=not can_move(err)):
+        yield
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from flexlora.report.whole_table import WholeTable
 
-HEADERS = ("type", "ranks", "clients", "memory", "down", "up", "time")
+HEADERS = ("type", "ranks", "clients", "memory", "down", "all the way up", "time")
 ROWS = (
     ("type1", "1 in every module", "1,560", "123.4 MB", "897 kB", "64.7 kB", "506 ms"),
     (
@@ -35,6 +35,8 @@ def test_no_number_is_cut_and_no_line_is_too_long(width: int) -> None:
     assert max(cell_len(line) for line in text.splitlines()) <= width
     assert "…" not in text
     for row in ROWS:
+        for word in " ".join(HEADERS).split():
+            assert word in text
         for cell in row[2:]:
             assert cell in text
         for word in row[1].split():
