@@ -116,13 +116,13 @@ def run_totals(run: GatheredRun, workload: Workload, cost_of: "CostOf", num_proc
     for name, work in planned_work(run).items():
         seconds, up, down = _mean_cost(references.get(name, clients), cost_of)
         # A round of the run may sample more clients than it waits for.
-        broadcasts = work.trainings * sampled / counted if name == ROUNDS else work.trainings
+        uploads = work.trainings * counted / sampled if name == ROUNDS else work.trainings
         parts[name] = PartTotals(
             trainings=work.trainings,
             answers=work.answers,
             training_seconds=work.trainings * seconds / (1 if name == ALONE else divisor),
             scoring_seconds=work.answers * seconds_per_answer,
-            traffic_bytes=0 if name == ALONE else round(broadcasts * down + work.trainings * up),
+            traffic_bytes=0 if name == ALONE else round(work.trainings * down + uploads * up),
         )
     return RunTotals(
         base_model=config.model.name_or_path,

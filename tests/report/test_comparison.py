@@ -39,13 +39,12 @@ def test_a_target_may_be_asked_for_or_come_from_the_run(
 
 def test_the_command_line_compares_runs_too(folders: list[Path]) -> None:
     names = [str(folder) for folder in folders]
-    told = CliRunner().invoke(app, ["report", *names, "--target", "22", "--json"])
-    assert json.loads(told.stdout) == {
-        "report": str(folders[0] / "report.html"),
-        "target_rouge_l": 22.0,
-        "virtual_seconds_to_target": {"patient": 400.0, "hasty": 40.0, "FedIT, smallest rank": None},
-        "notes": [],
-    }
+    page = folders[0].parent / "compared.html"
+    told = CliRunner().invoke(app, ["report", *names, "--target", "22", "--json", "--out", str(page)])
+    found = json.loads(told.stdout)
+    assert (found["report"], found["target_rouge_l"]) == (str(page), 22.0)
+    assert found["virtual_seconds_to_target"] == {"patient": 400.0, "hasty": 40.0, "FedIT, smallest rank": None}
+    assert page.exists() and not (folders[0] / "report.html").exists()
     with pytest.raises(FlexLoraError, match="there is no folder nowhere"):
         CliRunner().invoke(app, ["report", names[0], "nowhere"], catch_exceptions=False)
 
@@ -64,8 +63,10 @@ def test_runs_of_one_name_are_told_apart_and_a_run_named_twice_counts_once(
 ) -> None:
     scores = {"a": {0: 5.0, 4: 30.0}, "b": {0: 5.0, 2: 25.0}}
     runs = [str(folder_of(tmp_path / name / "x", "wait", rounds_of(scores[name], 10.0))) for name in "ab"]
-    told = CliRunner().invoke(app, ["report", *runs, f"{runs[1]}/../x", "--json"])
+    out = ["--out", str(tmp_path / "compared.html")]
+    told = CliRunner().invoke(app, ["report", *runs, f"{runs[1]}/../x", "--json", *out])
     assert json.loads(told.stdout)["virtual_seconds_to_target"] == {"a/x": 40.0, "b/x": 20.0}
+    write_report(Path(runs[0]), [Path(runs[1]), Path(f"{runs[1]}/../x")])
     text = section_of(Path(runs[0]) / "report.html")
     assert text.count("b/x wait 4") == 1 and "a/x (wait)" in text
 
@@ -135,11 +136,10 @@ def test_runs_without_a_virtual_clock_are_named(
         "plain is left out: it has no virtual clock (devices.profiles gives it one).",
         "new is left out: it has not begun yet.",
     ]
-    told = CliRunner().invoke(app, ["report", str(folders[0]), str(plain), str(new)], env={"COLUMNS": "150"})
+    out = ["--out", str(tmp_path / "compared.html")]
+    told = CliRunner().invoke(app, ["report", str(folders[0]), str(plain), str(new), *out], env={"COLUMNS": "150"})
     assert all(line in told.stdout for line in missing)
-    # Nothing to compare at all is no reason to say nothing.
-    told = CliRunner().invoke(app, ["report", str(plain), str(new)], env={"COLUMNS": "150"})
-    assert all(line in told.stdout for line in missing)
+    write_report(plain, [new])
     assert all(line in section_of(plain / "report.html") for line in missing)
     assert comparison_notes(read_run(plain)) == []
 
