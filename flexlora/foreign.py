@@ -22,17 +22,20 @@ FREE_NODES = 1000
 """Values that aliases may add to any text."""
 LONGEST_REASON = 300
 
+TOO_DEEP = f"values may be nested {DEEPEST} deep, not deeper"
+INVALID_JSON = "not valid JSON: "
+
 
 class ForeignError(FlexLoraError, ValueError):
     """A text is not what its format asks for.
 
     Attributes:
-        reason: What is wrong, without the place.
+        reason: What is wrong, without the place and the rule.
     """
 
-    def __init__(self, place: object, reason: str) -> None:
+    def __init__(self, place: object, reason: str, rule: str = "") -> None:
         self.reason = printable(" ".join(reason.split()))[:LONGEST_REASON]
-        super().__init__(f"{place}: {self.reason}")
+        super().__init__(f"{place}: {rule}{self.reason}")
 
 
 def read_json(content: bytes | str, place: object, unique_keys: bool = False) -> Any:
@@ -50,11 +53,11 @@ def read_json(content: bytes | str, place: object, unique_keys: bool = False) ->
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(text, object_pairs_hook=_without_repeats if unique_keys else None)
     except RecursionError:
-        raise ForeignError(place, f"not valid JSON here: values may be nested {DEEPEST} deep, not deeper") from None
+        raise ForeignError(place, TOO_DEEP, INVALID_JSON) from None
     except (ValueError, OverflowError) as error:
-        raise ForeignError(place, f"not valid JSON: {error}") from None
+        raise ForeignError(place, str(error), INVALID_JSON) from None
     if _is_deep(value):
-        raise ForeignError(place, f"not valid JSON here: values may be nested {DEEPEST} deep, not deeper")
+        raise ForeignError(place, TOO_DEEP, INVALID_JSON)
     return value
 
 
@@ -81,7 +84,7 @@ def read_yaml(content: bytes | str, place: object) -> Any:
         finally:
             loader.dispose()
     except RecursionError:
-        raise ForeignError(place, f"not valid YAML here: values may be nested {DEEPEST} deep, not deeper") from None
+        raise ForeignError(place, f"not valid YAML: {TOO_DEEP}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -13,6 +13,7 @@ from flexlora.data.data_notes import DataNotes
 from flexlora.data.examples import Example, Turn
 from flexlora.data.found_values import abridged
 from flexlora.data.instruction_errors import InstructionDataError
+from flexlora.foreign import ForeignError, read_json
 
 # What data call a role -> what chat templates call it. OpenAI's developers say what only the system said before.
 ROLES: Mapping[str, str] = {
@@ -130,9 +131,9 @@ def parsed_json(text: str, place: str) -> object:
         InstructionDataError: It is no JSON.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InstructionDataError(f"{place}: {abridged(text)} must be JSON ({error}); repair it") from error
+        return read_json(text, place)
+    except ForeignError as error:
+        raise InstructionDataError(f"{place}: {abridged(text)} must be JSON ({error.reason}); repair it") from error
 
 
 def _turn(message: Mapping[str, object], place: str, notes: DataNotes, trains_all: bool) -> ParsedTurn:

@@ -31,7 +31,7 @@ def write_page(folder: Path | str, reference: str = DEFAULT_REFERENCE) -> Path:
     if not rows:
         raise StudyError(f"a comparison has finished runs in {ROWS_FILE}; {folder} has none yet; wait for the first")
     config = folder / CONFIG_FILE
-    text = config.read_text(encoding="utf-8") if config.exists() else None
+    text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
     path = folder / PAGE_FILE
     # The name of a folder may hold bytes that are not text.
     write_whole(path, render(rows, folder.resolve().name, reference, text).encode(errors="replace"))

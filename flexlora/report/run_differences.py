@@ -145,19 +145,23 @@ def comparison_in_words(rows: Sequence[RunRow], seeds: Sequence[SeedRow]) -> str
 
 
 def _seed_sentence(row: SeedRow) -> str:
-    where = "above" if row.pairs.mean > 0 else "below"
     claim = "" if row.is_told else ", which includes zero: not told apart"
-    return (
-        f"{row.arm} ends {number_text(abs(row.pairs.mean))} points of ROUGE-L {where} {row.first} "
-        f"(95 % interval {row.interval} over {count_text(len(row.seeds), 'seed')}{claim})."
-    )
+    over = f"over {count_text(len(row.seeds), 'seed')}{claim}"
+    return f"{row.arm} {_ends(row.pairs.mean, row.first)} (95 % interval {row.interval} {over})."
 
 
 def _task_sentence(name: str, first: str, difference: Difference) -> str:
-    where = "above" if difference.value > 0 else "below"
     claim = "" if difference.is_told else ", which includes zero: not told apart"
     return (
-        f"{name} ends {number_text(abs(difference.value))} points of ROUGE-L {where} {first} (95 % interval "
+        f"{name} {_ends(difference.value, first)} (95 % interval "
         f"{signed_text(difference.low)} to {signed_text(difference.high)} over "
         f"{count_text(difference.num_units, 'task')} of one run each{claim})."
     )
+
+
+def _ends(points: float, first: str) -> str:
+    """Return where a run ends beside the first, as "ends 2.0 points of ROUGE-L above plain"."""
+    size = number_text(abs(points))
+    if size == number_text(0.0):
+        return f"ends level with {first} in ROUGE-L"
+    return f"ends {size} points of ROUGE-L {'above' if points > 0 else 'below'} {first}"

@@ -93,7 +93,7 @@ def read_run(run_folder: Path) -> RunFolder:
         records=read_records(run_folder / RECORDS_FILE),
         references=read_references(run_folder / REFERENCES_FILE),
         manifest=read_manifest(run_folder / MANIFEST_FILE),
-        config=config.read_text(encoding="utf-8") if config.exists() else None,
+        config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else None,
         adapters=sorted(sizes, key=lambda name: (len(name), name)),
         adapter_bytes=sizes,
         answers=read_answers(run_folder / ANSWERS_FILE),

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from flexlora.foreign import ForeignError, read_yaml
 from flexlora.report.run_folder import RunFolder
 
 SEED = "seed"
@@ -25,8 +24,8 @@ class Arm:
 def settings_of(run: RunFolder) -> dict[str, str]:
     """Return dotted key -> value as text; nothing for a configuration that is missing or damaged."""
     try:
-        tree = yaml.safe_load(run.config or "")
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        tree = read_yaml(run.config or "", run.path)
+    except ForeignError:
         return {}
     return dict(_flat(tree, ())) if isinstance(tree, dict) else {}
 

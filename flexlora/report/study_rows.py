@@ -3,13 +3,13 @@
 A row is a plain mapping, because its writer may add to it. What statistics need is checked here, once.
 """
 
-import json
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from flexlora.errors import FlexLoraError
+from flexlora.foreign import ForeignError, read_json
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +62,13 @@ def read_lines(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = read_json(line, path)
+        except ForeignError as error:
             if number == len(lines):
                 log.warning("%s: dropped an incomplete last line of %d bytes", path, len(line))
                 continue
-            raise StudyError(f"{path}, line {number} is not JSON ({error}); remove it and repeat that run") from None
+            told = f"{path}, line {number} is not JSON ({error.reason})"
+            raise StudyError(f"{told}; remove it and repeat that run") from None
         found.append(_checked(value, f"{path}, line {number}"))
     return found
 

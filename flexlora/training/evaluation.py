@@ -77,31 +77,6 @@ def combine(scores: Sequence[Score], *, weighted: bool = True) -> Score:
     )
 
 
-def evaluate(
-    model: AdaptedModel,
-    adapter: Broadcast | None,
-    tasks: Mapping[str, Sequence[Example]],
-    *,
-    template: Template,
-    max_length: int,
-    max_new_tokens: int,
-    batch_size: int = 64,
-    notify: Callable[[int], None] = lambda num_answers: None,
-) -> dict[str, Score]:
-    """Return the score of each task that has examples, in the order given; for the arguments see ``answer_tasks``."""
-    answers = answer_tasks(
-        model,
-        adapter,
-        tasks,
-        template=template,
-        max_length=max_length,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        notify=notify,
-    )
-    return {task: score_of(own) for task, own in answers.items()}
-
-
 def answer_tasks(
     model: AdaptedModel,
     adapter: Broadcast | None,
@@ -156,7 +131,7 @@ def answer_loss(
     max_length: int,
     batch_size: int = 64,
 ) -> float:
-    """Return nats per token of the first accepted answers; for the arguments see ``evaluate``."""
+    """Return nats per token of the first accepted answers; for the arguments see ``answer_tasks``."""
     if adapter is not None:
         model.load(adapter)
     with model.without_adapter() if adapter is None else nullcontext():
@@ -172,7 +147,7 @@ def task_loss(
     max_length: int,
     batch_size: int = 64,
 ) -> float:
-    """Return the loss that ``combine(evaluate(...))`` has, without generating answers; 0 without examples.
+    """Return the combined loss of ``answer_tasks``, without generating answers; 0 without examples.
 
     It is nats per token within a task, and the mean over tasks weighted by their examples.
     """

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,10 @@ def test_runs_that_differ_in_the_seed_alone_are_one_arm(runs: dict[str, Path]) -
 def test_the_same_run_twice_is_an_arm_of_its_own_and_so_is_one_without_settings(runs: dict[str, Path]) -> None:
     read_runs = {"a": read_run(runs["plain-1"]), "b": read_run(runs["plain-1"])}
     assert [list(arm.runs.values()) for arm in arms_of(read_runs)] == [["a"], ["b"]]
-    for damage in ("{", "seed: 2024-13-45\n", "- 1\n", "[" * 5000):
-        (runs["plain-1"] / "config.yaml").write_text(damage)
+    nested = "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghi"))
+    bomb = f"a: &a [1, 2]\n{nested}".encode()
+    for damage in (b"{", b"seed: 2024-13-45\n", b"- 1\n", b"[" * 5000, b"seed: \xff\xfe\n", bomb):
+        (runs["plain-1"] / "config.yaml").write_bytes(damage)
         assert len(arms_of({"x": read_run(runs["plain-1"]), "y": read_run(runs["plain-2"])})) == 2
 
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from rouge_score import rouge_scorer
@@ -6,7 +8,7 @@ from flexlora.data.examples import Example
 from flexlora.data.prompts import encode, encode_prompt
 from flexlora.federation.messages import Broadcast
 from flexlora.training.adapted_model import AdaptedModel
-from flexlora.training.evaluation import Score, answer_tasks, combine, evaluate, task_loss
+from flexlora.training.evaluation import Score, answer_tasks, combine, score_of, task_loss
 from flexlora.training.generation import generate
 
 TASKS = {
@@ -18,6 +20,11 @@ TASKS = {
     "numbers": [Example("Add.", "1 and 1 " * 30, ("2", "two"))],
 }
 OPTIONS = {"template": "alpaca", "max_length": 96, "max_new_tokens": 6}
+
+
+def evaluate(*arguments: Any, **options: Any) -> dict[str, Score]:
+    """Return the score of each task that has examples."""
+    return {task: score_of(answers) for task, answers in answer_tasks(*arguments, **options).items()}
 
 
 def test_the_loss_is_that_of_transformers_per_answer_token(talkative, tokenizer, shapes, random_adapter, scaling):
