@@ -33,7 +33,7 @@ the energy, and ``1 / (d (d - 1))`` of the other half to the bound with ``d`` fa
 # pyright: reportConstantRedefinition=false
 
 from hashlib import blake2b
-from math import acosh, ceil, inf, log, sqrt
+from math import acosh, ceil, hypot, inf, log, sqrt
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def by_subspace(
         chance = FAILURE_PROBABILITY / (num_blocks**2 * (num_blocks + 1))
         rest = Remainder(operator, dtype, k, theta, left, right, rounding2, chance)
         image = rest.examine(probes, probed)
-        lost = lost_to_rounding(theta, k, rounding2)
+        lost = lost_to_rounding(theta, k, rounding2) + _lost_by_dropping(theta, k, dtype)
         verdict = rest.verdict(lost, accuracy, most_factors)
         if verdict is not None:
             return _answered(rest, image, right, k, dtype, verdict, f"{reason}; {products} products with it")
@@ -147,6 +147,19 @@ def _filtered(step: Tensor, left: Tensor, previous: Tensor | None, rotation: Ten
     return following, torch.linalg.solve_triangular(upper, left, upper=True, left=False)
 
 
+def _lost_by_dropping(theta: Tensor, k: int, dtype: torch.dtype) -> float:
+    """Return what ``_answered`` can lose in captured energy by leaving out directions that are nothing but rounding.
+
+    Args:
+        theta: Squared singular values, descending, of one product less than ``_answered`` sees.
+        k: Directions asked for.
+        dtype: Of the products.
+    """
+    least = torch.finfo(dtype).eps ** 2 * float(theta[0])
+    # Which ones are left out is decided one product later, so whatever is near counts as well.
+    return least * int((theta[:k] < 100 * least).sum())
+
+
 def _answered(
     rest: Remainder,
     image: Tensor,
@@ -162,9 +175,10 @@ def _answered(
     S = theta.sqrt()
     kept = min(k, int((S > S[0] * torch.finfo(dtype).eps).sum()))
     triple = (basis @ mixture[:, :kept], S[:kept], (right @ rotation[:, :kept]).T)
-    rounding += float(S[kept:k].norm())
-    chance = FAILURE_PROBABILITY
-    return triple, Certificate("subspace", reason, sqrt(rest.total), rest.tail, excess, rounding, chance, rest.spread)
+    tail = hypot(rest.tail, float(S[kept:k].norm()))
+    return triple, Certificate(
+        "subspace", reason, sqrt(rest.total), tail, excess, rounding, FAILURE_PROBABILITY, rest.spread
+    )
 
 
 def _further_products(gap: float, ratio: float) -> float:

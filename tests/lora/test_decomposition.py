@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexlora.lora import decomposition, subspace
@@ -115,6 +115,8 @@ def check_certificate(shape, clients, k, accuracy, **options):
     accuracy=st.sampled_from(["exact", "fast"]),
     keep_factors=st.booleans(),
 )
+# The directions that are left out as rounding took the floor 4 in 1,000 too far.
+@example((240, 72), "low rank", 9, 6, 162166, torch.float64, "fast", False)
 def test_a_certificate_holds_and_is_as_tight_as_asked(shape, kind, num_clients, k, seed, dtype, accuracy, keep_factors):
     rng = np.random.default_rng(seed)
     left, right = matrix_of(spectrum_values(kind, min(shape), k, rng), shape, rng)
