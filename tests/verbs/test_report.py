@@ -26,7 +26,7 @@ def test_several_runs_go_on_a_page_here_and_their_reports_stay(
     done = CliRunner().invoke(app, ["report", str(whole_run), str(other)])
     assert done.exit_code == 0 and (tmp_path / "comparison.html").is_file()
     assert (whole_run / "report.html").read_text() == "own" and not (other / "report.html").exists()
-    assert "points of ROUGE-L" in done.stdout
+    assert "other ends level with demo in ROUGE-L" in done.stdout
 
 
 def test_json_has_a_row_for_each_run(whole_run: Path, tmp_path: Path) -> None:
