@@ -8,7 +8,6 @@ A study goes on from the rows in results/, so rows that were made on another mac
 
 import argparse
 import json
-import os
 import shlex
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from flexlora.experiment.compare import CompareEvent, run_comparison
 from flexlora.experiment.compare_arms import read_arms
 from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_study import make_study
+from flexlora.limits import num_cores
 from flexlora.report.study_rows import read_rows
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=sorted(STUDIES))
     parser.add_argument("--out", type=Path, help="default runs/studies/STUDY")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=num_cores())
     parser.add_argument("--minutes", type=float, help="start no further run after this")
     parser.add_argument("--only", help="labels of the arms to run in this sitting, separated by commas")
     parser.add_argument("--on", help="distributions to run in this sitting, separated by commas")

@@ -19,6 +19,7 @@ RANKS = {
     "text": -1,
     "errors": 0,
     "files": 0,
+    "limits": 0,
     "orphans": 0,
     "time_limit": 0,
     "console": 0,

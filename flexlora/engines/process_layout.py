@@ -1,14 +1,11 @@
 """Chooses how many processes train a cohort, on which devices and with how many CPU threads each."""
 
-import os
-from pathlib import Path
-
 import torch
+
+from flexlora.limits import num_cores
 
 # A larger base keeps several threads busy, and one process needs the least memory.
 _MOST_PARAMETERS = 100_000_000
-
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def choose_processes(
@@ -28,16 +25,6 @@ def choose_processes(
         number = num_processes or len(devices)
     else:
         devices = [device]
-        number = num_processes or (max(1, _num_cores() // (num_threads or 1)) if is_small else 1)
+        number = num_processes or (max(1, num_cores() // (num_threads or 1)) if is_small else 1)
     threads = num_threads or (1 if is_small else max(1, torch.get_num_threads() // number))
     return [devices[index % len(devices)] for index in range(1, number)], threads
-
-
-def _num_cores() -> int:
-    """Return the number of cores this process may use; a container often has fewer than the machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _CPU_QUOTA.read_text(encoding="ascii").split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # There is no such file, or it sets no limit.
-        return cores

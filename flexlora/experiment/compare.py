@@ -1,6 +1,5 @@
 """Runs a comparison: jobs side by side in processes, a row as soon as each is done, everything resumable."""
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,8 @@ from flexlora.experiment.compare_folder import (
 )
 from flexlora.experiment.compare_jobs import Job, Study, due_jobs, num_jobs_left
 from flexlora.experiment.compare_pool import SCRATCH_FOLDER, JobPool
+from flexlora.limits import most_processes, num_cores
+from flexlora.text import count_text
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ def run_comparison(
         CompareError: If ``folder`` holds a comparison that runs, or of another configuration, or something
             else, or ``jobs`` are more than this machine could bear.
     """
-    most = max(64, 4 * (os.cpu_count() or 1))
+    most = most_processes()
     if not 1 <= jobs <= most:
-        raise CompareError(f"--jobs must be in 1..{most} on the {os.cpu_count()} cores of this machine; got {jobs}")
+        here = f"on the {count_text(num_cores(), 'core')} of this machine"
+        raise CompareError(f"--jobs must be in 1..{most} {here}; got {jobs}")
     with locked_comparison(folder):
         if not overwrite:
             study = _in_known_order(study, known_distributions(folder))

@@ -1,12 +1,11 @@
 """Refuses counts that no machine, or not this one, could hold or finish, before any work on them begins."""
 
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from flexlora.experiment.config import Config
-from flexlora.text import number_text
+from flexlora.limits import memory_bytes, most_processes, num_cores
+from flexlora.text import count_text, number_text
 
 MOST = 1_000_000_000
 """Of any count that has no smaller bound below."""
@@ -42,29 +41,14 @@ REPEATS: Mapping[str, float] = {
 LARGEST_RANK = 65_536
 """No module of a language model has a larger side that would make use of it."""
 
-UNKNOWN_MEMORY = 2**40
-
 
 def excessive(config: Config) -> Iterator[str]:
     """Yield a sentence for each count that is larger than what is sensible on this machine."""
-    memory = machine_memory()
+    memory = memory_bytes()
     for key, value in _numbers(config.model_dump(mode="json")):
         most, why = _most(key, memory)
         if value > most:
             yield f"{key}: must be at most {number_text(most, 0)}, {why}; got {value:.4g}"
-
-
-def machine_memory() -> int:
-    """Return the bytes of memory of this machine, or of the container that this process is confined to."""
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        memory = UNKNOWN_MEMORY
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        limit = memory
-    return min(memory, limit)
 
 
 def _most(key: str, memory: int) -> tuple[float, str]:
@@ -75,7 +59,7 @@ def _most(key: str, memory: int) -> tuple[float, str]:
         if name in REPEATS:
             return REPEATS[name], "more than any run has been known to use"
     if key == "model.num_threads" or key == "model.num_processes":
-        return max(64, 4 * (os.cpu_count() or 1)), f"for the {os.cpu_count()} cores of this machine"
+        return most_processes(), f"for the {count_text(num_cores(), 'core')} of this machine"
     if key.startswith(("clients.types.", "devices.max_rank", "devices.rank_choices")) or key.endswith("rank"):
         return LARGEST_RANK, "more than any module of a language model has"
     return MOST, "more than any count here can use"

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flexlora.data.pretraining import BASE_FOLDER
+from flexlora.limits import num_cores
 
 REQUIRED = ("torch", "transformers", "peft", "safetensors", "scipy", "rouge-score", "pydantic", "matplotlib")
 
@@ -101,7 +102,7 @@ def _device() -> Finding:
 def _threads() -> Finding:
     import torch
 
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    cores, threads = num_cores(), torch.get_num_threads()
     if threads > cores:
         return Finding("threads", f"{threads} on {cores} cores", False, "unset OMP_NUM_THREADS")
     return Finding("threads", f"{threads} on {cores} cores")

@@ -34,7 +34,7 @@ def _examples(loaded: LoadedRun) -> list[AnswerRecord]:
             task=task,
             category=unseen[task].category,
             number=number,
-            prompt=prompt_text(example),
+            prompt=readable_prompt(example),
             references=list(example.outputs),
         )
         for task, examples in unseen_tasks(loaded).items()
@@ -42,7 +42,7 @@ def _examples(loaded: LoadedRun) -> list[AnswerRecord]:
     ]
 
 
-def prompt_text(example: Example) -> str:
+def readable_prompt(example: Example) -> str:
     """Return what a person reads as the prompt: earlier turns, instruction and input, whatever the template."""
     turns = [f"{turn[0]}: {turn[1]}" for turn in example.history]
     return "\n\n".join(part for part in (*turns, example.instruction, example.input) if part)

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 
 from flexlora.experiment.config import Config
 from flexlora.experiment.gathered import GatheredRun
-from flexlora.experiment.participants import policy_of
 from flexlora.experiment.reference_runs import wanted_runs
 from flexlora.experiment.round_loop import cohort_size
-from flexlora.experiment.work_left import ALONE, ROUNDS, planned_work
+from flexlora.experiment.work_left import ALONE, ROUNDS, planned_work, sampled_in_a_round
 from flexlora.experiment.workload import Workload
 from flexlora.federation.clients import ClientSpec
-from flexlora.rounds.clock import clients_per_round
 from flexlora.rounds.costs import STEP_EFFICIENCY
 from flexlora.text import bytes_text, count_text, seconds_text
 
@@ -163,9 +161,6 @@ def _seconds_per_answer(config: Config, workload: Workload, rate: float) -> floa
 def per_round(config: Config, run: GatheredRun) -> tuple[int, int]:
     """Return how many clients a round samples, and of how many it waits for the update."""
     num_clients = len(run.participants.clients)
-    size = cohort_size(config, num_clients)
-    if not run.participants.devices:
-        return size, size
-    policy = policy_of(config, config.method.traits(), size)
-    sent = min(num_clients, clients_per_round(policy, size))
-    return sent, sent if policy.name == "async" else min(sent, size)
+    sampled = sampled_in_a_round(run, num_clients)
+    waits_for_all = config.clock.policy == "async" or not run.participants.devices
+    return sampled, sampled if waits_for_all else min(sampled, cohort_size(config, num_clients))

@@ -25,7 +25,8 @@ def planned_work(run: GatheredRun) -> dict[str, Work]:
     everybody, unseen = len(run.participants.clients), _count(unseen_tasks(run))
     evaluations = num_rounds // evaluation.every + (num_rounds % evaluation.every > 0)
     parts = {
-        ROUNDS: Work(num_rounds * _per_round(run, everybody), (1 + evaluations) * unseen) + _rank_groups(run, unseen)
+        ROUNDS: Work(num_rounds * sampled_in_a_round(run, everybody), (1 + evaluations) * unseen)
+        + _rank_groups(run, unseen)
     }
     if evaluation.local_only_clients:
         alone = clients_alone(run)
@@ -33,7 +34,7 @@ def planned_work(run: GatheredRun) -> dict[str, Work]:
             round(trainings_alone(run) * len(alone)), 3 * _count(own_tests(run, alone)) + len(alone) * unseen
         )
     for reference in wanted_runs(run):
-        size = _per_round(run, len(reference.clients(run)))
+        size = sampled_in_a_round(run, len(reference.clients(run)))
         # The base has been scored already.
         parts[reference.name] = Work(num_rounds * size, evaluations * unseen)
     return parts
@@ -66,7 +67,7 @@ def trainings_alone(run: GatheredRun) -> float:
     return alone / rounds if rounds else 1.0
 
 
-def _per_round(run: GatheredRun, num_clients: int) -> int:
+def sampled_in_a_round(run: GatheredRun, num_clients: int) -> int:
     """Return how many clients train in a round, of those that can be sampled."""
     size = cohort_of(run, num_clients)
     if not run.participants.devices:

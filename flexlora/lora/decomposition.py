@@ -21,7 +21,6 @@ tolerance hands over to the next one down the table.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportConstantRedefinition=false
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +31,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from flexlora.limits import memory_bytes
 from flexlora.lora.certificate import Accuracy, Certificate
 from flexlora.lora.dense_methods import by_dense_gram, by_dense_svd, by_gram, by_qr
 from flexlora.lora.linalg import (
@@ -144,8 +144,7 @@ def _num_at_once(operators: Sequence[Operator]) -> int:
     large = [operator for operator in operators if operator.device.type == "cpu" and not _is_little(operator)]
     if num_threads == 1 or len(large) < num_threads:
         return 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return num_threads if num_threads * max(map(_most_bytes, large)) <= MEMORY_SHARE * memory else 1
+    return num_threads if num_threads * max(map(_most_bytes, large)) <= MEMORY_SHARE * memory_bytes() else 1
 
 
 def _most_bytes(operator: Operator) -> int:

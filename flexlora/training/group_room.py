@@ -1,10 +1,10 @@
 """Decides whether another client may enter a group."""
 
-import os
 from collections.abc import Sequence
 
 import torch
 
+from flexlora.limits import memory_bytes
 from flexlora.training.group_passes import GroupJob
 from flexlora.training.one_client import LocalTraining
 
@@ -60,4 +60,4 @@ def _factor_bytes(job: GroupJob) -> int:
 def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory_bytes()

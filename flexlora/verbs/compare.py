@@ -1,12 +1,12 @@
 """The verb ``compare``: compares methods on paired draws."""
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flexlora.limits import num_cores
 from flexlora.progress import stage
 from flexlora.verbs.arguments import ConfigArgument, JsonOption, OverridesArgument
 from flexlora.verbs.leaving import interruptible
@@ -97,7 +97,7 @@ def compare(
         rows = run_comparison(
             study,
             folder,
-            jobs=jobs or os.cpu_count() or 1,
+            jobs=jobs or num_cores(),
             overwrite=overwrite,
             until=until,
             retry_failed=retry_failed,

@@ -6,7 +6,7 @@ import pytest
 from rouge_score import rouge_scorer
 
 from flexlora.data.examples import Example
-from flexlora.experiment.kept_answers import prompt_text
+from flexlora.experiment.kept_answers import readable_prompt
 from flexlora.experiment.result import RunResult
 
 
@@ -37,4 +37,4 @@ def test_each_task_of_an_evaluation_is_recorded(small_run: RunResult) -> None:
 
 def test_a_prompt_is_read_with_its_earlier_turns() -> None:
     example = Example("And now?", "", ("yes",), (("user", "Ready?"), ("assistant", "No.")))
-    assert prompt_text(example) == "user: Ready?\n\nassistant: No.\n\nAnd now?"
+    assert readable_prompt(example) == "user: Ready?\n\nassistant: No.\n\nAnd now?"
