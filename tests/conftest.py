@@ -1,6 +1,7 @@
 """A tiny random Llama and a byte-level tokenizer, made in memory; hand-made runs for records and reports."""
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ PAD, BOS, EOS = 0, 1, 2
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """Let the runs of tests be interrupted where the tests themselves were started in the background of a script.
+
+    A shell starts such a program with SIGINT ignored, and its children inherit that.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
