@@ -131,7 +131,7 @@ STUDIES: Mapping[str, StudySpec] = {
     ),
     "demo": StudySpec(
         "What rank is worth in the demo",
-        "Is rank a limit within the demo's two and a half minutes? FedIT with every client at rank 1 and at rank 16, "
+        "Is rank a limit within the demo's three minutes? FedIT with every client at rank 1 and at rank 16, "
         "each at its rate in the demo, and the demo's method.",
         "rank_1=fedit:clients=smallest@0.048,rank_16=fedit:clients=largest@0.024,aligned@0.024",
         ("heavy_tail_strong",),

@@ -1,11 +1,12 @@
 """Tells the rows of benchmarks/capacity.py as tables: what ranks store, and whose facts survive aggregation."""
 
-import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from flexlora.foreign import read_json
 
 Row = dict[str, Any]
 
@@ -20,7 +21,8 @@ NOTE = (
 
 def capacity_part(path: Path) -> list[str]:
     """Return the tables of a file of rows, and how to make the rows again."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_bytes().splitlines()
+    rows = [read_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
     command = ("```bash", "python benchmarks/capacity.py central", "python benchmarks/capacity.py federated", "```")
     return [*capacity_tables(rows), "", f"{NOTE} Rows: `{path.parent.name}/{path.name}`; made by", "", *command]
 
