@@ -39,7 +39,10 @@ def load_empty(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     """Return the base model without weights and its tokenizer."""
     settings = config.model
     return load_empty_model(
-        settings.name_or_path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        settings.name_or_path,
+        dtype=settings.dtype,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from flexlora.adapters.base_names import hub_file, is_gguf
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_data import InMemoryData, InstructionsData, NaturalInstructionsData, PhoneBookData
 from flexlora.experiment.method_config import DEFAULT_METHOD
@@ -223,7 +224,10 @@ def missing_paths(config: Config) -> Iterator[str]:
         yield f"devices.profiles: must be built_in or a CSV file; there is no file {profiles}"
     elif profiles is not None:
         yield from _device_mistakes(config)
-    if name != "embedded" and _looks_local(name) and not Path(name).expanduser().is_dir():
+    if is_gguf(name):
+        if not Path(name).expanduser().is_file() and hub_file(name) is None:
+            yield f"model.name_or_path: there is no file {name}; one on the hub is called org/name/file.gguf"
+    elif name != "embedded" and _looks_local(name) and not Path(name).expanduser().is_dir():
         yield f"model.name_or_path: there is no folder {name}; use `embedded`, a local folder or a hub id like org/name"
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexlora.adapters.base_names import is_path
+from flexlora.adapters.base_names import hub_file, is_gguf, is_path
 from flexlora.adapters.card import Card, loading_text, table
 from flexlora.data.pretraining import EMBEDDED_BASE, resolve_base_model
 from flexlora.experiment.base import base_name
@@ -140,7 +140,11 @@ def _use(config: Config, base: str, is_merged: bool) -> str:
     if base == EMBEDDED_BASE:
         code = loading_text(base).replace(f'"{base}"', f'flexlora.resolve_base_model("{base}")')
         return code.replace("```python\n", "```python\nimport flexlora\n") + f"\n\n{EMBEDDED_TEXT}"
-    text = loading_text(base)
-    if is_path(config.model.name_or_path) and "/" not in base:
+    text, name = loading_text(base), config.model.name_or_path
+    if is_gguf(name):
+        file = (hub_file(name) or ("", Path(name).name))[1]
+        folder = base if hub_file(name) else "the folder of the base model"
+        text = text.replace(f'"{base}"', f'"{folder}", gguf_file="{file}", dtype="float32"')
+    elif is_path(name) and "/" not in base:
         text += f"\n\nThe base model was in a local folder called `{base}`; put the path of yours there."
     return text

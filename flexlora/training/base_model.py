@@ -5,7 +5,9 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from flexlora.adapters.base_names import is_gguf
 from flexlora.data.pretraining import resolve_base_model
+from flexlora.training.gguf_base import unpacked
 from flexlora.training.model_folder import check_sizes, check_tokenizer, check_weights, loading
 from flexlora.training.targets import Selection, find_targets
 
@@ -24,7 +26,8 @@ def load_base_model(
     """Return a causal language model, frozen and in evaluation mode, and its tokenizer.
 
     Args:
-        name_or_path: A local folder, a hub id, or a name of the base in the package (``resolve_base_model``).
+        name_or_path: A local folder, a hub id, a GGUF file (see ``unpacked``), or a name of the base in the package
+            (``resolve_base_model``).
         dtype: Of the base weights; LoRA factors stay float32.
         device: Where the weights go, for example ``cpu`` or ``cuda:0``.
         attn_implementation: As transformers names it: ``sdpa``, ``eager`` or ``flash_attention_2``; None is what
@@ -37,6 +40,7 @@ def load_base_model(
     """
     name_or_path = resolve_base_model(name_or_path)
     with loading(name_or_path):
+        name_or_path, revision = _folder_of(name_or_path, dtype, revision)
         source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         check_sizes(AutoConfig.from_pretrained(name_or_path, **source).to_dict(), name_or_path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -55,15 +59,26 @@ def load_base_model(
 
 
 def load_empty_model(
-    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: str,
+    *,
+    dtype: ModelDtype = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model without weights (on the meta device) and its tokenizer, for shapes and estimates.
+
+    Args:
+        name_or_path: As for ``load_base_model``, and so are the others.
+        dtype: In which a GGUF file is unpacked, if it has not been.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Let a hub repository run its own model code.
 
     Raises:
         ModelError: If there is no such model, the machine is offline and has no copy of it, or its files are damaged.
     """
     name_or_path = resolve_base_model(name_or_path)
     with loading(name_or_path):
+        name_or_path, revision = _folder_of(name_or_path, dtype, revision)
         source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(name_or_path, **source)
         check_sizes(config.to_dict(), name_or_path)
@@ -72,6 +87,13 @@ def load_empty_model(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model, tokenizer
+
+
+def _folder_of(name_or_path: str, dtype: ModelDtype, revision: str | None) -> tuple[str, str | None]:
+    """Return what transformers loads, and its revision: for a GGUF file the folder it is unpacked in."""
+    if not is_gguf(name_or_path):
+        return name_or_path, revision
+    return str(unpacked(name_or_path, dtype, revision)), None
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:

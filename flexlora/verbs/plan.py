@@ -2,7 +2,7 @@
 
 from flexlora.progress import stage
 from flexlora.verbs.arguments import ConfigArgument, JsonOption, OverridesArgument
-from flexlora.verbs.terminal import err, out, print_json, reading
+from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json, reading
 
 
 def plan(config: ConfigArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
@@ -14,6 +14,8 @@ def plan(config: ConfigArgument, overrides: OverridesArgument = None, as_json: J
     with stage(err, "Loading libraries", hidden=as_json):
         from flexlora.experiment.estimate import estimate_experiment
         from flexlora.experiment.terminal import print_estimate
+
+        hide_other_progress_bars()
     with stage(err, "Reading data and measuring this machine", hidden=as_json):
         estimate = estimate_experiment(settings)
     if as_json:

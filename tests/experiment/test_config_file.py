@@ -80,6 +80,10 @@ def test_missing_paths_are_reported_when_asked(tmp_path: Path) -> None:
     message = problems({"data": data, "model": {"name_or_path": "./nowhere"}}, check_paths=True)
     assert "data.path: must be a folder of task files" in message
     assert "model.name_or_path: there is no folder ./nowhere" in message
+    for name in ("./nowhere.gguf", "nowhere.gguf", "us/nowhere.GGUF"):
+        assert f"there is no file {name}; one on the hub is called org/name/file.gguf" in problems(
+            {"model": {"name_or_path": name}}, check_paths=True
+        )
 
 
 @pytest.mark.parametrize(
