@@ -26,8 +26,8 @@ class ModelConfig(Section):
 
     name_or_path: str = Field(
         default="embedded",
-        description="`embedded`, a local folder in Hugging Face format, a hub id such as `org/model`, or a GGUF file: a "
-        "local one, or `org/model/file.gguf`.",
+        description="`embedded`, a local folder in Hugging Face format, a hub id such as `org/model`, or a GGUF file: "
+        "a local one, or `org/model/file.gguf`.",
     )
     revision: str | None = Field(
         default=None, description="Hub revision (branch, tag or commit); null is the default branch."
