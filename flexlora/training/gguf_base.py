@@ -10,15 +10,15 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
 
 from flexlora.adapters.base_names import hub_file
 from flexlora.data.corpus_cache import user_cache_folder
@@ -60,11 +60,28 @@ def unpacked(name_or_path: str, dtype: str, revision: str | None = None) -> Path
     folder = user_cache_folder() / f"gguf-{LAYOUT}-{digest[:32]}-{dtype}"
     if not _is_whole(folder):
         _log.info("Unpacking %s into %s.", file, folder)
-        _check_header(file, name_or_path)
-        with appearing_whole(folder) as partial:
-            _unpack(file, partial, dtype, name_or_path)
+        unpack(file, folder, dtype, name_or_path)
         _delete_old(folder)
     return folder
+
+
+def unpack(file: Path, folder: Path, dtype: str, name: str | None = None) -> None:
+    """Write the model of a GGUF file and its tokenizer as transformers does, in place of what ``folder`` holds.
+
+    Args:
+        file: Any that begins as GGUF files do.
+        folder: Appears when it is complete.
+        dtype: Of the weights.
+        name: What errors call the file.
+
+    Raises:
+        ModelError: If the file holds no causal language model, or transformers cannot read it.
+    """
+    name = name or str(file)
+    _check_magic(file, name)
+    _check_header(file, name)
+    with appearing_whole(folder) as partial:
+        _write(file, partial, dtype, name)
 
 
 def _local(name_or_path: str, revision: str | None) -> Path:
@@ -136,15 +153,16 @@ def _header(file: Path, name_or_path: str) -> dict[str, Any]:
         ) from error
 
 
-def _unpack(file: Path, folder: Path, dtype: str, name_or_path: str) -> None:
-    """Write the model and its tokenizer as transformers does."""
+def _write(file: Path, folder: Path, dtype: str, name_or_path: str) -> None:
+    """Write model, tokenizer and their sizes into an empty folder."""
     source: dict[str, Any] = {"gguf_file": file.name}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, output_loading_info=True, **source, **_unpacking()
-        )
+        with _without_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.float32, output_loading_info=True, **source, **_unpacking()
+            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
         model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
         check_weights(model, info, name_or_path)
         check_tokenizer(tokenizer, name_or_path)
         _plain(model).to(getattr(torch, dtype)).save_pretrained(folder)
@@ -159,6 +177,20 @@ def _unpack(file: Path, folder: Path, dtype: str, name_or_path: str) -> None:
         ) from error
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     (folder / SIZES_FILE).write_text(sealed(json.dumps({"sizes": sizes})), encoding="utf-8")
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Keep transformers from drawing the one bar that its own switch does not turn off, across those of ours."""
+    bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    if bar is None:
+        yield
+        return
+    setattr(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **ignored: tensors)  # noqa: B010 (no name of its own)
+    try:
+        yield
+    finally:
+        setattr(modeling_gguf_pytorch_utils, "tqdm", bar)  # noqa: B010
 
 
 def _unpacking() -> dict[str, Any]:

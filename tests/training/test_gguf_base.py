@@ -148,9 +148,12 @@ def test_blocks_are_unpacked_as_the_package_of_the_format_does(
     assert 0 < np.abs(found - weight).max() < 0.05
 
 
-def test_a_file_is_unpacked_once_for_each_precision(llama: LlamaForCausalLM, tmp_path: Path, cache: Path) -> None:
+def test_a_file_is_unpacked_once_for_each_precision(
+    llama: LlamaForCausalLM, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", llama)
     load_empty_model(str(file))
+    assert "GGUF tensors" not in capsys.readouterr().err
     (folder,) = cache.glob("gguf-*")
     assert hashlib.sha256(file.read_bytes()).hexdigest()[:32] in folder.name
     written = (folder / "model.safetensors").stat().st_mtime_ns
