@@ -6,8 +6,9 @@ generation take it from a rendered conversation.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,11 @@ from flexlora.data.bounded_template import TemplateError, apply_template
 from flexlora.data.examples import Example, Turn
 from flexlora.errors import FlexLoraError
 
-_QUESTION, _ANSWER = "question", "answer"
+_QUESTION, _ANSWER = "zqquestionqz", "zqanswerqz"
+"""What templates are tried on: words that none of them writes."""
+
+_UNSEEN = "\ufdd0"
+"""Stands in texts of others where a special token in them is broken; no text holds it, as Unicode reserves it."""
 
 
 class PromptError(FlexLoraError, ValueError):
@@ -70,18 +75,52 @@ def turn_frame(tokenizer: PreTrainedTokenizerBase) -> TurnFrame:
     """
     example = Example(_QUESTION, "", (_ANSWER,))
     prompt, whole = prompt_text(example, tokenizer), conversation_text(example, _ANSWER, tokenizer)
-    start = whole.rfind(_ANSWER)
-    before = whole[len(prompt) : start] if whole.startswith(prompt) and start >= len(prompt) else ""
+    follows = whole.startswith(prompt)
+    start = whole.find(_ANSWER, len(prompt) if follows else 0)
+    before = whole[len(prompt) : start] if follows and start >= 0 else ""
     after = whole[start + len(_ANSWER) :] if start >= 0 else ""
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    known = special_tokens(tokenizer)
-    return TurnFrame(before, after, next((token for token in ids if token in known), None))
+    return TurnFrame(before, after, _end_in(after, tokenizer))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Return the tokens that stand for no text, by id."""
     special = {int(number): token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return special | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def without_special_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Return an example in whose prompt nothing reads as a special token; it is itself if nothing does.
+
+    Such texts are broken by a character at which ``parts_of`` takes them apart; the tokens of the parts are those of the text.
+    """
+    special = [text for text in special_tokens(tokenizer).values() if len(text) > 1]
+    texts = (example.instruction, example.input, *(turn[1] for turn in example.history))
+    if not any(token in text for token in special for text in texts):
+        return example
+
+    def broken(text: str) -> str:
+        for token in sorted(special, key=len, reverse=True):
+            text = text.replace(token, token[0] + _UNSEEN + token[1:])
+        return text
+
+    history = tuple((turn[0], broken(turn[1]), *turn[2:]) for turn in example.history)
+    return replace(
+        example, instruction=broken(example.instruction), input=broken(example.input), history=cast(Any, history)
+    )
+
+
+def parts_of(text: str) -> list[str]:
+    """Return the parts of a prompt between the places where ``without_special_tokens`` broke it."""
+    return text.split(_UNSEEN)
+
+
+def _end_in(after: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the first token that ends a turn, of a text behind an answer: a special one, or else an added one."""
+    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    special = special_tokens(tokenizer)
+    # Some tokenizers have added tokens for runs of spaces; those end nothing.
+    added = {int(number) for number, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    return next((token for token in ids if token in special), next((token for token in ids if token in added), None))
 
 
 def _messages(example: Example) -> list[dict[str, Any]]:
@@ -106,6 +145,7 @@ def _rendered(
             "data.template=chat needs a tokenizer with a chat template and this one has none; "
             "set data.template to alpaca or plain, or use an instruction-tuned model"
         )
+    as_parts = _wants_parts(tokenizer, str(tokenizer.chat_template))
     if tools and "tools" not in str(tokenizer.chat_template):
         raise PromptError(
             "the data offer the assistant tools and the tokenizer's chat template does not mention any; "
@@ -114,7 +154,7 @@ def _rendered(
     try:
         return apply_template(
             tokenizer,
-            [dict(message) for message in messages],
+            [_in_parts(message) if as_parts else dict(message) for message in messages],
             tools=json.loads(tools) if tools else None,
             add_generation_prompt=add_generation_prompt,
         )
@@ -126,3 +166,39 @@ def _rendered(
             f"the tokenizer's chat template refuses turns of {roles} ({error}); "
             "set data.template to alpaca or plain, or remove the turns it does not know"
         ) from error
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a turn whose content is a list of parts, as templates of models for images and sound expect it."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+@lru_cache(maxsize=16)
+def _wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Return whether a chat template writes contents that are lists of parts, and no others; tried on two words.
+
+    Args:
+        tokenizer: That of the template.
+        template: For the cache: a tokenizer may be given another one.
+
+    Raises:
+        PromptError: It writes neither.
+    """
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    refused = False
+    for as_parts in (False, True):
+        try:
+            text = apply_template(tokenizer, [_in_parts(turn) if as_parts else turn for turn in turns]).casefold()
+        except TemplateError:
+            raise
+        except Exception:  # Whatever it refuses here it is asked again with the turns of an example, and that is told.
+            refused = refused or not as_parts
+            continue
+        if _QUESTION in text and _ANSWER in text:
+            return as_parts
+    if refused:
+        return False
+    raise PromptError(
+        "the tokenizer's chat template leaves out what the user or the assistant says; "
+        "set data.template to alpaca or plain, or repair the template"
+    )

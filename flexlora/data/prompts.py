@@ -4,13 +4,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from operator import itemgetter
 from typing import Literal
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from flexlora.data.answer_tokens import answer_tokens, tokenize
-from flexlora.data.chat_template import PromptError, request_of
+from flexlora.data.chat_template import PromptError, parts_of, request_of, without_special_tokens
 from flexlora.data.examples import Example, Turn
 from flexlora.data.prompt_templates import Rendered, Template, render
 
@@ -161,13 +162,18 @@ def _prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, te
     own_start = _start_ids(tokenizer)
     for first in range(0, len(examples), BATCH):
         part = examples[first : first + BATCH]
+        if template == "chat":
+            part = [without_special_tokens(example, tokenizer) for example in part]
         rendered = [render(example, tokenizer, template) for example in part]
-        encoded = tokenize(tokenizer, [prompt.text for prompt in rendered], split_special_tokens=template != "chat")
-        for index, (example, prompt) in enumerate(zip(part, rendered, strict=True)):
-            # A chat template writes special tokens itself, the first one included; in other texts they stay text.
+        pieces = [parts_of(prompt.text) if template == "chat" else [prompt.text] for prompt in rendered]
+        # A chat template writes special tokens itself, the first one included; in other texts they stay text.
+        encoded = tokenize(tokenizer, list(chain(*pieces)), split_special_tokens=template != "chat")
+        place = 0
+        for example, prompt, own in zip(part, rendered, pieces, strict=True):
             start = own_start if template != "chat" or example.is_text_alone else []
-            offsets = partial(_offsets, tokenizer, encoded, index, len(start))
-            yield _Prompt(prompt, start + encoded["input_ids"][index], offsets)
+            rows = range(place, place := place + len(own))
+            ids = [token for row in rows for token in encoded["input_ids"][row]]
+            yield _Prompt(prompt, start + ids, partial(_offsets, tokenizer, encoded, rows, own, len(start)))
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -177,14 +183,19 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _offsets(
-    tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding, index: int, num_start: int
+    tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding, rows: range, pieces: Sequence[str], num_start: int
 ) -> list[tuple[int, int]]:
+    """Return which characters of the text each token stands for; between two pieces one character is left out."""
     if encoded.encodings is None:
         raise PromptError(
             f"cutting a long prompt needs a fast tokenizer; got {type(tokenizer).__name__}: raise data.max_length or "
             "convert the tokenizer to tokenizer.json"
         )
-    return [(-1, -1)] * num_start + encoded.encodings[index].offsets
+    offsets, shift = [(-1, -1)] * num_start, 0
+    for row, piece in zip(rows, pieces, strict=True):
+        offsets += [(first + shift, last + shift) for first, last in encoded.encodings[row].offsets]
+        shift += len(piece) + 1
+    return offsets
 
 
 def _cut(

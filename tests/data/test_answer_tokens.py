@@ -139,3 +139,91 @@ def test_a_text_alone_is_in_no_template_and_ends_with_the_sequence(template):
     encoded = encode(Example("", "", ("Once upon",)), tokenizer, template, 100, loss_on="all")
     assert tokenizer.decode(encoded.input_ids) == "Once upon<eos>"
     assert encoded.labels == encoded.input_ids
+
+
+PARTS = (
+    "{% for m in messages %}{{ m.role | capitalize }}: {% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+"""Of models for images: every content is a list of parts."""
+
+
+def test_a_template_that_wants_lists_of_parts_gets_them():
+    tokenizer = tokenizer_of(PARTS)
+    turns = [("system", "Be kind."), ("user", "Say it."), ("assistant", "Hello.")]
+    encoded = encode(Example("Say it.", "", ("Hello.",), (turns[0],)), tokenizer, "chat", 400)
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    assert list(encoded.input_ids) == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert tokenizer.decode([label for label in encoded.labels if label != -100]) == "Hello.<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<|{{ m.role }}|>{% endfor %}",
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{{ m.text }}<|end|>{% endfor %}",
+    ],
+)
+def test_a_template_that_leaves_texts_out_is_refused(template):
+    with pytest.raises(PromptError, match="leaves out what the user or the assistant says"):
+        encode(Example("Say it.", "", ("Hello.",)), tokenizer_of(template), "chat", 400)
+
+
+@pytest.mark.parametrize("prompt_end", ["", "<think>\n"], ids=["alone", "after a thought"])
+@pytest.mark.parametrize("word", ["answer", "question", "text"])
+def test_words_of_a_template_are_not_taken_for_those_of_a_turn(word, prompt_end):
+    template = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.role == 'assistant' %}<"
+        + word
+        + ">{{ m.content }}</"
+        + word
+        + ">{% else %}{{ m.content }}{% endif %}",
+    ).replace("assistant\n{% endif %}", "assistant\n" + prompt_end + "{% endif %}Rate this " + word + "!")
+    for answer in ("Paris.", "no <|im_end|> here"):
+        encoded = encode(Example("Where?", "", (answer,)), tokenizer_of(template), "chat", 400)
+        trained = tokenizer_of(template).decode([label for label in encoded.labels if label != -100])
+        assert f"{answer}</{word}><|im_end|>" in trained
+    assert end_token(tokenizer_of(template), "chat") == tokenizer_of(template).convert_tokens_to_ids("<|im_end|>")
+
+
+def test_an_added_token_that_is_not_special_ends_a_turn_too():
+    tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", "<done>"))
+    tokenizer.add_tokens(["\n\n\n", "<done>"])
+    encoded = encode(Example("Hi", "", ("Hello.",)), tokenizer, "chat", 400)
+    assert end_token(tokenizer, "chat") == tokenizer.convert_tokens_to_ids("<done>")
+    assert tokenizer.eos_token_id not in encoded.labels
+    assert tokenizer.decode([label for label in encoded.labels if label != -100]) == "Hello.<done>\n"
+
+
+@pytest.mark.parametrize("metaspace", [False, True], ids=["bytes", "metaspace"])
+@pytest.mark.parametrize(
+    "example",
+    [
+        Example("Repeat <|im_end|>", "", ("ok",)),
+        Example("Repeat", "<|im_end|><|im_end|> and <|im_start|>system", ("ok",)),
+        Example("Go on", "", ("ok",), (("user", "<eos>"), ("assistant", "a<|im_start|>b"))),
+    ],
+    ids=["instruction", "input", "history"],
+)
+def test_special_tokens_in_what_users_say_stay_text(example, metaspace):
+    tokenizer = tokenizer_of(CHATML, metaspace=metaspace)
+    harmless = Example("Repeat", "", ("ok",), tuple((role, "x") for role, _ in example.history))
+    marks = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    encoded, expected = (encode(one, tokenizer, "chat", 400).input_ids for one in (example, harmless))
+    assert [token for token in encoded if token in marks] == [token for token in expected if token in marks]
+    text = tokenizer.decode(encode_prompt(example, tokenizer, "chat", 400)).replace(" ", "")
+    for part in (example.instruction, example.input, *(content for _, content in example.history)):
+        assert part.replace(" ", "") in text
+
+
+def test_what_is_cut_from_a_text_with_special_tokens_is_its_middle():
+    tokenizer = tokenizer_of(CHATML)
+    example = Example("Find it.", "S<|im_end|>" + "x" * 300 + "<|im_end|>E", ("yes",))
+    encoded = encode(example, tokenizer, "chat", 120)
+    text = tokenizer.decode(encoded.input_ids)
+    assert encoded.truncated and len(encoded.input_ids) == 120
+    assert "Find it." in text and "S<|im_end|>xx" in text and "xx<|im_end|>E<|im_end|>\n" in text
+    assert text.endswith("yes<|im_end|>\n")
