@@ -91,7 +91,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 def without_special_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Return an example in whose prompt nothing reads as a special token; it is itself if nothing does.
 
-    Such texts are broken by a character at which ``parts_of`` takes them apart; the tokens of the parts are those of the text.
+    Such texts are broken by a character at which ``parts_of`` takes a prompt apart: the tokens of its parts are those
+    of the text.
     """
     special = [text for text in special_tokens(tokenizer).values() if len(text) > 1]
     texts = (example.instruction, example.input, *(turn[1] for turn in example.history))

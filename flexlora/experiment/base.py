@@ -74,7 +74,8 @@ def check_length(config: Any, max_length: int) -> None:
         BaseModelError: Naming both lengths.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and max_length > context:
+    # XLNet, for one, says -1 for a context without an end.
+    if context is not None and 0 < context < max_length:
         raise BaseModelError(
             f"data.max_length must be at most {context}, the context of the base model; got {max_length}"
         )

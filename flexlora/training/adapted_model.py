@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -22,7 +23,7 @@ from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.training.base_model import frozen
 from flexlora.training.linear_modules import ModelError, features
-from flexlora.training.probes import cache_name, has_dropout, separate_head, takes_positions
+from flexlora.training.probes import cache_name, can_cache, can_pad_left, has_dropout, separate_head, takes_positions
 from flexlora.training.randomness import torch_seeded
 
 _TRAINABLE, _FROZEN = "trainable", "frozen"
@@ -53,8 +54,6 @@ class AdaptedModel:
         base_drops_out: Whether the base has dropout of its own.
         takes_positions: Whether the base can be told the position of each token.
         cache_name: What the base calls its cache; state-space models have another word.
-        can_pad_left: Whether prompts of one batch may have different lengths; the state of a state-space model would
-            see what is in front of the shorter ones.
         cores: Module path -> the core that is loaded there; empty where the broadcast has none.
     """
 
@@ -73,7 +72,19 @@ class AdaptedModel:
         self._refusal: str | None = None
         self.takes_positions = takes_positions(network)
         self.cache_name = cache_name(network)
-        self.can_pad_left = self.cache_name == "past_key_values"
+
+    @cached_property
+    def can_cache(self) -> bool:
+        """Whether generation can go on from a cache; else each step computes all tokens anew."""
+        return can_cache(self.network)
+
+    @cached_property
+    def can_pad_left(self) -> bool:
+        """Whether prompts of one batch may have different lengths.
+
+        The state of a state-space model would see what is in front of the shorter ones.
+        """
+        return self.cache_name == "past_key_values" and can_pad_left(self.network, with_cache=self.can_cache)
 
     @property
     def device(self) -> torch.device:

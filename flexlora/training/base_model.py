@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from flexlora.adapters.base_names import is_gguf
 from flexlora.data.pretraining import resolve_base_model
 from flexlora.training.gguf_base import unpacked
+from flexlora.training.linear_modules import ModelError
 from flexlora.training.model_folder import check_sizes, check_tokenizer, check_weights, loading
+from flexlora.training.probes import is_causal
 from flexlora.training.targets import Selection, find_targets
 
 ModelDtype = Literal["float32", "bfloat16"]
@@ -55,7 +57,14 @@ def load_base_model(
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
         check_weights(model, info, name_or_path)
         check_tokenizer(tokenizer, name_or_path)
-    return frozen(model).to(device), tokenizer  # pyright: ignore[reportArgumentType]
+        network = frozen(model).to(device)  # pyright: ignore[reportArgumentType]
+        if not is_causal(network):
+            raise ModelError(
+                f"{name_or_path} must be a causal language model, in which no token sees what follows it; "
+                f"{type(network).__name__} lets tokens see all others: name another base model"
+                f"{', or set is_decoder to true in its config.json' if hasattr(network.config, 'is_decoder') else ''}"
+            )
+    return network, tokenizer
 
 
 def load_empty_model(

@@ -99,9 +99,10 @@ def _decode(
         if len(kept) < len(going):
             rows = torch.tensor(kept, device=model.device)
             going = [going[row] for row in kept]
-            chosen, mask = chosen[rows], mask[rows]
-            cache.reorder_cache(cast("torch.LongTensor", rows))
-        input_ids = chosen[:, None]
+            chosen, mask, input_ids = chosen[rows], mask[rows], input_ids[rows]
+            if cache is not None:
+                cache.reorder_cache(cast("torch.LongTensor", rows))
+        input_ids = torch.cat([input_ids, chosen[:, None]], 1) if cache is None else chosen[:, None]
         mask = torch.cat([mask, mask.new_ones(len(kept), 1)], dim=1)
     return answers
 

@@ -5,6 +5,7 @@ Models that do more, such as capping logits, compute all of them.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -58,16 +59,19 @@ def next_logits(
     input_ids: Int[Tensor, "batch new"],
     attention_mask: Int[Tensor, "batch seen"],
     cache: Cache | None,
-) -> tuple[Float[Tensor, "batch vocab"], Cache]:
-    """Return the logits after the last column, in float32, and the cache that now holds all columns.
+) -> tuple[Float[Tensor, "batch vocab"], Cache | None]:
+    """Return the logits after the last column, in float32, and the cache that now holds all columns, if there is one.
 
     Args:
         model: With the factors that are loaded.
-        input_ids: The columns that ``cache`` does not hold yet; prompts are padded on the left.
+        input_ids: The columns that ``cache`` does not hold yet, all of them where the model cannot go on from one;
+            prompts are padded on the left.
         attention_mask: 0 at padding, 1 elsewhere, over all columns so far.
         cache: What the previous call returned; None at first.
     """
-    inputs = {"input_ids": input_ids, model.cache_name: cache, "use_cache": True}
+    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": model.can_cache}
+    if model.can_cache:
+        inputs[model.cache_name] = cache
     if model.can_pad_left:
         inputs["attention_mask"] = attention_mask
     if model.takes_positions:
@@ -76,6 +80,7 @@ def next_logits(
     head = model.separate_head
     if head is None:
         output = model.network(**inputs)
-        return output.logits[:, -1].float(), getattr(output, model.cache_name)
+        return output.logits[:, -1].float(), getattr(output, model.cache_name) if model.can_cache else None
     output = model.network.base_model(**inputs)
-    return head(output.last_hidden_state[:, -1]).float(), getattr(output, model.cache_name)
+    logits = head(output.last_hidden_state[:, -1]).float()
+    return logits, getattr(output, model.cache_name) if model.can_cache else None

@@ -28,6 +28,9 @@ LARGEST_SIZE = 1_000_000_000
 _PARTS = re.compile(r".*(layers?|experts?|blocks|depth)(_per_tok|_size)?")
 _SIZES = re.compile(r".*(size|dim|heads?|embd|inner|d_model|d_ff|_rank)")
 
+_OTHER_KIND = re.compile(r"Unrecognized configuration class <class '(?:[\w.]+\.)?(\w+)'>")
+"""How transformers begins where an architecture is none of those that it loads as causal language models."""
+
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.pth")
 
 
@@ -65,6 +68,11 @@ def not_loadable(name_or_path: str, error: Exception) -> ModelError:
             "the model is gated"
         )
     reason = " ".join(str(error).split())
+    if match := _OTHER_KIND.search(reason):
+        return ModelError(
+            f"the base model must be a causal language model, one that continues a text; {name_or_path} has a "
+            f"{match[1]}, which transformers cannot load as one: name a decoder-only model, or the language model alone"
+        )
     if not isinstance(error, OSError | ValueError | ImportError):
         reason = f"{type(error).__name__}: {reason}"
     return ModelError(f"{rule}. Reason: {reason[:LONGEST_REASON]}")

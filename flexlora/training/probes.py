@@ -40,6 +40,69 @@ def cache_name(network: PreTrainedModel) -> str:
     return "cache_params" if "cache_params" in known and "past_key_values" not in known else "past_key_values"
 
 
+def can_cache(network: PreTrainedModel) -> bool:
+    """Return whether a step that is given the cache of the one before computes what all tokens at once do, tried."""
+    name = cache_name(network)
+    tokens = torch.arange(_PROBE_LENGTH, device=network.device)[None]
+    with torch.no_grad():
+        expected = network(input_ids=tokens, use_cache=False).logits[:, -1]
+        try:
+            first = network(input_ids=tokens[:, :-1], use_cache=True)
+            cache = getattr(first, name)
+            second = network(**{"input_ids": tokens[:, -1:], name: cache, "use_cache": True})
+        except Exception:  # Whatever an architecture makes of a cache that it has not, or keeps elsewhere.
+            return False
+    return hasattr(cache, "reorder_cache") and _are_near(second.logits[:, -1], expected)
+
+
+def can_pad_left(network: PreTrainedModel, *, with_cache: bool) -> bool:
+    """Return whether padding in front of a prompt, masked, changes nothing, tried on a few tokens.
+
+    The state of a state-space model, or of linear attention, sees it.
+
+    Args:
+        network: With weights.
+        with_cache: Try it in two steps, the second of which goes on from the cache of the first.
+    """
+    tokens = torch.arange(_PROBE_LENGTH, device=network.device)[None]
+    padded = torch.cat([torch.full_like(tokens, _PROBE_LENGTH), tokens], 1)
+    mask = torch.cat([torch.zeros_like(tokens), torch.ones_like(tokens)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def options(first: int, last: int) -> dict[str, Any]:
+        """Return what the network is told of some columns, ``last`` not included."""
+        placed = {"position_ids": positions[:, first:last]} if takes_positions(network) else {}
+        return {"input_ids": padded[:, first:last], "attention_mask": mask[:, :last], "use_cache": with_cache, **placed}
+
+    name, width = cache_name(network), padded.shape[1]
+    with torch.no_grad():
+        expected = network(input_ids=tokens, use_cache=False).logits[:, -1]
+        try:
+            if with_cache:
+                cache = getattr(network(**options(0, width - 1)), name)
+                found = network(**options(width - 1, width), **{name: cache}).logits[:, -1]
+            else:
+                found = network(**options(0, width)).logits[:, -1]
+        except Exception:  # Whatever an architecture makes of a mask that it does not take.
+            return False
+    return _are_near(found, expected)
+
+
+def is_causal(network: PreTrainedModel) -> bool:
+    """Return whether what follows a token changes nothing there, tried on a few tokens."""
+    tokens = torch.arange(_PROBE_LENGTH, device=network.device)[None]
+    others = torch.cat([tokens[:, :-1], tokens[:, -1:] + 1], 1)
+    with torch.no_grad():
+        one, other = (network(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (tokens, others))
+    return _are_near(one, other)
+
+
+def _are_near(found: Tensor, expected: Tensor) -> bool:
+    """Return whether logits differ by no more than rounding does."""
+    share = 1e-4 if found.dtype == torch.float32 else 5e-2
+    return bool((found - expected).abs().max() <= share * expected.abs().max())
+
+
 def has_dropout(network: PreTrainedModel) -> bool:
     """Return whether the network has dropout of its own, in its settings or its modules."""
     settings = network.config.get_text_config().to_dict()
