@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from flexlora.adapters.pattern_names import looked_up
 from flexlora.adapters.peft_format import CONFIG_FILE, INTO_THE_BASE, WEIGHTS_FILE, AdapterError
 from flexlora.adapters.peft_settings import STORED, WHOLE_WEIGHTS, numbers_of, trained_whole
 from flexlora.adapters.stored_names import StoredName, is_renamed, stored_names
@@ -77,7 +78,7 @@ def read_header(weights: safe_open, config: Mapping[str, Any], name: str) -> Hea
     """
     names = stored_names(weights.keys())
     factors: dict[str, dict[str, str]] = {}
-    embeddings, given = set(), {}
+    embeddings, found = set(), {}
     for key, stored in names.items():
         if stored is None or stored.letter is None:
             continue
@@ -85,7 +86,7 @@ def read_header(weights: safe_open, config: Mapping[str, Any], name: str) -> Hea
         pair = factors.setdefault(path, {})
         if stored.letter in pair or (pair and stored.is_embedding != (path in embeddings)):
             raise AdapterError(f"{name}: {_twice(path, stored, embeddings)}")
-        pair[stored.letter], given[path] = key, stored.given_path
+        pair[stored.letter], found[path] = key, stored
         if stored.is_embedding:
             embeddings.add(path)
     copies = _copies(weights, names, embeddings, config, name)
@@ -93,9 +94,11 @@ def read_header(weights: safe_open, config: Mapping[str, Any], name: str) -> Hea
         raise AdapterError(f"{name}: {WEIGHTS_FILE} holds no factors")
     paths = tuple(sorted(factors))
     shapes = {path: _pair_shapes(weights, path, factors[path], name) for path in paths}
-    looked_up = _looked_up(config, paths, given, shapes, name)
-    ranks = numbers_of(config, "r", "rank_pattern", looked_up, name)
-    alphas = numbers_of(config, "lora_alpha", "alpha_pattern", looked_up, name)
+    names_looked_up = looked_up(
+        config, {path: found[path] for path in paths}, [shapes[path][0][0] for path in paths], name
+    )
+    ranks = numbers_of(config, "r", "rank_pattern", names_looked_up, name)
+    alphas = numbers_of(config, "lora_alpha", "alpha_pattern", names_looked_up, name)
     modules = {}
     for path, rank, lora_alpha in zip(paths, ranks, alphas, strict=True):
         (stored, in_features), (out_features, _) = shapes[path]
@@ -107,24 +110,6 @@ def read_header(weights: safe_open, config: Mapping[str, Any], name: str) -> Hea
     for path, copy in copies.items():
         check_rows(path, copy, modules.get(path), name, name)
     return Header(modules, copies, is_renamed(names))
-
-
-def _looked_up(
-    config: Mapping[str, Any],
-    paths: tuple[str, ...],
-    given: Mapping[str, str],
-    shapes: Mapping[str, tuple[tuple[int, int], tuple[int, int]]],
-    name: str,
-) -> tuple[str, ...]:
-    """Return the names that patterns were matched with: wrapped ones only where plain ones give another rank."""
-    given_paths = tuple(given[path] for path in paths)
-    if given_paths == paths:
-        return paths
-    ranks = numbers_of(config, "r", "rank_pattern", paths, name)
-    return tuple(
-        path if rank == shapes[path][0][0] else wrapped
-        for path, wrapped, rank in zip(paths, given_paths, ranks, strict=True)
-    )
 
 
 def check_rows(path: str, copy: StoredCopy, module: StoredModule | None, copied_by: str, adapted_by: str) -> None:

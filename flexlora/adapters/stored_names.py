@@ -40,6 +40,18 @@ class StoredName:
     under_factors: bool
     given_path: str
 
+    @property
+    def front_path(self) -> str:
+        """The path with those wrappers only that stand in front of everything."""
+        own = self.path.split(".")
+        first = self.given_path.split(".").index(own[0]) if own[0] in self.given_path.split(".") else 0
+        return ".".join([*self.given_path.split(".")[:first], *own])
+
+
+def is_wrapper(part: str) -> bool:
+    """Return whether a part of a path is what a tool for training puts around a module."""
+    return part in WRAPPERS
+
 
 def stored_names(keys: Iterable[str]) -> dict[str, StoredName | None]:
     """Return key -> what it stands for, None where PEFT's ``save_pretrained`` writes no such key."""
