@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from numbers import Integral
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +11,7 @@ import torch
 
 from flexlora.adapters.coefficients import COEFFICIENTS, Missing
 from flexlora.adapters.peft_format import MergeError
-from flexlora.adapters.peft_settings import is_number
+from flexlora.adapters.peft_settings import is_number, whole_number
 from flexlora.adapters.rank_layout import RankLayout
 from flexlora.adapters.write import AdapterDtype
 from flexlora.lora.certificate import Accuracy, Certificate
@@ -29,6 +28,11 @@ class RankRule:
     rank: int | None
     energy: float | None
     exact: bool
+
+    def __post_init__(self) -> None:
+        # One of another type is left as it is, to be refused by its name.
+        if (rank := whole_number(self.rank)) is not None:
+            object.__setattr__(self, "rank", rank)
 
     def limit(self, ranks: Sequence[int]) -> int | None:
         """Return how many directions to ask for first; None is all there are."""
@@ -118,8 +122,8 @@ def _check_weights(weights: Sequence[float], num_adapters: int, method: str) -> 
 def _check_rule(rule: RankRule) -> None:
     if (rule.rank is not None) + (rule.energy is not None) + rule.exact > 1:
         raise MergeError("only one of rank, energy and exact can decide how many directions to keep; got several")
-    is_whole = isinstance(rule.rank, Integral) and not isinstance(rule.rank, bool)
-    if rule.rank is not None and not (is_whole and rule.rank >= 1):
+    rank = whole_number(rule.rank)
+    if rule.rank is not None and (rank is None or rank < 1):
         raise MergeError(f"rank must be a whole number of at least 1; got {rule.rank!r}")
     if rule.energy is not None and not (is_number(rule.energy) and 0 < rule.energy <= 1):
         raise MergeError(f"energy must be a share above 0 and up to 1; got {rule.energy!r}")

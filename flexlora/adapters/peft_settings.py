@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from math import isfinite
 from numbers import Real
+from operator import index
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -73,6 +74,17 @@ def is_number(value: object) -> TypeGuard[float]:
         return isfinite(value)
     except OverflowError:  # a whole number beyond all floats
         return False
+
+
+def whole_number(value: object) -> int | None:
+    """Return ``value`` as an int, None where it is no whole number; True, False and 8.0 are none."""
+    # torch's and numpy's truth values count as whole numbers of Python, or used to.
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return index(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):
+        return None
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flexlora.adapters.peft_format import AdapterError, is_expert
+from flexlora.adapters.peft_settings import whole_number
 from flexlora.lora.factors import LoraFactors
 
 Ranks = Literal["uniform", "exact"]
@@ -39,7 +40,7 @@ class RankLayout:
     Attributes:
         ranks: ``uniform`` pads all modules to one rank; ``exact`` keeps the rank of each, but for experts, which all
             get the largest of theirs.
-        pad_to: The one rank, of ``SERVED_RANKS``; None is the largest that a module has.
+        pad_to: The one rank, a whole number of any type, of ``SERVED_RANKS``; None is the largest that a module has.
 
     Raises:
         AdapterError: If a value is not allowed, or ``pad_to`` is set for ``exact``.
@@ -53,9 +54,11 @@ class RankLayout:
             raise AdapterError(f"ranks must be uniform or exact; got {self.ranks!r}")
         if self.pad_to is None:
             return
-        if isinstance(self.pad_to, bool) or self.pad_to not in SERVED_RANKS:
+        rank = whole_number(self.pad_to)
+        if rank not in SERVED_RANKS:
             allowed = ", ".join(str(rank) for rank in SERVED_RANKS)
             raise AdapterError(f"pad_to must be a rank that vLLM makes room for, one of {allowed}; got {self.pad_to!r}")
+        object.__setattr__(self, "pad_to", rank)  # JSON takes no number of numpy
         if self.ranks == "exact":
             raise AdapterError(f"pad_to gives all modules one rank, ranks=exact each its own; got both ({self.pad_to})")
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexlora.adapters.card import Card, plain_card
 from flexlora.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterError, factor_keys
+from flexlora.adapters.peft_settings import is_number
 from flexlora.adapters.rank_layout import RankLayout, Ranks, common_alpha, common_rank, laid_out
 from flexlora.files import appearing_whole
 from flexlora.lora.factors import AdapterState
@@ -51,12 +52,17 @@ def write_adapter(
         card: What ``README.md`` says; None says what is written and how to load it.
 
     Raises:
-        AdapterError: If there is no module, ``folder`` holds something else, ``dtype`` cannot hold a factor, or
-            ``ranks`` and ``pad_to`` are not allowed or do not fit.
+        AdapterError: If there is no module, ``folder`` holds something else, a scaling is no finite number, ``dtype``
+            cannot hold a factor, or ``dtype``, ``ranks`` and ``pad_to`` are not allowed or do not fit.
     """
     folder, layout = Path(folder), RankLayout(ranks, pad_to)
     if not adapter:
         raise AdapterError("an adapter folder needs at least one module; the adapter has none")
+    if dtype not in get_args(AdapterDtype):
+        raise AdapterError(f"dtype must be one of {', '.join(get_args(AdapterDtype))}; got {dtype}")
+    for path, factors in adapter.items():
+        if not is_number(factors.scaling):
+            raise AdapterError(f"the scaling of {path} must be a finite number; got {factors.scaling!r}")
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise AdapterError(f"{folder} must be new, empty or an adapter folder; it holds other files")
     stored = layout.stored({path: factors.rank for path, factors in adapter.items()})

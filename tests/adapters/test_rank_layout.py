@@ -242,6 +242,11 @@ def test_ranks_that_cannot_be_padded_to_are_refused_with_what_can(plain: Path, m
     for options, match in (
         ({"pad_to": 12}, "pad_to must be a rank that vLLM makes room for, one of 1, 8, 16, .*512; got 12"),
         ({"pad_to": True}, "got True"),
+        ({"pad_to": np.True_}, "pad_to must be a rank that vLLM makes room for"),
+        ({"pad_to": 16.0}, "pad_to must be a rank that vLLM makes room for, .*; got 16.0"),
+        ({"pad_to": np.float32(16)}, "pad_to must be a rank that vLLM makes room for"),
+        ({"pad_to": "16"}, "pad_to must be a rank that vLLM makes room for, .*; got '16'"),
+        ({"pad_to": np.array([8, 16])}, "pad_to must be a rank that vLLM makes room for"),
         ({"pad_to": 8, "ranks": "exact"}, "pad_to gives all modules one rank, ranks=exact each its own"),
         ({"ranks": "equal"}, "ranks must be uniform or exact; got 'equal'"),
         (
@@ -254,6 +259,20 @@ def test_ranks_that_cannot_be_padded_to_are_refused_with_what_can(plain: Path, m
         assert not out.exists()
     with pytest.raises(AdapterError, match=r"pad_to must be at least 600, .* got 512: ask for rank 512 too"):
         RankLayout(pad_to=512).stored({"a": 600})
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.uint8, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+def test_a_whole_number_is_one_whatever_its_type(whole: Callable[[int], int], plain: Path, tmp_path: Path) -> None:
+    adapter = {"a": LoraFactors(torch.ones(1, 3), torch.ones(2, 1), 0.3)}
+    write_adapter(tmp_path / "written", adapter, "base", pad_to=whole(8))
+    np.testing.assert_allclose(with_one_rank(tmp_path / "written")["a"], np.full((2, 3), 0.3), rtol=1e-6)
+    for number, options in enumerate(
+        ({"pad_to": whole(8)}, {"rank": whole(2)}, {"rank": whole(1), "pad_to": whole(8)})
+    ):
+        result = merge([plain], out=tmp_path / f"{number}", **options)
+        config = json.loads((tmp_path / f"{number}" / "adapter_config.json").read_text())
+        assert config["r"] == config["lora_alpha"] == (8 if "pad_to" in options else 2)
+        assert all(type(module.rank) is int and type(module.stored_rank) is int for module in result.modules)
 
 
 @pytest.mark.parametrize("scaling", [0.0, -0.0, 1e20, -2.0, 1e-12, 2.0**33, 0.5])

@@ -208,6 +208,24 @@ def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf"), -float("inf")])
+def test_a_scaling_that_is_no_finite_number_is_refused(tmp_path, scaling):
+    adapter = {
+        "fine": LoraFactors(torch.ones(1, 3), torch.ones(2, 1), 1.0),
+        "layer": LoraFactors(torch.ones(1, 3), torch.ones(2, 1), scaling),
+    }
+    with pytest.raises(AdapterError, match=f"the scaling of layer must be a finite number; got {scaling}"):
+        write_adapter(tmp_path / "adapter", adapter, "base")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_type_that_adapters_are_not_written_in_is_refused(tmp_path):
+    adapter = {"layer": LoraFactors(torch.ones(1, 3), torch.ones(2, 1), 1.0)}
+    with pytest.raises(AdapterError, match="dtype must be one of float32, bfloat16, float16; got int8"):
+        write_adapter(tmp_path / "adapter", adapter, "base", dtype="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_folders_that_cannot_be_read_are_explained(adapter, tmp_path):
     with pytest.raises(AdapterError, match="must be a PEFT adapter folder"):
         read_adapter(tmp_path)
