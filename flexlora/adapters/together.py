@@ -11,7 +11,7 @@ from typing import Any
 from flexlora.adapters.copies import check_copies, copied_paths
 from flexlora.adapters.folder import AdapterFolder, locate_adapter, open_adapter
 from flexlora.adapters.module_names import check_names
-from flexlora.adapters.peft_format import AdapterError, MergeError
+from flexlora.adapters.peft_format import CONFIG_FILE, AdapterError, MergeError
 
 MOST_PROBLEMS = 10
 """Problems reported at once when many adapters cannot be read."""
@@ -41,6 +41,7 @@ def check_together(opened: Sequence[AdapterFolder], allow_different_bases: bool)
     _check_shapes(opened)
     check_names(opened)
     check_copies(opened)
+    notes += _contradictions(opened)
     folders = Counter(os.path.realpath(adapter.name) for adapter in opened)
     notes += [
         f"{folder} was given {count} times; each of them counts" for folder, count in folders.items() if count > 1
@@ -72,6 +73,26 @@ def _check_bases(opened: Sequence[AdapterFolder], allow_different_bases: bool) -
     if nameless is not None:
         notes.append(f"{nameless.name} does not say which base model it belongs to")
     return notes
+
+
+def _contradictions(opened: Sequence[AdapterFolder]) -> list[str]:
+    """Return a note for each setting that adapters contradict one another in, which the result leaves out."""
+    notes = []
+    for key in ("task_type", "auto_mapping"):
+        said = [adapter for adapter in opened if adapter.settings[key] is not None]
+        other = next((adapter for adapter in said if adapter.settings[key] != said[0].settings[key]), None)
+        if other is not None:
+            one_text, other_text = (_setting_text(adapter.settings[key]) for adapter in (said[0], other))
+            notes.append(
+                f"{key} is {one_text} in {said[0].name} and {other_text} in {other.name}; the result has none: set it "
+                f"in {CONFIG_FILE} if AutoPeftModel is to load it"
+            )
+    return notes
+
+
+def _setting_text(value: object) -> str:
+    """Return a setting as it is named in a note: a class of model by its name and module."""
+    return ", ".join(str(part) for part in value.values()) if isinstance(value, dict) else str(value)
 
 
 def _check_shapes(opened: Sequence[AdapterFolder]) -> None:

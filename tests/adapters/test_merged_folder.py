@@ -2,6 +2,8 @@
 
 import copy
 import errno
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,8 +96,29 @@ def test_an_adapter_that_names_its_class_of_model_still_loads_without_a_base(
         found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / f"half-{number}").eval()
         torch.testing.assert_close(logits(found), logits(loaded(network, tmp_path / f"half-{number}")))
     rewrite(folders[1], auto_mapping=None, task_type="FEATURE_EXTRACTION")
-    merge(folders, out=tmp_path / "unclear")
+    notes = merge(folders, out=tmp_path / "unclear").notes
     assert config_of(tmp_path / "unclear")["task_type"] is None
+    one, other = (folder.name for folder in folders)
+    said = rf"task_type is CAUSAL_LM in .*{one} and FEATURE_EXTRACTION in .*{other}; the result has none"
+    assert [note for note in notes if re.match(said, note)]
+
+
+def test_what_adapters_contradict_one_another_in_is_named(
+    plain: Path, tmp_path: Path, rewrite: Helper, config_of: Helper
+) -> None:
+    other = shutil.copytree(plain, tmp_path / "other")
+    silent = shutil.copytree(plain, tmp_path / "silent")
+    library = "transformers.models.llama.modeling_llama"
+    for folder, name in ((plain, "LlamaModel"), (other, "LlamaForCausalLM")):
+        rewrite(folder, task_type=None, auto_mapping={"base_model_class": name, "parent_library": library})
+    rewrite(silent, task_type=None, auto_mapping=None)
+    notes = merge([silent, plain, other], out=tmp_path / "out").notes
+    said = (
+        rf"auto_mapping is LlamaModel, {library} in .* and LlamaForCausalLM, {library} in .*other; the result has none"
+    )
+    assert [note for note in notes if re.match(said, note)] and not any("task_type" in note for note in notes)
+    assert config_of(tmp_path / "out")["auto_mapping"] is None
+    assert not any("the result has none" in note for note in merge([silent, plain], out=tmp_path / "agree").notes)
 
 
 # PEFT itself adds the pattern for the fused experts that it does not find then.
