@@ -10,11 +10,13 @@ Fields = Mapping[str, object]
 
 
 def is_missing(value: object) -> bool:
-    """Return whether a value says nothing: None, not-a-number, a text of white space, an empty list or object."""
+    """Return whether a value says nothing: None, not-a-number, a text of white space, a list or object of such."""
     if isinstance(value, str):
         return not value.strip()
-    if isinstance(value, Mapping | Sequence):
-        return not len(value)
+    if isinstance(value, Mapping):
+        return all(map(is_missing, value.values()))
+    if isinstance(value, Sequence):
+        return all(map(is_missing, value))
     # NA and NaT are what pandas writes where nothing is.
     return (
         value is None or (isinstance(value, Real) and value != value) or type(value).__name__ in ("NAType", "NaTType")
@@ -53,9 +55,10 @@ def answers_of(fields: Fields, name: str, place: str) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         text = text_of(fields, name, place)
         return (text,) if text else ()
-    if not all(isinstance(text, str) for text in value):
+    texts = [text for text in value if not is_missing(text)]
+    if not all(isinstance(text, str) for text in texts):
         raise InstructionDataError(f"{place}: {name!r} must be a text or a list of texts; got {abridged(value)}")
-    return tuple(dict.fromkeys(text for text in value if text.strip()))
+    return tuple(dict.fromkeys(str(text) for text in texts))
 
 
 def name_of(value: object, field: str, place: str) -> str:

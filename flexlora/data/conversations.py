@@ -23,12 +23,14 @@ ROLES: Mapping[str, str] = {
     **{name: "tool" for name in ("tool", "function", "observation", "function_response", "ipython")},
 }
 # Fields that say whether a turn of the assistant is trained.
-WEIGHTS = ("weight", "train", "loss")
+WEIGHTS = ("weight", "train", "training", "trainable", "loss")
 # Fields that would be lost, and what to do about them.
 REFUSED = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "put it into the content, or remove it"),
     **dict.fromkeys(("audio", "image", "images", "video", "videos"), "only texts are trained; remove it"),
     "refusal": "put it into the content",
+    **dict.fromkeys(("mask", "masked"), "it may mean either; say weight: 0 or weight: 1 instead"),
+    **dict.fromkeys(("train_detail", "training_detail"), "turns are trained whole or not at all; remove it"),
 }
 _KNOWN = {"role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id", *WEIGHTS, *REFUSED}
 
@@ -83,7 +85,9 @@ def examples_of(
                 f"{place}, turn {index + 1}: an answer of the assistant must follow a turn of the user or of a tool; "
                 f"got one after {before.role if before else 'nothing'}"
             )
-        elif before.role == "tool" or before.content.strip():
+        elif before.role == "user" and not before.content.strip():
+            notes.num_unasked += 1
+        else:
             # A question is cut last; whatever else an answer follows stays the turn that it is.
             asks = before.role == "user" and not before.fields
             history = tuple(earlier.as_turn() for earlier in turns[: index - 1 if asks else index])
@@ -140,21 +144,9 @@ def _turn(message: Mapping[str, object], place: str, notes: DataNotes, trains_al
     for field, remedy in REFUSED.items():
         if not is_missing(message.get(field)):
             raise InstructionDataError(f"{place}: the field {field!r} cannot be trained; {remedy}")
-    named = message.get("role") if not is_missing(message.get("role")) else message.get("from")
-    role = ROLES.get(named.lower()) if isinstance(named, str) else None
-    if role is None:
-        raise InstructionDataError(
-            f"{place}: role must be system, user, assistant or tool, or another name of one of these; "
-            f"got {abridged(named)}"
-        )
-    calls = _calls(message, place)
-    key = "value" if "content" not in message and "value" in message else "content"
-    if calls and key not in message:
-        content = ""
-    elif named == "function_call":
-        content, calls = "", [_call(parsed_json(text_of(message, key, place), place), place)]
-    else:
-        content = _content(message, key, place)
+    role, is_call = _role(message, place)
+    calls = _calls(message, place, is_call)
+    content = "" if is_call else _content(message, place, optional=bool(calls))
     notes.unused.update(f"{field} (of turns)" for field in set(message) - _KNOWN if not is_missing(message[field]))
     fields: dict[str, object] = {
         name: message[name] for name in ("name", "tool_call_id") if not is_missing(message.get(name))
@@ -170,35 +162,102 @@ def _turn(message: Mapping[str, object], place: str, notes: DataNotes, trains_al
     return ParsedTurn(role, text, _json(fields) if fields else "", is_trained)
 
 
-def _content(message: Mapping[str, object], key: str, place: str) -> str:
-    """Return what a turn says; parts that are texts are joined."""
-    value = message.get(key)
-    if isinstance(value, Mapping):
+def _role(message: Mapping[str, object], place: str) -> tuple[str, bool]:
+    """Return who speaks as chat templates call it, and whether ShareGPT's word says that the turn is a tool call."""
+    names = {field: message[field] for field in ("role", "from") if not is_missing(message.get(field))} or {
+        "role": None
+    }
+    roles = {}
+    for field, name in names.items():
+        roles[field] = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+        if roles[field] is None:
+            raise InstructionDataError(
+                f"{place}: {field} must be system, user, assistant or tool, or another name of one of these; "
+                f"got {abridged(name)}"
+            )
+    _check_equal(roles, names, place)
+    return str(next(iter(roles.values()))), any(str(name).strip().lower() == "function_call" for name in names.values())
+
+
+def _check_equal(meant: Mapping[str, object], written: Mapping[str, object], place: str) -> None:
+    """Refuse fields that say the same thing in different ways.
+
+    Args:
+        meant: Field -> what it means, of those that hold something.
+        written: Field -> what it holds.
+        place: File, line and turn, for error messages.
+
+    Raises:
+        InstructionDataError: Two of them do not mean the same; the message names both.
+    """
+    first = next(iter(meant), "")
+    for field in meant:
+        if meant[field] != meant[first]:
+            raise InstructionDataError(
+                f"{place}: {first!r} and {field!r} contradict each other: {abridged(written[first])} and "
+                f"{abridged(written[field])}; keep the right one and empty the other"
+            )
+
+
+def _content(message: Mapping[str, object], place: str, *, optional: bool) -> str:
+    """Return what a turn says in the one of its fields that says something."""
+    there = [field for field in ("content", "value") if field in message]
+    if not there:
+        return text_of(message, "content", place, optional=optional)
+    texts = {field: _text(message, field, place) for field in there}
+    filled = {field: text for field, text in texts.items() if text.strip()}
+    _check_equal(filled, message, place)
+    return next(iter(filled.values()), "")
+
+
+def _text(message: Mapping[str, object], field: str, place: str) -> str:
+    """Return what a field of a turn says; parts that are texts are joined."""
+    value = message[field]
+    if isinstance(value, Mapping) and value:
         value = [value]
     if not isinstance(value, list | tuple):
-        return text_of(message, key, place)
+        return text_of(message, field, place)
     texts = []
     for part in value:
         text = part.get("text") if isinstance(part, Mapping) else part
         kind = str(part.get("type") or "text") if isinstance(part, Mapping) else "text"
-        if not kind.endswith("text") or not isinstance(text, str):
+        if not kind.endswith("text") or not (isinstance(text, str) or is_missing(text)):
             raise InstructionDataError(
-                f"{place}: {key!r} must be a text or a list of texts; one of its parts is {abridged(part)}: only texts "
-                "are trained, remove the row or the part"
+                f"{place}: {field!r} must be a text or a list of texts; one of its parts is {abridged(part)}: only "
+                "texts are trained, remove the row or the part"
             )
-        texts.append(text)
+        texts.append(text if isinstance(text, str) else "")
     return "".join(texts)
 
 
-def _calls(message: Mapping[str, object], place: str) -> list[Mapping[str, object]]:
-    calls = message.get("tool_calls")
-    if is_missing(calls):
-        legacy = message.get("function_call")
-        return [] if is_missing(legacy) else [_call(legacy, place)]
-    found = listed(calls, place)
-    if found is None:
-        raise InstructionDataError(f"{place}: 'tool_calls' must be a list of calls; got {abridged(calls)}")
-    return [_call(call, place) for call in found]
+def _calls(message: Mapping[str, object], place: str, is_call: bool) -> list[Mapping[str, object]]:
+    """Return the tool calls of a turn, which one of three fields holds.
+
+    Args:
+        message: The turn.
+        place: File, line and turn, for error messages.
+        is_call: Whether the turn is nothing but a call, as ShareGPT writes it.
+    """
+    written: dict[str, object] = {}
+    found: dict[str, list[Mapping[str, object]]] = {}
+    if not is_missing(message.get("tool_calls")):
+        written["tool_calls"] = message["tool_calls"]
+        calls = listed(written["tool_calls"], place)
+        if calls is None:
+            raise InstructionDataError(
+                f"{place}: 'tool_calls' must be a list of calls; got {abridged(written['tool_calls'])}"
+            )
+        found["tool_calls"] = [_call(call, place) for call in calls]
+    if not is_missing(message.get("function_call")):
+        written["function_call"] = message["function_call"]
+        found["function_call"] = [_call(written["function_call"], place)]
+    if is_call and (text := _content(message, place, optional=bool(found))):
+        field = next(field for field in ("content", "value") if not is_missing(message.get(field)))
+        written[field], found[field] = text, [_call(parsed_json(text, place), place)]
+    _check_equal({field: [call["function"] for call in calls] for field, calls in found.items()}, written, place)
+    if is_call and not found:
+        raise InstructionDataError(f"{place}: a turn of function_call must hold a call; got nothing")
+    return next(iter(found.values()), [])
 
 
 def _call(call: object, place: str) -> Mapping[str, object]:
@@ -219,10 +278,8 @@ def _call(call: object, place: str) -> Mapping[str, object]:
 
 
 def _is_trained(message: Mapping[str, object], role: str, place: str, trains_all: bool) -> bool | None:
-    for field in WEIGHTS:
-        value = message.get(field)
-        if is_missing(value):
-            continue
+    flags = {field: message[field] for field in WEIGHTS if not is_missing(message.get(field))}
+    for field, value in flags.items():
         if value not in (0, 1):
             raise InstructionDataError(f"{place}: {field!r} must be 0 or 1; got {abridged(value)}")
         if role == "assistant" and not value and trains_all:
@@ -234,8 +291,8 @@ def _is_trained(message: Mapping[str, object], role: str, place: str, trains_all
                 f"{place}: {field!r} is 1 on a turn of {role}, and only the assistant's are trained; remove it, or set "
                 "data.loss_on to all"
             )
-        return bool(value)
-    return None
+    _check_equal({field: bool(value) for field, value in flags.items()}, flags, place)
+    return bool(next(iter(flags.values()))) if flags else None
 
 
 def _json(value: object) -> str:

@@ -23,7 +23,7 @@ def test_an_answer_of_weight_zero_is_context_and_not_trained():
     assert read({"messages": turns}) == [Example("r", "", ("b",), history=(("user", "q"), ("assistant", "a")))]
 
 
-@pytest.mark.parametrize("field", ["weight", "train", "loss"])
+@pytest.mark.parametrize("field", ["weight", "train", "training", "trainable", "loss"])
 @pytest.mark.parametrize(("value", "num"), [(0, 0), (0.0, 0), (False, 0), (1, 1), (True, 1), (None, 1)])
 def test_every_name_of_a_weight_is_honoured(field, value, num):
     assert len(read({"messages": [QUESTION, {**ANSWER, field: value}]})) == num
@@ -41,6 +41,27 @@ def test_every_name_of_a_weight_is_honoured(field, value, num):
         ({"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}, {}, "a tool call must be an object with"),
         ({**QUESTION, "tool_calls": [CALL]}, {}, "only the assistant may have 'tool_calls'"),
         ({"from": "human", "value": 7}, {}, "turn 2: 'value' must be a text; got 7"),
+        ({**ANSWER, "mask": True}, {}, "turn 2: the field 'mask' cannot be trained; it may mean either; say weight"),
+        (
+            {**ANSWER, "weight": 1, "train": False},
+            {},
+            "turn 2: 'weight' and 'train' contradict each other: 1 and False",
+        ),
+        ({**ANSWER, "weight": 1, "loss": False}, {}, "turn 2: 'weight' and 'loss' contradict each other"),
+        ({**ANSWER, "weight": 0, "train": True}, {}, "turn 2: 'weight' and 'train' contradict each other"),
+        (
+            {**ANSWER, "content": "c", "value": "d"},
+            {},
+            "turn 2: 'content' and 'value' contradict each other: 'c' and 'd'",
+        ),
+        ({**QUESTION, "from": "gpt"}, {}, "turn 2: 'role' and 'from' contradict each other: 'user' and 'gpt'"),
+        ({**QUESTION, "from": "ghost"}, {}, "turn 2: from must be system, user, assistant or tool"),
+        ({"from": "function_call", "value": None}, {}, "a turn of function_call must hold a call; got nothing"),
+        (
+            {**ANSWER, "tool_calls": [CALL], "function_call": {"name": "sub", "arguments": "{}"}},
+            {},
+            "'tool_calls' and 'function_call' contradict each other",
+        ),
     ],
 )
 def test_what_would_be_lost_is_refused_by_turn_and_field(turn, options, message):
@@ -103,3 +124,49 @@ def test_answers_before_the_first_question_are_counted_and_fields_that_are_not_u
     assert notes.num_unasked == 1
     assert set(notes.unused) == {"timestamp (of turns)", "source"}
     assert "Not used: source, timestamp (of turns)." in notes.sentences()
+
+
+def test_the_field_of_a_turn_that_holds_something_is_taken_whatever_stands_empty_beside_it():
+    empty = {"role": None, "content": None, "from": None, "value": None, "tool_calls": None, "function_call": None}
+    openai = [QUESTION, ANSWER]
+    sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    expected = [Example("q", "", ("a",))]
+    for nothing in (None, "", " ", [], [None], {"name": None, "arguments": None}):
+        fields = dict.fromkeys(empty, nothing)
+        assert read({"messages": [{**fields, **turn} for turn in openai]}) == expected
+        assert read({"conversations": [{**fields, **turn} for turn in sharegpt]}) == expected
+    unsaid = [{"type": "text", "text": None}]
+    assert read({"messages": [{"role": "user", "content": unsaid, "value": "q"}, ANSWER]}) == expected
+    # Both filled, and they mean the same.
+    both = [{**mine, **theirs} for mine, theirs in zip(openai, sharegpt, strict=True)]
+    assert read({"messages": both}) == expected
+    parts = [{**QUESTION, "content": [{"type": "text", "text": "q"}], "value": "q"}, ANSWER]
+    assert read({"messages": parts}) == expected
+
+
+def test_rows_whose_objects_datasets_unified_are_all_read():
+    datasets = pytest.importorskip("datasets")
+    openai = {"conversations": [QUESTION, ANSWER]}
+    sharegpt = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    feature = [{name: datasets.Value("string") for name in ("role", "content", "from", "value")}]
+    rows = datasets.Dataset.from_list([openai, sharegpt], features=datasets.Features(conversations=feature))
+    assert rows[1]["conversations"][0]["content"] is None
+    assert [read(row) for row in rows] == [[Example("q", "", ("a",))]] * 2
+
+
+def test_flags_that_agree_are_one_flag():
+    assert read({"messages": [QUESTION, {**ANSWER, "weight": 0, "train": False, "loss": None}]}) == []
+    assert len(read({"messages": [QUESTION, {**ANSWER, "weight": 1, "train": True}]})) == 1
+
+
+def test_a_call_that_two_fields_hold_is_one_call():
+    call = {"role": "assistant", "from": "function_call", "content": None, "value": json.dumps(CALL["function"])}
+    once = read({"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}]})
+    (twice,) = read({"messages": [QUESTION, {**call, "tool_calls": [CALL], "function_call": CALL["function"]}]})
+    assert [twice] == once
+
+
+def test_an_answer_to_an_empty_question_is_counted():
+    notes = DataNotes()
+    assert len(read({"messages": [QUESTION, ANSWER, {"role": "user", "content": None}, ANSWER]}, notes)) == 1
+    assert notes.num_unasked == 1
