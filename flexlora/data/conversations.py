@@ -175,11 +175,11 @@ def _role(message: Mapping[str, object], place: str) -> tuple[str, bool]:
                 f"{place}: {field} must be system, user, assistant or tool, or another name of one of these; "
                 f"got {abridged(name)}"
             )
-    _check_equal(roles, names, place)
+    check_equal(roles, names, place)
     return str(next(iter(roles.values()))), any(str(name).strip().lower() == "function_call" for name in names.values())
 
 
-def _check_equal(meant: Mapping[str, object], written: Mapping[str, object], place: str) -> None:
+def check_equal(meant: Mapping[str, object], written: Mapping[str, object], place: str) -> None:
     """Refuse fields that say the same thing in different ways.
 
     Args:
@@ -206,7 +206,7 @@ def _content(message: Mapping[str, object], place: str, *, optional: bool) -> st
         return text_of(message, "content", place, optional=optional)
     texts = {field: _text(message, field, place) for field in there}
     filled = {field: text for field, text in texts.items() if text.strip()}
-    _check_equal(filled, message, place)
+    check_equal(filled, message, place)
     return next(iter(filled.values()), "")
 
 
@@ -254,7 +254,7 @@ def _calls(message: Mapping[str, object], place: str, is_call: bool) -> list[Map
     if is_call and (text := _content(message, place, optional=bool(found))):
         field = next(field for field in ("content", "value") if not is_missing(message.get(field)))
         written[field], found[field] = text, [_call(parsed_json(text, place), place)]
-    _check_equal({field: [call["function"] for call in calls] for field, calls in found.items()}, written, place)
+    check_equal({field: [call["function"] for call in calls] for field, calls in found.items()}, written, place)
     if is_call and not found:
         raise InstructionDataError(f"{place}: a turn of function_call must hold a call; got nothing")
     return next(iter(found.values()), [])
@@ -291,7 +291,7 @@ def _is_trained(message: Mapping[str, object], role: str, place: str, trains_all
                 f"{place}: {field!r} is 1 on a turn of {role}, and only the assistant's are trained; remove it, or set "
                 "data.loss_on to all"
             )
-    _check_equal({field: bool(value) for field, value in flags.items()}, flags, place)
+    check_equal({field: bool(value) for field, value in flags.items()}, flags, place)
     return bool(next(iter(flags.values()))) if flags else None
 
 

@@ -4,16 +4,16 @@ A schema is a set of column names. What a column holds decides, not that it is t
 columns of several schemas, empty where they do not belong.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from flexlora.data.cells import Fields, answers_of, is_missing, text_of
-from flexlora.data.conversations import ParsedTurn, examples_of, listed, parsed_json, turns_of
+from flexlora.data.conversations import ParsedTurn, examples_of, listed, turns_of
 from flexlora.data.data_notes import DataNotes
 from flexlora.data.examples import Example
 from flexlora.data.found_values import abridged, column_list
 from flexlora.data.instruction_errors import InstructionDataError
+from flexlora.data.tools import TOOLS, tools_of
 
 SCHEMAS = (
     "messages or conversations (a list of turns)",
@@ -22,8 +22,8 @@ SCHEMAS = (
     "text alone",
 )
 CONVERSATIONS = ("messages", "conversations", "conversation")
-INPUTS, ANSWERS, SYSTEMS, TOOLS = ("context", "input"), ("response", "output"), ("system", "system_prompt"), "tools"
-BEFORE = (*SYSTEMS, "history", TOOLS)
+INPUTS, ANSWERS, SYSTEMS = ("context", "input"), ("response", "output"), ("system", "system_prompt")
+BEFORE = (*SYSTEMS, "history", *TOOLS)
 PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 COLUMN_NAMES = (*CONVERSATIONS, "prompt", "completion", "instruction", *INPUTS, *ANSWERS, "text", *BEFORE)
 
@@ -58,14 +58,14 @@ class RowReader:
             InstructionDataError: No schema fits, a column holds something else than it should, or two columns that
                 mean the same hold something.
         """
-        fields = renamed(row, self.columns, place)
+        fields = _without_empty_lists(renamed(row, self.columns, place))
         for name in PICTURES:
             if not is_missing(fields.get(name)) and name not in self.elsewhere:
                 raise InstructionDataError(
                     f"{place}: the column {name!r} cannot be trained, only texts are; remove it, or the row"
                 )
         schema = self._schema(fields, place)
-        own = {*schema.names, *BEFORE, *self.elsewhere}
+        own = {*schema.names, *schema.beside, *BEFORE, *self.elsewhere}
         unused = (str(name) for name in fields if name not in own and not is_missing(fields[name]))
         self.notes.unused.update(unused)
         return schema.read(self, fields, place)
@@ -127,17 +127,6 @@ class RowReader:
                     )
         return turns
 
-    def tools(self, fields: Fields, place: str) -> str:
-        """Return the tools of a row as the JSON of a list, empty for none."""
-        value = fields.get(TOOLS)
-        if is_missing(value):
-            return ""
-        tools = listed(value, place)
-        if tools is None:
-            raise InstructionDataError(f"{place}: 'tools' must be a list of tools; got {abridged(value)}")
-        parsed = [parsed_json(tool, place) if isinstance(tool, str) else tool for tool in tools]
-        return json.dumps(parsed, ensure_ascii=False) if parsed else ""
-
 
 def renamed(fields: Fields, columns: Mapping[str, str], place: str) -> Fields:
     """Return the columns of a row under our names.
@@ -162,6 +151,13 @@ def renamed(fields: Fields, columns: Mapping[str, str], place: str) -> Fields:
     return kept | {ours: fields[theirs] for ours, theirs in columns.items()}
 
 
+def _without_empty_lists(fields: Fields) -> Fields:
+    """Return a row in which columns of lists are None where a table has the text of an empty list or of nothing."""
+    texts = {name: value for name in (*CONVERSATIONS, "history", *TOOLS) if isinstance(value := fields.get(name), str)}
+    empty = [name for name, text in texts.items() if "".join(text.split()) in ("[]", "null", "None", "{}")]
+    return {**fields, **dict.fromkeys(empty)} if empty else fields
+
+
 def _filled(fields: Fields, names: tuple[str, ...]) -> bool:
     return any(not is_missing(fields.get(name)) for name in names)
 
@@ -171,12 +167,26 @@ def _read_conversation(reader: RowReader, fields: Fields, place: str) -> tuple[E
     if is_missing(fields.get(name)):
         return ()
     turns = turns_of(fields[name], name, place, reader.notes, trains_all=reader.trains_all)
-    before = reader.before(fields, place)
-    if before and turns[0].role == "system":
+    joined = _joined(reader.before(fields, place), turns, place)
+    return examples_of(joined, tools_of(fields, place), place, reader.notes)
+
+
+def _joined(before: list[ParsedTurn], turns: list[ParsedTurn], place: str) -> list[ParsedTurn]:
+    """Return what columns put before a conversation, and the conversation: what the system says first, and once.
+
+    Raises:
+        InstructionDataError: A column and the first turn say different things.
+    """
+    if not before or not turns or turns[0].role != "system":
+        return [*before, *turns]
+    own, rest = turns[0], turns[1:]
+    said = [turn.content for turn in before if turn.role == "system"]
+    if own.content.strip() and any(text.strip() != own.content.strip() for text in said):
         raise InstructionDataError(
-            f"{place}: both a column and the first turn say what the system says; remove one of the two"
+            f"{place}: both a column and the first turn say what the system says, and not the same: "
+            f"{abridged(said[0])} and {abridged(own.content)}; remove one of the two"
         )
-    return examples_of([*before, *turns], reader.tools(fields, place), place, reader.notes)
+    return [*before, *rest] if said else [own, *before, *rest]
 
 
 def _read_completion(reader: RowReader, fields: Fields, place: str) -> tuple[Example, ...]:
@@ -187,12 +197,18 @@ def _read_completion(reader: RowReader, fields: Fields, place: str) -> tuple[Exa
     answers = listed(completion, place) if not isinstance(completion, str) else None
     is_chat = bool(answers) and all(isinstance(turn, Mapping) for turn in answers or ())
     if not is_chat and isinstance(prompt, str):
-        return _single(reader, fields, turns, prompt, "", answers_of(fields, "completion", place), place)
-    if isinstance(prompt, str):
-        turns.append(ParsedTurn("user", prompt))
-    else:
-        turns += turns_of(prompt, "prompt", place, reader.notes, trains_all=reader.trains_all)
-    tools = reader.tools(fields, place)
+        text_input = text_of(fields, reader.one_of(fields, INPUTS, place), place, optional=True)
+        return _single(reader, fields, turns, prompt, text_input, answers_of(fields, "completion", place), place)
+    for name in INPUTS:
+        if not is_missing(fields.get(name)):
+            raise InstructionDataError(
+                f"{place}: {name!r} cannot stand beside a prompt or a completion of turns; put it into a turn of the "
+                "user, or empty it"
+            )
+    asked = [ParsedTurn("user", prompt)] if isinstance(prompt, str) else None
+    asked = asked or turns_of(prompt, "prompt", place, reader.notes, trains_all=reader.trains_all)
+    turns = _joined(turns, asked, place)
+    tools = tools_of(fields, place)
     if is_chat:
         own = turns_of(completion, "completion", place, reader.notes, trains_all=reader.trains_all)
         return examples_of([*turns, *own], tools, place, reader.notes, len(turns))
@@ -221,7 +237,7 @@ def _single(
     if not answers or not (instruction or text_input):
         return ()
     history = tuple(turn.as_turn() for turn in before)
-    return (Example(instruction, text_input, answers, history, reader.tools(fields, place)),)
+    return (Example(instruction, text_input, answers, history, tools_of(fields, place)),)
 
 
 def _read_text(reader: RowReader, fields: Fields, place: str) -> tuple[Example, ...]:
@@ -244,6 +260,7 @@ class _Schema:
         holds: Of each of these one must hold something.
         read: Makes the examples.
         is_alone: Whether the columns of other schemas must be empty.
+        beside: Columns of other schemas that are used where they stand beside these.
     """
 
     names: tuple[str, ...]
@@ -251,6 +268,7 @@ class _Schema:
     holds: tuple[tuple[str, ...], ...]
     read: Callable[[RowReader, Fields, str], tuple[Example, ...]]
     is_alone: bool = False
+    beside: tuple[str, ...] = ()
 
     def is_there(self, fields: Fields) -> bool:
         """Return whether a row has the columns."""
@@ -268,7 +286,13 @@ class _Schema:
 
 _SCHEMAS = (
     _Schema(CONVERSATIONS, (CONVERSATIONS,), (CONVERSATIONS,), _read_conversation),
-    _Schema(("prompt", "completion"), (("prompt",), ("completion",)), (("prompt",), ("completion",)), _read_completion),
+    _Schema(
+        ("prompt", "completion"),
+        (("prompt",), ("completion",)),
+        (("prompt",), ("completion",)),
+        _read_completion,
+        beside=INPUTS,
+    ),
     _Schema(
         ("instruction", *INPUTS, *ANSWERS),
         (("instruction",), ANSWERS),

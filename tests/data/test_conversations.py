@@ -78,8 +78,12 @@ def test_sharegpt_is_read_as_the_same_conversation_of_openai():
     assert read({"conversations": json.dumps(sharegpt)}) == read({"messages": openai})
     # What LLaMA-Factory's variant has in a column of its own.
     assert read({"conversations": sharegpt[1:], "system": "s"}) == read({"messages": openai})
+    # Said twice is said once, and an empty turn says nothing.
+    assert read({"conversations": sharegpt, "system": "s"}) == read({"messages": openai})
+    empty = [{**openai[0], "content": ""}, *openai[1:]]
+    assert read({"messages": empty, "system": "s"}) == read({"messages": openai})
     with pytest.raises(InstructionDataError, match="both a column and the first turn say what the system says"):
-        read({"conversations": sharegpt, "system": "s"})
+        read({"conversations": sharegpt, "system": "t"})
 
 
 def test_developers_speak_as_the_system_and_text_parts_are_joined():
@@ -170,3 +174,21 @@ def test_an_answer_to_an_empty_question_is_counted():
     notes = DataNotes()
     assert len(read({"messages": [QUESTION, ANSWER, {"role": "user", "content": None}, ANSWER]}, notes)) == 1
     assert notes.num_unasked == 1
+
+
+def test_a_column_of_the_system_and_a_prompt_of_turns_agree_or_are_refused():
+    prompt = [{"role": "system", "content": "s"}, QUESTION]
+    expected = [Example("q", "", ("a",), history=(("system", "s"),))]
+    assert read({"prompt": prompt, "completion": [ANSWER], "system": "s"}) == expected
+    assert read({"prompt": prompt[1:], "completion": "a", "system": "s"}) == expected
+    with pytest.raises(InstructionDataError, match=r"both a column and the first turn .* not the same: 't' and 's'"):
+        read({"prompt": prompt, "completion": "a", "system": "t"})
+    # A history follows what the system says.
+    (example,) = read({"prompt": prompt, "completion": "a", "history": [["p", "b"]]})
+    assert example.history == (("system", "s"), ("user", "p"), ("assistant", "b"))
+
+
+def test_an_empty_list_that_a_table_writes_as_text_is_empty():
+    row = {"messages": "[]", "history": "[ ]", "tools": "null", "instruction": "q", "output": "a"}
+    assert read(row) == [Example("q", "", ("a",))]
+    assert read({"messages": "[]", "system": "s"}) == []

@@ -26,6 +26,9 @@ def read(content, columns=(), **options):
             Example("Do.", "", ("Done.", "Ready.")),
         ),
         ({"prompt": "Do it.", "completion": "Done."}, Example("Do it.", "", ("Done.",))),
+        ({"prompt": "Do.", "context": "it", "completion": "Done."}, Example("Do.", "it", ("Done.",))),
+        ({"instruction": "Do.", "response": [""], "output": "Done."}, Example("Do.", "", ("Done.",))),
+        ({"instruction": "Do.", "response": [None], "output": "Done."}, Example("Do.", "", ("Done.",))),
     ],
 )
 def test_every_accepted_schema_becomes_an_example(row, expected):
@@ -54,6 +57,10 @@ def test_messages_win_over_a_prompt_beside_them_and_renamed_columns_over_both():
         ({"instruction": 7, "context": "", "response": "a"}, "line 2: 'instruction' must be a text; got 7"),
         ({"instruction": "q", "context": ""}, "line 2: there is no 'response'; found the columns instruction, context"),
         ({"instruction": "q", "context": ["c"], "response": "a"}, "line 2: 'context' must be a text"),
+        (
+            {"prompt": [{"role": "user", "content": "q"}], "completion": "a", "input": "c"},
+            "line 2: 'input' cannot stand beside a prompt or a completion of turns",
+        ),
         ({"instruction": "q", "context": "", "response": [1]}, "line 2: 'response' must be a text or a list of texts"),
     ],
 )
