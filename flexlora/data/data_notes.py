@@ -13,12 +13,14 @@ class DataNotes:
 
     Attributes:
         skipped: What was not read -> why; names of files and folders as they stand in the data.
+        owners: Name of an owner -> the files that have it, as they stand in a folder.
         unused: Columns and fields of turns that hold something and have no meaning here.
         num_repaired: Rows or tasks with halves of surrogate pairs, which are no text, in place of which U+FFFD was put.
         num_unasked: Answers before the first question of their conversation, which are context and not trained.
     """
 
     skipped: dict[str, str] = field(default_factory=dict)
+    owners: dict[str, list[str]] = field(default_factory=dict)
     unused: Counter[str] = field(default_factory=Counter)
     num_repaired: int = 0
     num_unasked: int = 0
@@ -26,6 +28,12 @@ class DataNotes:
     def sentences(self) -> tuple[str, ...]:
         """Return one sentence for each kind of note, none where there is nothing to say."""
         found = [f"Not read ({why}): {_listed(names)}." for why, names in _by_reason(self.skipped).items()]
+        shared = [" and ".join(files) for files in self.owners.values() if len(files) > 1]
+        if shared:
+            found.append(
+                f"Read together: {_listed(shared)}; files of one name are one owner, so rename one, or take it away if "
+                "both hold the same."
+            )
         if self.unused:
             found.append(f"Not used: {_listed(sorted(self.unused))}.")
         if self.num_repaired:

@@ -7,7 +7,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,12 @@ def _unrepaired(path: Path | str, notes: DataNotes) -> Iterator[tuple[str, Field
         if not files:
             raise InstructionDataError(f"data.path: the folder {local} must hold files that end in {known}")
         for file in files:
-            owner = owner_of(file, local)
-            yield from ((place, fields, owner) for place, fields in _reader(file)(file))
+            owner, is_empty = owner_of(file, local), True
+            for place, fields in _reader(file)(file):
+                is_empty = False
+                yield place, fields, owner
+            if is_empty:
+                notes.skipped["/".join(file.relative_to(local).parts)] = "no rows"
     elif _is_readable(local) or str(path).count("/") > 1 or str(path).startswith(("/", ".", "~")):
         raise InstructionDataError(f"data.path: there is no file or folder {path}; a hub id looks like org/name")
     else:
@@ -92,20 +96,21 @@ def _reader(file: Path) -> "_Reader":
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Fields]]:
-    with opened_text(file) as text:
-        content = text.read()
-    if not content.lstrip().startswith("["):
-        yield from _lines(file, content.split("\n"))  # Many files of JSON lines are called .json.
-        return
-    rows = _parsed(content, f"{file} must be JSON")
+    """Yield the rows of one list, or of one object a line, whichever of the two the file holds."""
+    with opened_text(file, newline="\n") as text:
+        begin: list[str] = []
+        for line in text:
+            begin.append(line)
+            if line.strip():
+                break
+        lines = chain(begin, text)
+        if not (begin and begin[-1].lstrip().startswith("[")):
+            yield from _lines(file, lines)
+            return
+        rows = _parsed("".join(lines), f"{file} must be JSON")
     assert isinstance(rows, list), "it starts as a list does"
     for number, row in enumerate(rows, start=1):
         yield f"{file}, row {number}", _as_fields(row, f"{file}, row {number}")
-
-
-def _read_json_lines(file: Path) -> Iterator[tuple[str, Fields]]:
-    with opened_text(file, newline="\n") as text:
-        yield from _lines(file, text)
 
 
 def _lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, Fields]]:
@@ -197,10 +202,8 @@ def _read_arrow(file: Path) -> Iterator[tuple[str, Fields]]:
 
 
 def _source(file: Path) -> str | io.BytesIO:
-    if not kind_of(file).compression:
-        return str(file)
     with opened_bytes(file) as content:
-        return io.BytesIO(content.read())
+        return io.BytesIO(content.read()) if kind_of(file).compression else str(file)
 
 
 def _arrow_rows(file: Path, batches: Iterator[Any], what: str) -> Iterator[tuple[str, Fields]]:
@@ -241,8 +244,8 @@ _Reader = Callable[[Path], Iterator[tuple[str, Fields]]]
 
 READERS: Mapping[str, _Reader] = {
     ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,

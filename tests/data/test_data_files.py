@@ -60,6 +60,63 @@ def test_splits_beside_training_data_are_left_out_as_datasets_does(tmp_path, nam
     assert len(train) == len(list(read_rows(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        (
+            "train",
+            ["tests", "holdout", "Hold-Out", "heldout", "held_out", "unseen", "evals", "dev-set", "valset", "test2"],
+        ),
+        ("trainset", ["testset", "validset"]),
+        ("dataTrain", ["dataTest", "dataDev"]),
+        ("train_data", ["testData", "unseen_tasks", "test/a"]),
+    ],
+)
+def test_every_word_for_held_out_data_is_known_beside_training_data(tmp_path, train, held_out):
+    folder_of(tmp_path, *(f"{name}.jsonl" for name in (train, "north", *held_out)))
+    notes = DataNotes()
+    assert sorted(found(tmp_path, notes)) == sorted([f"{train}.jsonl", "north.jsonl"])
+    assert set(notes.skipped) == {f"{name}.jsonl" for name in held_out}
+
+
+def test_words_that_only_contain_one_for_held_out_data_are_no_splits(tmp_path):
+    names = ["contest.jsonl", "devices.jsonl", "latest.jsonl", "train.jsonl", "valley.jsonl"]
+    assert found(folder_of(tmp_path, *names)) == names
+
+
+def test_a_compressed_copy_is_not_read_a_second_time_and_named(tmp_path):
+    folder_of(tmp_path, "north.jsonl", "south.csv.gz", "empty.jsonl", "sub/north.jsonl.gz")
+    for name in ("north.jsonl.gz", "north.JSONL.xz", "south.csv.bz2", "empty.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"not read")
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    notes = DataNotes()
+    assert set(found(tmp_path, notes)) == {"empty.jsonl.gz", "north.jsonl", "south.csv.gz", "sub/north.jsonl.gz"}
+    assert notes.skipped == {
+        "north.jsonl.gz": "the same as north.jsonl, which is read",
+        "north.JSONL.xz": "the same as north.jsonl, which is read",
+        "south.csv.bz2": "the same as south.csv.gz, which is read",
+        "empty.jsonl": "the same as empty.jsonl.gz, which is read",
+    }
+
+
+def test_files_of_one_name_that_become_one_owner_are_noted(tmp_path):
+    folder_of(tmp_path, "north.jsonl", "west/north.jsonl", "south.jsonl")
+    (tmp_path / "north.csv").write_text("prompt,completion\np,c\n", encoding="utf-8")
+    notes = DataNotes()
+    assert [row.file for row in read_rows(tmp_path, notes)].count("north") == 2
+    (sentence,) = notes.sentences()
+    assert sentence.startswith("Read together: north.csv and north.jsonl; files of one name are one owner")
+
+
+def test_files_without_rows_are_named(tmp_path):
+    folder_of(tmp_path, "north.jsonl")
+    for name, content in (("east.jsonl", ""), ("b.csv", "prompt,completion\n"), ("c.csv", ""), ("d.json", "[]")):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    notes = DataNotes()
+    assert {row.file for row in read_rows(tmp_path, notes)} == {"north"}
+    assert notes.sentences() == ("Not read (no rows): b.csv, c.csv, d.json, east.jsonl.",)
+
+
 def test_a_test_in_the_name_of_an_owner_is_no_split(tmp_path):
     names = ["blood_test.jsonl", "north.jsonl"]
     assert found(folder_of(tmp_path, *names)) == names
