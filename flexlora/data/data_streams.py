@@ -13,6 +13,8 @@ from typing import IO, Any
 from flexlora.data.data_files import kind_of
 from flexlora.data.instruction_errors import InstructionDataError
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 @contextmanager
 def opened_text(file: Path, newline: str = "") -> Iterator[IO[str]]:
@@ -39,9 +41,15 @@ def opened_bytes(file: Path) -> Iterator[IO[bytes]]:
     """Give a ``with`` block the content of a file, decompressed.
 
     Raises:
-        InstructionDataError: Its compression is broken or needs what is not installed, or it cannot be read.
+        InstructionDataError: Its compression is broken or needs what is not installed, it cannot be read, or it is what
+            git-lfs puts in the place of a file.
     """
     try:
+        with file.open("rb") as content:
+            if content.read(len(_POINTER)) == _POINTER:
+                raise InstructionDataError(
+                    f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in the repository"
+                )
         with _open(file) as content:
             yield content
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:

@@ -194,3 +194,25 @@ def test_a_failure_of_the_hub_is_told_whole(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InstructionDataError, match=r"Please pick one among the available configs: \['main'"):
         read("org/name")
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.ndjson", "d.jsonl.gz", "d.csv", "d.parquet", "d.arrow"])
+def test_the_pointer_of_git_lfs_is_recognised_in_every_kind_of_file(tmp_path, name):
+    # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22\nsize 12345\n"
+    (tmp_path / name).write_text(pointer, encoding="utf-8")
+    with pytest.raises(InstructionDataError, match=f"{name} is a git-lfs pointer, .*: run `git lfs pull`"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.ndjson", "d.json", "d.jsonl.gz", "d.jsonl.zst"])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("begin", ["", "\ufeff", "\n \n"])
+def test_one_list_is_read_as_rows_whatever_the_name_of_its_file(tmp_path, name, indent, begin):
+    content = (begin + json.dumps(rows(3), indent=indent)).encode()
+    if name.endswith("zst"):
+        with pytest.importorskip("pyarrow").CompressedOutputStream(str(tmp_path / name), "zstd") as file:
+            file.write(content)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert read(tmp_path / name) == rows(3)

@@ -110,6 +110,7 @@ def test_both_the_tasks_folder_and_the_one_above_can_be_read(tmp_path):
     ("content", "message"),
     [
         ("{", "must be JSON in UTF-8"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n", "run `git lfs pull`"),
         ("[" * 100_000, "must be JSON in UTF-8"),
         ("[1]", "a task must be a JSON object; got list"),
         ("{}", "Definition"),
