@@ -123,7 +123,7 @@ def deal_rows(
     taken = {number for groups in held_out.values() for group in groups for number in group}
     left = rows.groups(number for number in range(len(rows)) if number not in taken)
     if not left:
-        raise InstructionDataError(f"{source}: no row is left for clients; hold out fewer labels or a smaller fraction")
+        raise InstructionDataError(f"{source}: no row is left for clients: {_why_nothing_is_left(rows, dealing)}")
     dealt, num_too_small, num_not_drawn = _deal(rows, left, dealing, seed)
     clients = {name: _split(rows, name, [left[index] for index in part], seed) for name, part in dealt.items()}
     unseen = {name: _Parts((), (), groups, _category(rows, groups)) for name, groups in held_out.items()}
@@ -176,6 +176,25 @@ def _hold_out(rows: StoredRows, dealing: RowDealing, seed: int) -> dict[str, lis
             name = label if labels else rows.clients[number] if owners else unnamed
             tasks.setdefault(name, []).append(group_of[number])
     return tasks
+
+
+def _why_nothing_is_left(rows: StoredRows, dealing: RowDealing) -> str:
+    """Return why all rows are held out, or there are none, and what to change."""
+    if not len(rows):
+        return f"none of the {rows.num_read:,} rows has both a prompt and an answer; fill them"
+    if dealing.unseen_labels:
+        return "data.unseen_labels names the labels of all of them; leave one to the clients"
+    if dealing.unseen_owners:
+        return "unseen_owners names the owners of all of them; leave one to be a client"
+    if rows.num_groups == 1:
+        return (
+            f"all {len(rows):,} share one prompt, and rows of one prompt are held out together; give them prompts that "
+            "differ, for example with data.columns={context: COLUMN} for the column that tells them apart"
+        )
+    return (
+        f"data.unseen_fraction={dealing.unseen_fraction:g} holds out all {rows.num_groups} prompts; lower it, for "
+        f"example to {1 / rows.num_groups:.2g}"
+    )
 
 
 def _sizes_noted(dealt: Mapping[str, Indices], left: Sequence[Sequence[int]], dealing: RowDealing) -> tuple[str, ...]:

@@ -142,3 +142,14 @@ def test_answers_keep_their_leading_spaces_from_the_file_to_the_client(tmp_path)
     corpus, _ = load_instructions(write_lines(tmp_path / "code.jsonl", content), 0, num_clients=1)
     (splits,) = corpus.clients.values()
     assert {example.outputs[0] for example in everything(splits)} == {row["completion"] for row in content}
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [("instruction", "output"), ("prompt", "completion")])
+def test_a_column_that_tells_rows_of_one_prompt_apart_makes_them_ones_to_hold_out(tmp_path, prompt, answer):
+    lines = [json.dumps({prompt: "q", answer: f"a{n}", "case": f"c{n}"}) for n in range(60)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(InstructionDataError, match="all 60 share one prompt"):
+        load_instructions(tmp_path / "d.jsonl", 0, num_clients=2, unseen_fraction=0.1)
+    options = {"num_clients": 2, "unseen_fraction": 0.1, "columns": {"context": "case"}}
+    _, summary = load_instructions(tmp_path / "d.jsonl", 0, **options)
+    assert (summary.num_clients, summary.num_unseen_test) == (2, 6)

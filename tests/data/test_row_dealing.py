@@ -173,3 +173,25 @@ def test_answers_to_one_prompt_stay_on_one_side_whatever_the_partition():
         assert not {e.instruction for e in trained} & {e.instruction for e in tested}
         assert all(len(e.outputs) == 1 for e in trained) and all(len(e.outputs) > 1 for e in tested)
         assert len(trained) + sum(len(e.outputs) for e in tested) == 400 and summary.num_repeated == 360
+
+
+def test_rows_of_one_prompt_are_told_that_no_fraction_helps_and_what_does():
+    same = [Row((Example("q", "", (f"a{n}",)),), label="x", client=f"o{n % 2}") for n in range(40)]
+    for fraction in (0.1, 0.01, 0.9):
+        with pytest.raises(InstructionDataError, match=r"all 40 share one prompt.*data.columns=\{context: COLUMN\}"):
+            deal(same, unseen_fraction=fraction, num_clients=2)
+    with pytest.raises(InstructionDataError, match=r"data.unseen_labels names the labels of all of them"):
+        deal(same, unseen_labels=("x",), num_clients=2)
+    with pytest.raises(InstructionDataError, match="unseen_owners names the owners of all of them"):
+        deal(same, partition="natural", unseen_owners=("o0", "o1"))
+    with pytest.raises(InstructionDataError, match="none of the 3 rows has both a prompt and an answer"):
+        deal([Row(())] * 3, unseen_fraction=0.1, num_clients=2)
+
+
+def test_the_fraction_that_the_answer_names_works():
+    with pytest.raises(
+        InstructionDataError, match=r"data.unseen_fraction=0.99 holds out all 30 prompts; .*example to 0.033"
+    ):
+        deal(rows(30), unseen_fraction=0.99, num_clients=2)
+    _, summary = deal(rows(30), unseen_fraction=0.033, num_clients=2)
+    assert (summary.num_clients, summary.num_unseen_test) == (2, 1)
