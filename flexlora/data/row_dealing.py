@@ -116,7 +116,7 @@ def deal_rows(
         source: What error messages call the data.
 
     Raises:
-        InstructionDataError: A label or owner to hold out is unknown, or no row is left.
+        InstructionDataError: A label or owner to hold out is unknown, or no row is left to clients or to be scored.
         PartitionError: There are too few rows for so many clients.
     """
     held_out = _hold_out(rows, dealing, seed)
@@ -132,6 +132,13 @@ def deal_rows(
         [_write(rows, name, parts, trained, file) for name, parts in sorted(owners.items())]
         for owners in (clients, unseen)
     )
+    trained_only = [owner.name for owner in stored_unseen if not owner.num_test]
+    if trained_only and len(trained_only) == len(stored_unseen):
+        raise InstructionDataError(
+            f"{source}: nothing is left to be scored: clients train on the prompts of everything held out; give rows "
+            "prompts that differ, for example with data.columns={context: COLUMN} for the column that tells them apart"
+        )
+    stored_unseen = [owner for owner in stored_unseen if owner.num_test]
     num_tested = sum(
         len(rows.prompts(group[0])) for parts in (*clients.values(), *unseen.values()) for group in _tested(parts)
     )
@@ -149,7 +156,7 @@ def deal_rows(
         num_validation=sum(owner.num_validation for owner in stored),
         num_test=sum(owner.num_test for owner in stored),
         num_unseen_test=sum(owner.num_test for owner in stored_unseen),
-        notes=_sizes_noted(dealt, left, dealing),
+        notes=(*_trained_noted(trained_only), *_sizes_noted(dealt, left, dealing)),
     )
 
 
@@ -195,6 +202,11 @@ def _why_nothing_is_left(rows: StoredRows, dealing: RowDealing) -> str:
         f"data.unseen_fraction={dealing.unseen_fraction:g} holds out all {rows.num_groups} prompts; lower it, for "
         f"example to {1 / rows.num_groups:.2g}"
     )
+
+
+def _trained_noted(names: Sequence[str]) -> tuple[str, ...]:
+    """Return a sentence about unseen tasks of which nothing is left."""
+    return (f"Not scored (clients train on all their prompts): {', '.join(names)}.",) if names else ()
 
 
 def _sizes_noted(dealt: Mapping[str, Indices], left: Sequence[Sequence[int]], dealing: RowDealing) -> tuple[str, ...]:
@@ -244,9 +256,13 @@ def _deal_natural(
     rows: StoredRows, left: Sequence[Sequence[int]], dealing: RowDealing, seed: int
 ) -> tuple[dict[str, Indices], int, int]:
     owned = by_id([rows.clients[group[0]] for group in left])
-    large = {
-        name: part for name, part in owned.items() if sum(len(left[index]) for index in part) >= dealing.min_examples
-    }
+    sizes = {name: sum(len(left[index]) for index in part) for name, part in owned.items()}
+    large = {name: part for name, part in owned.items() if sizes[name] >= dealing.min_examples}
+    if not large:
+        raise InstructionDataError(
+            f"no owner has data.min_examples={dealing.min_examples} rows; the largest of {len(owned)} has "
+            f"{max(sizes.values())}: lower data.min_examples, which may be 3, or hold out fewer rows"
+        )
     wanted = len(large) if dealing.num_clients is None else dealing.num_clients
     if not 1 <= wanted <= len(large):
         raise InstructionDataError(

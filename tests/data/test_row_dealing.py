@@ -195,3 +195,20 @@ def test_the_fraction_that_the_answer_names_works():
         deal(rows(30), unseen_fraction=0.99, num_clients=2)
     _, summary = deal(rows(30), unseen_fraction=0.033, num_clients=2)
     assert (summary.num_clients, summary.num_unseen_test) == (2, 1)
+
+
+def test_held_out_rows_whose_prompts_clients_train_on_are_no_unseen_task():
+    shared = [Row((Example("q", "", (f"a{n}",)),), client=f"o{n % 4}") for n in range(80)]
+    with pytest.raises(InstructionDataError, match="nothing is left to be scored: clients train on"):
+        deal(shared, partition="natural", unseen_fraction=0.1)
+    before, _ = deal(rows(200), partition="natural", unseen_labels=("b",))
+    trained = before.clients["owner 1"].train[0]
+    copies = [Row((trained,), label="copies", client="another")] * 3
+    corpus, summary = deal([*rows(200), *copies], partition="natural", unseen_labels=("copies", "b"))
+    assert list(corpus.unseen) == ["b"] and summary.num_unseen == 1
+    assert summary.notes == ("Not scored (clients train on all their prompts): copies.",)
+
+
+def test_owners_who_all_have_too_few_rows_are_refused_with_the_most_that_one_has():
+    with pytest.raises(InstructionDataError, match=r"no owner has data.min_examples=10 rows; the largest of 5 has 8"):
+        deal(rows(40), partition="natural")
