@@ -207,7 +207,7 @@ def _explain(detail: Any, tree: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(error, FlexLoraError):
         yield str(error)
     elif detail["type"] == "extra_forbidden":
-        yield f"{key}: there is no such setting; {hint(shown, _known_keys(location, tree))}"
+        yield f"{key}: there is no such setting; {hint(shown, _known_keys(location, tree), _name_of(location, tree))}"
     elif detail["type"] == "missing" or detail["input"] is None:
         yield f"{key}: must be set, for example {key}=VALUE on the command line"
     elif detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
@@ -231,6 +231,13 @@ def _rule(key: str, detail: Any, tree: Mapping[str, Any]) -> str:
         first = "name" if key == "data" else next(iter(_known_keys([*key.split("."), ""], tree)), "NAME")
         return f"must be a section of settings, as {key}.{first}={given}"
     return detail["msg"]
+
+
+def _name_of(location: Sequence[str], tree: Mapping[str, Any]) -> str:
+    """Return the name of the data or the method that a key is among, empty in other sections."""
+    if location[0] == "method" and len(location) > 1:
+        return method_named(tree["method"])[0]
+    return location[1] if len(location) > 1 and location[1] in DATA_SECTIONS else ""
 
 
 def _known_keys(location: Sequence[str], tree: Mapping[str, Any]) -> list[str]:

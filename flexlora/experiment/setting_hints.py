@@ -6,6 +6,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from flexlora.aggregators.registry import method_outline, package_methods
+from flexlora.aggregators.settings import options_of
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_clients import RankConfig
 
@@ -77,14 +79,34 @@ WORDS_IN: Mapping[str, str] = {
 }
 
 
-def hint(location: Sequence[str], choices: Sequence[str]) -> str:
+# A setting of some data -> what says most nearly the same about others, the nearest first.
+ALIKE: Mapping[str, tuple[str, ...]] = {
+    "num_unseen_tasks": ("unseen_fraction",),
+    "unseen_fraction": ("num_unseen_tasks",),
+    "unseen_tasks": ("unseen_labels",),
+    "unseen_owners": ("unseen_tasks", "unseen_labels"),
+    "unseen_categories": ("unseen_labels",),
+    "unseen_labels": ("unseen_categories",),
+    "examples_per_task": ("max_examples_per_task", "facts_per_client"),
+    "max_examples_per_task": ("examples_per_task", "facts_per_client"),
+    "facts_per_client": ("examples_per_task", "max_examples_per_task"),
+}
+VARIED = ("data", "method")
+"""Sections whose settings depend on their name."""
+
+
+def hint(location: Sequence[str], choices: Sequence[str], name: str = "") -> str:
     """Return what the unknown key at a location may have meant, or else what is known there.
 
     Args:
         location: The parts of the key, as ``["lora", "rank"]``.
         choices: The keys that its section has.
+        name: Of the data or of the method, if the key is in one of these sections; empty if it is not known.
     """
     key, last = ".".join(location), location[-1]
+    section = location[0]
+    if len(location) == 2 and section in VARIED and (owners := names_with(section, last)):
+        return _of_another(section, last, owners, choices, name)
     if meant := word_meant(key):
         return meant
     near = difflib.get_close_matches(last, choices, n=1)
@@ -93,7 +115,7 @@ def hint(location: Sequence[str], choices: Sequence[str]) -> str:
     if near and not elsewhere:
         return f"did you mean {near[0]}?"
     if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
+        return f"did you mean {' or '.join(map(_with_names, elsewhere))}?"
     return f"known keys here: {', '.join(sorted(choices))}"
 
 
@@ -103,7 +125,40 @@ def word_meant(key: str) -> str | None:
     found = WORDS_IN.get(key.lower()) or words.get(key.lower().rpartition(".")[2])
     if found is None:
         return None
-    return found if found == RANKS else f"did you mean {found}?"
+    return found if found == RANKS else f"did you mean {_with_names(found)}?"
+
+
+def names_with(section: str, key: str) -> list[str]:
+    """Return the names of the data, or of the package's methods, that have a setting of their own, sorted.
+
+    Args:
+        section: ``data`` or ``method``.
+        key: The setting without its section.
+    """
+    if section == "method":
+        return [name for name in package_methods() if key in options_of(method_outline(name))]
+    models = models_of(Config.model_fields["data"].annotation)
+    return sorted(get_args(model.model_fields["name"].annotation)[0] for model in models if key in model.model_fields)
+
+
+def _with_names(setting: str) -> str:
+    """Return a setting, and which data have it if not all do."""
+    section, _, key = setting.partition("=")[0].partition(".")
+    num_models = len(list(models_of(Config.model_fields["data"].annotation)))
+    if section != "data" or len(owners := names_with(section, key)) in (0, num_models):
+        return setting
+    return f"{setting} (of data.name={' or '.join(owners)})"
+
+
+def _of_another(section: str, key: str, owners: Sequence[str], choices: Sequence[str], name: str) -> str:
+    """Return whose setting a key is, which never is what its own section has, and what to do instead."""
+    alike = [other for other in ALIKE.get(key, ()) if other in choices]
+    shown = " or ".join(owners[:4]) + (" or others" if len(owners) > 4 else "")
+    belongs = f"it belongs to {section}.name={shown}" + (f", and {section}.name is {name}" if name else "")
+    anew = f"write the section anew, as '{section}={{name: {name or 'NAME'}, ...}}'"
+    if alike:
+        return f"{belongs}; did you mean {section}.{alike[0]}? If not, remove it, or {anew}"
+    return f"{belongs}; remove it, set another {section}.name, or {anew}"
 
 
 def setting_names() -> set[str]:
