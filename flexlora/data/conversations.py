@@ -24,13 +24,17 @@ ROLES: Mapping[str, str] = {
 }
 # Fields that say whether a turn of the assistant is trained.
 WEIGHTS = ("weight", "train", "training", "trainable", "loss")
-# Fields that would be lost, and what to do about them.
+# Fields that would be lost -> why, and what to do about them.
 REFUSED = {
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "put it into the content, or remove it"),
-    **dict.fromkeys(("audio", "image", "images", "video", "videos"), "only texts are trained; remove it"),
-    "refusal": "put it into the content",
-    **dict.fromkeys(("mask", "masked"), "it may mean either; say weight: 0 or weight: 1 instead"),
-    **dict.fromkeys(("train_detail", "training_detail"), "turns are trained whole or not at all; remove it"),
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"), "cannot be trained; put it into the content, or remove it"
+    ),
+    **dict.fromkeys(("audio", "image", "images", "video", "videos"), "cannot be trained, only texts are; remove it"),
+    "refusal": "cannot be trained; put it into the content",
+    **dict.fromkeys(("mask", "masked"), "may mean either; say weight: 0 or weight: 1 instead"),
+    **dict.fromkeys(
+        ("train_detail", "training_detail"), "would train parts of a turn, which is all or nothing; remove it"
+    ),
 }
 _KNOWN = {"role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id", *WEIGHTS, *REFUSED}
 
@@ -143,7 +147,7 @@ def parsed_json(text: str, place: str) -> object:
 def _turn(message: Mapping[str, object], place: str, notes: DataNotes, trains_all: bool) -> ParsedTurn:
     for field, remedy in REFUSED.items():
         if not is_missing(message.get(field)):
-            raise InstructionDataError(f"{place}: the field {field!r} cannot be trained; {remedy}")
+            raise InstructionDataError(f"{place}: the field {field!r} {remedy}")
     role, is_call = _role(message, place)
     calls = _calls(message, place, is_call)
     content = "" if is_call else _content(message, place, optional=bool(calls))
@@ -219,14 +223,16 @@ def _text(message: Mapping[str, object], field: str, place: str) -> str:
         return text_of(message, field, place)
     texts = []
     for part in value:
-        text = part.get("text") if isinstance(part, Mapping) else part
-        kind = str(part.get("type") or "text") if isinstance(part, Mapping) else "text"
-        if not kind.endswith("text") or not (isinstance(text, str) or is_missing(text)):
+        inner = part if isinstance(part, Mapping) else {"text": part}
+        text = inner.get("text")
+        # Where parts were unified, each has the fields of all, empty but for its own.
+        is_empty = all(is_missing(held) for name, held in inner.items() if name != "type")
+        if not str(inner.get("type") or "text").endswith("text") or not (isinstance(text, str) or is_empty):
             raise InstructionDataError(
                 f"{place}: {field!r} must be a text or a list of texts; one of its parts is {abridged(part)}: only "
                 "texts are trained, remove the row or the part"
             )
-        texts.append(text if isinstance(text, str) else "")
+        texts.append("" if is_empty else str(text))
     return "".join(texts)
 
 

@@ -41,7 +41,10 @@ def test_every_name_of_a_weight_is_honoured(field, value, num):
         ({"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}, {}, "a tool call must be an object with"),
         ({**QUESTION, "tool_calls": [CALL]}, {}, "only the assistant may have 'tool_calls'"),
         ({"from": "human", "value": 7}, {}, "turn 2: 'value' must be a text; got 7"),
-        ({**ANSWER, "mask": True}, {}, "turn 2: the field 'mask' cannot be trained; it may mean either; say weight"),
+        ({**QUESTION, "content": {"t": 1}}, {}, "'content' must be a text or a list of texts; one of its parts is"),
+        ({**QUESTION, "content": [{"type": "text", "text": None, "url": "x"}]}, {}, "one of its parts is .*url"),
+        ({**QUESTION, "content": [{"type": "image", "text": None}]}, {}, "one of its parts is .*image"),
+        ({**ANSWER, "mask": True}, {}, "turn 2: the field 'mask' may mean either; say weight"),
         (
             {**ANSWER, "weight": 1, "train": False},
             {},
