@@ -84,7 +84,8 @@ class CorpusSummary:
         num_validation: Validation examples of all clients.
         num_test: Test examples of all clients.
         num_unseen_test: Examples of unseen tasks.
-        unseen_left_out: Held-out tasks that were asked for by name or category and left out for a reason above.
+        unseen_left_out: Held-out tasks that were asked for by name or category and left out for a reason above, and
+            those of which clients train on every prompt.
     """
 
     num_tasks: int
@@ -132,8 +133,8 @@ def deal_tasks(
         file: Where examples are written; None takes a file that is deleted when the process ends.
 
     Raises:
-        NaturalInstructionsError: Two tasks of one name, a name, category or language that no task has, or too few
-            tasks.
+        NaturalInstructionsError: Two tasks of one name, a name, category or language that no task has, too few tasks,
+            or clients train on every prompt that is held out.
     """
     file = file or ExampleFile()
     read = _read(tasks, seed, dealing, file)
@@ -150,6 +151,13 @@ def deal_tasks(
     ]
     dropped = _find_trained(read.kept.values(), [*clients, *held_out], file)
     clients, held_out = ([_without(owner, dropped) for owner in owners] for owners in (clients, held_out))
+    trained_only = {owner.name for owner in held_out if len(owner.dropped) == owner.num_test}
+    if trained_only and len(trained_only) == len(held_out):
+        raise NaturalInstructionsError(
+            f"nothing is left to be scored: clients train on every prompt of {', '.join(sorted(trained_only)[:5])}, "
+            "held out; hold out others, or take away the tasks that repeat them"
+        )
+    held_out = [owner for owner in held_out if owner.name not in trained_only]
     corpus = stored_corpus(file, clients, held_out)
     return corpus, CorpusSummary(
         num_tasks=len(read.category_of),
@@ -166,7 +174,7 @@ def deal_tasks(
         num_validation=sum(len(splits.validation) for splits in corpus.clients.values()),
         num_test=sum(len(splits.test) for splits in corpus.clients.values()),
         num_unseen_test=sum(len(splits.test) for splits in corpus.unseen.values()),
-        unseen_left_out=tuple(sorted(asked - set(read.kept))),
+        unseen_left_out=tuple(sorted((asked - set(read.kept)) | trained_only)),
     )
 
 

@@ -165,6 +165,19 @@ def test_prompts_that_another_client_trains_on_leave_test_and_unseen_parts():
     assert summary.num_leaked > 0
 
 
+def test_a_held_out_task_of_which_clients_train_on_every_prompt_is_named_and_not_scored():
+    # Ten twins train on random four fifths each: the chance that one of 12 inputs is left is 12 * 0.2 ** 10.
+    twins = [parse_task(f"twin{n}", fields(12)) for n in range(10)]
+    held_out, other = parse_task("copy", fields(12)), parse_task("other", fields(20, definition="Do another thing."))
+    corpus, summary = deal([*twins, held_out, other], 0, hold_out=HoldOut(tasks=("copy", "other")))
+    assert list(corpus.unseen) == ["other"]
+    assert (summary.num_unseen, summary.unseen_left_out) == (1, ("copy",))
+    with pytest.raises(
+        NaturalInstructionsError, match=r"nothing is left to be scored: .* every prompt of copy, held out"
+    ):
+        deal([*twins, held_out], 0, hold_out=HoldOut(tasks=("copy",)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
