@@ -5,7 +5,8 @@ Which names a class of model or a version of a library gives is an open set, so 
 - one is a dotted end of the other (``encoder.layer.0.q`` and ``esm.encoder.layer.0.q``), or what precedes the number of
   their block is the same but for parts in between (``model.layers`` and ``model.language_model.layers``);
 - they differ only in parts that are known to change places (``language_model.model`` and ``model.language_model``);
-- in one block they hold the same role: ``qkv_proj`` is what ``q_proj``, ``k_proj`` and ``v_proj`` are together.
+- in one block they hold the same role: ``qkv_proj`` is what ``q_proj``, ``k_proj`` and ``v_proj`` are together, and
+  ``attention.wo`` what ``self_attn.o_proj`` is.
 
 No pair is suspected if one adapter has modules under both names: then they are two.
 """
@@ -18,6 +19,7 @@ from itertools import combinations
 
 from flexlora.adapters.folder import AdapterFolder
 from flexlora.adapters.peft_format import MergeError
+from flexlora.adapters.weight_roles import could_be_one, role_of
 
 CHANGING_PLACES = frozenset(
     "base_model bert distilbert electra gpt_neox language_model model module roberta transformer".split()
@@ -25,35 +27,15 @@ CHANGING_PLACES = frozenset(
 """Parts before the blocks that come, go and change places with the class of a model and the version of transformers."""
 
 
-ROLES: Mapping[str, frozenset[str]] = {
-    name: frozenset(roles.split())
-    for roles, names in {
-        "q": "q_proj q_lin query wq q to_q",
-        "k": "k_proj k_lin key wk k to_k",
-        "v": "v_proj v_lin value wv v to_v",
-        "k v": "kv_proj wkv key_value kv to_kv",
-        "q k v": "qkv_proj qkv query_key_value Wqkv wqkv W_pack c_attn to_qkv qkv_lin att_proj",
-        "gate": "gate_proj w1 wi_0",
-        "up": "up_proj w3 wi_1",
-        "gate up": "gate_up_proj w13 gate_up wi",
-    }.items()
-    for name in names.split()
-}
-"""Last part of a path -> the roles in its block that the weight of that name has, all models taken together."""
-
-
-_FUSED = (
-    (re.compile("qkv|query_?key_?value"), frozenset("qkv")),
-    (re.compile("gate_?up|up_?gate"), frozenset({"gate", "up"})),
-)
-"""Pattern of names that are no key of ``ROLES`` -> their roles."""
-
-
 MOST_FRONTS = 300
 """Beginnings of paths up to which all pairs of them are compared; an adapter has a few."""
 
 
 _BLOCK_NUMBER = re.compile(r"(?:^|\.)\d+(?=\.)")
+
+
+_Name = tuple[str, frozenset[str]]
+"""Name of a weight and its roles."""
 
 
 def check_names(opened: Sequence[AdapterFolder]) -> None:
@@ -154,37 +136,29 @@ def _tells_apart(adapter: AdapterFolder, one: str, other: str) -> bool:
 
 def _check_roles(opened: Sequence[AdapterFolder]) -> None:
     """Raise if in one block weights of two names have one role, and no adapter has both names in a block."""
-    blocks: dict[str, dict[str, tuple[str, AdapterFolder]]] = defaultdict(dict)
-    together: set[frozenset[str]] = set()
+    blocks: dict[tuple[str, str], dict[_Name, tuple[str, AdapterFolder]]] = defaultdict(dict)
+    together: set[frozenset[_Name]] = set()
     for adapter in opened:
-        own: dict[str, set[str]] = defaultdict(set)
+        own: dict[tuple[str, str], set[_Name]] = defaultdict(set)
         for path in adapter.modules:
-            block, name = _place(path)
-            if roles_of(name):
-                own[block].add(name)
-                blocks[block].setdefault(name, (path, adapter))
-        together.update(frozenset(pair) for names in own.values() for pair in combinations(sorted(names), 2))
+            role = role_of(path)
+            if role.roles:
+                place, name = (role.block, role.copy), (role.name, role.roles)
+                own[place].add(name)
+                blocks[place].setdefault(name, (path, adapter))
+        together.update(frozenset(pair) for names in own.values() for pair in combinations(names, 2))
     for found in blocks.values():
-        for one, other in combinations(sorted(found), 2):
-            if roles_of(one) & roles_of(other) and frozenset((one, other)) not in together:
-                (path, adapter), (other_path, other_adapter) = found[one], found[other]
+        # Sets of roles have no order.
+        for one, other in combinations(sorted(found, key=lambda name: found[name][0]), 2):
+            (path, adapter), (other_path, other_adapter) = found[one], found[other]
+            if (
+                one[0] != other[0]
+                and one[1] & other[1]
+                and frozenset((one, other)) not in together
+                and could_be_one(adapter.modules[path], other_adapter.modules[other_path])
+            ):
                 raise MergeError(
                     f"adapters must name weights alike; {path} ({adapter.name}) and {other_path} "
                     f"({other_adapter.name}) hold one weight of a block under two names, which no model has both of: "
                     "train or convert both for one layout of the base model"
                 )
-
-
-@lru_cache(maxsize=1 << 12)
-def roles_of(name: str) -> frozenset[str]:
-    """Return the roles in its block of a weight with this last part of a path; none where it is not known."""
-    if name in ROLES:
-        return ROLES[name]
-    return next((roles for pattern, roles in _FUSED if pattern.search(name.lower())), frozenset())
-
-
-def _place(path: str) -> tuple[str, str]:
-    """Return the block of a module, in which experts are blocks of their own, and the last part of its path."""
-    before, _, name = path.rpartition(".")
-    match = re.match(r"(.*(?:^|\.)\d+)(?=\.|$)", before)
-    return (match[1] if match else before), name
