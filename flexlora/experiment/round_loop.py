@@ -22,7 +22,7 @@ from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import Scaling
 from flexlora.rounds.clock import clients_per_round
 from flexlora.rounds.loop_parts import Federation, Loop, RoundSettings
-from flexlora.rounds.records import RECORDS_FILE, read_records
+from flexlora.rounds.records import RECORDS_FILE, last_round
 from flexlora.training.schedule import learning_rate_at
 
 
@@ -93,8 +93,8 @@ def rounds_stage(title: str, loop: Loop, left: Work | None = None) -> Stage:
 
 
 def rounds_done(folder: Path) -> int:
-    """Return how many rounds of a loop are recorded in its folder."""
-    return max((record.server_round for record in read_records(folder / RECORDS_FILE)), default=0)
+    """Return how many rounds of a loop are recorded in its folder; what is damaged there is left to the loop."""
+    return last_round(folder / RECORDS_FILE)
 
 
 def aggregator_of(method: MethodConfig, scaling: Scaling) -> Aggregator[Any]:

@@ -67,6 +67,8 @@ def _readable(path: Path, known: Mapping[int, str]) -> tuple[dict[int, bytes], l
     found: dict[int, bytes] = {}
     damaged = []
     for number, line in enumerate(lines_of(path) if path.exists() else [], start=1):
+        if not line.strip():
+            continue
         try:
             server_round = from_line(line).server_round
         except RecordsError:

@@ -115,9 +115,10 @@ def _refuse_to_forget(loop: Loop) -> None:
         RecordsError: Naming what to do.
     """
     path = loop.folder / RECORDS_FILE
-    if path.exists() and len(lines_of(path)) > 1:
+    lines = [line for line in lines_of(path) if line.strip()] if path.exists() else []
+    if len(lines) > 1:
         raise RecordsError(
-            f"{path} has records of {len(lines_of(path))} rounds, and {loop.folder / CHECKPOINTS_FOLDER} has no "
+            f"{path} has records of {len(lines)} rounds, and {loop.folder / CHECKPOINTS_FOLDER} has no "
             "checkpoint to go on from: put a copy of it back, or start anew with --overwrite"
         )
 

@@ -7,6 +7,7 @@ and ``"-Infinity"`` and come back as floats. Wall-clock times appear only in fie
 ``digest`` of themselves (see ``flexlora.seal``); the digests of the lines of `records.jsonl` are in the checkpoints.
 """
 
+import codecs
 import logging
 import os
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flexlora.errors import FlexLoraError
 from flexlora.files import sync, write_whole
 from flexlora.seal import SealError, sealed, unsealed
+from flexlora.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -329,17 +331,48 @@ def _split_torn_line(content: bytes) -> tuple[bytes, bytes]:
 
 
 def lines_of(path: Path) -> list[bytes]:
-    """Return the lines of a record file, damaged ones included, without a last one that its writer left incomplete."""
-    whole, torn = _split_torn_line(path.read_bytes())
+    """Return the lines of a record file, damaged ones included, without a last one that its writer left incomplete.
+
+    What an editor adds is taken off: a byte order mark, UTF-16, carriage returns. Blank lines stay, so that the place
+    of a line in the list is its number in the file.
+    """
+    whole, torn = _split_torn_line(_as_written(path.read_bytes()))
     if torn:
-        log.warning("%s: dropped an incomplete last line of %d bytes; its writer was interrupted", path, len(torn))
+        log.warning(
+            "%s: dropped an incomplete last line of %d bytes; its writer was interrupted",
+            printable(str(path)),
+            len(torn),
+        )
     # Split at the byte, not with splitlines: JSON strings may hold U+2028 and other line breaks that end no line here.
-    return whole.removesuffix(b"\n").split(b"\n") if whole else []
+    return [line.rstrip(b"\r") for line in whole.removesuffix(b"\n").split(b"\n")] if whole else []
+
+
+def last_round(path: Path) -> int:
+    """Return the last round in a record file, 0 where there is none; lines that cannot be read are passed over."""
+    last = 0
+    for line in lines_of(path) if path.exists() else []:
+        try:
+            last = max(last, from_line(line).server_round)
+        except RecordsError:
+            continue
+    return last
+
+
+def _as_written(content: bytes) -> bytes:
+    """Return the bytes of a file in UTF-8 without a mark at their start, however an editor has stored them."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            return content.decode("utf-16").encode()
+        except UnicodeError:
+            return content
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def _parse(path: Path) -> Iterator[RoundRecord]:
     previous = -1
     for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
         try:
             record = from_line(line)
         except RecordsError as error:

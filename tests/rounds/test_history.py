@@ -1,5 +1,6 @@
 """No round of a run gets lost: lines are restored from checkpoints that hold them, or the run is not resumed."""
 
+import codecs
 import json
 import logging
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexlora.errors import FlexLoraError
+from flexlora.experiment.round_loop import rounds_stage
 from flexlora.rounds.history import history_lines, line_digest
 from flexlora.rounds.loop import run_rounds
 
@@ -49,6 +51,26 @@ def test_lines_that_a_checkpoint_holds_are_restored_to_the_byte_and_said(whole, 
             run_rounds(loop_in(folder, drift, num_rounds=6))
         assert lines_of(folder) == lines
         assert "restored from checkpoints" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["garbage", "mark", "utf-16", "blank lines", "carriage returns"])
+def test_what_an_editor_or_a_disk_does_to_lines_is_undone_if_nothing_is_lost(whole, loop_in, drift, kind):
+    lines = lines_of(whole)
+    content = b"".join(lines)
+    changed = {
+        "garbage": b"".join([*lines[:5], b"garbage\xff\n", lines[6]]),
+        "mark": codecs.BOM_UTF8 + content,
+        "utf-16": content.decode().encode("utf-16"),
+        "blank lines": b"\n".join(lines) + b"\n \n",
+        "carriage returns": content.replace(b"\n", b"\r\n"),
+    }[kind]
+    folder = copied(whole, [changed])
+    loop = loop_in(folder, drift, num_rounds=6)
+    # The bar of the rounds is drawn before the loop looks at the file.
+    stage = rounds_stage("Federated rounds", loop)
+    assert stage.completed == stage.num_steps
+    run_rounds(loop)
+    assert lines_of(folder) == lines
 
 
 def test_a_last_line_that_a_kill_kept_from_being_written_is_no_damage(whole, loop_in, drift, caplog):
