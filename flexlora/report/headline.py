@@ -32,7 +32,9 @@ def _change_in_words(federated: SummaryRow, base: SummaryRow | None) -> str:
 
 
 def status(run: RunFolder) -> str | None:
-    """Return one sentence if the run is not finished or ended early, else None."""
+    """Return one sentence if records are lost, or the run is not finished or ended early, else None."""
+    if run.gaps.missing:
+        return run.gaps.in_words()[0]
     if not run.records:
         return "No round is finished yet."
     # Only the last record counts: a run that stopped may have been resumed.
@@ -46,14 +48,20 @@ def status(run: RunFolder) -> str | None:
 
 
 def notices(run: RunFolder) -> list[str]:
-    """Return the warnings of the run, the references that fell from their best, and the notes of rounds."""
+    """Return what somebody changed, warnings of the run, references that fell from their best, and notes of rounds."""
     warnings = list(run.manifest.warnings) if run.manifest else []
     fallen = [
         best.in_words(name)
         for name, reference in reference_runs(run.references).items()
         if (best := best_of_reference(reference)) and best.is_told
     ]
-    return warnings + fallen + [f"Round {record.server_round}: {record.note}" for record in run.records if record.note]
+    changed = run.gaps.in_words()[1 if run.gaps.missing else 0 :]
+    return (
+        changed
+        + warnings
+        + fallen
+        + [f"Round {record.server_round}: {record.note}" for record in run.records if record.note]
+    )
 
 
 def _rows_by_name(run: RunFolder) -> dict[str, SummaryRow]:
@@ -62,6 +70,8 @@ def _rows_by_name(run: RunFolder) -> dict[str, SummaryRow]:
 
 
 def _what_was_run(run: RunFolder, num_rounds: int) -> str:
+    if run.gaps.missing and num_rounds == 0:
+        return "No round of training is on record any more."
     if num_rounds == 0:
         return "No round of training is finished yet."
     if not run.manifest:

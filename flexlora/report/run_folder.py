@@ -9,6 +9,7 @@ from flexlora.errors import FlexLoraError
 from flexlora.report import participation
 from flexlora.report.answer_file import ANSWERS_FILE, AnswerRecord, read_answers
 from flexlora.report.plan_names import plan_names
+from flexlora.report.record_gaps import RecordGaps, known_rounds, record_gaps
 from flexlora.rounds.records import (
     MANIFEST_FILE,
     RECORDS_FILE,
@@ -17,8 +18,8 @@ from flexlora.rounds.records import (
     ReferencesRecord,
     RoundRecord,
     read_manifest,
-    read_records,
     read_references,
+    recorded_lines,
 )
 
 CONFIG_FILE = "config.yaml"
@@ -37,6 +38,7 @@ class RunFolder:
         adapters: Names of the folders with adapters, smallest rank first.
         adapter_bytes: Name of such a folder -> size of its files.
         answers: What models answered to unseen tasks.
+        gaps: Rounds whose records are missing or changed.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class RunFolder:
     adapters: Sequence[str]
     adapter_bytes: Mapping[str, int] = field(default_factory=dict)
     answers: Sequence[AnswerRecord] = ()
+    gaps: RecordGaps = field(default_factory=RecordGaps)
 
     @property
     def name(self) -> str:
@@ -85,16 +88,20 @@ def read_run(run_folder: Path) -> RunFolder:
             f"a run folder holds {RECORDS_FILE}, {MANIFEST_FILE} or {CONFIG_FILE}; {run_folder} holds none of them; "
             "name the folder given to `flexlora run --out`"
         )
+    # Before the records: beside a live run they grow.
+    known = known_rounds(run_folder)
+    lines = list(recorded_lines(run_folder / RECORDS_FILE))
     config = run_folder / CONFIG_FILE
     adapters = [path for path in run_folder.glob("adapters/rank-*") if path.is_dir()]
     sizes = {path.name: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in adapters}
     return RunFolder(
         path=run_folder.resolve(),
-        records=read_records(run_folder / RECORDS_FILE),
+        records=[record for _, record in lines],
         references=read_references(run_folder / REFERENCES_FILE),
         manifest=read_manifest(run_folder / MANIFEST_FILE),
         config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else None,
         adapters=sorted(sizes, key=lambda name: (len(name), name)),
         adapter_bytes=sizes,
         answers=read_answers(run_folder / ANSWERS_FILE),
+        gaps=record_gaps(known, lines),
     )

@@ -114,7 +114,7 @@ def _has_clock(runs: Mapping[str, RunFolder]) -> bool:
 
 
 def _notes(runs: Mapping[str, RunFolder], rows: Sequence[RunRow]) -> list[str]:
-    """Return what to know before comparing: runs of a seed that differ in what they must share, falls, runs at work."""
+    """Return what to know before comparing: what runs of a seed should share, falls, lost records, runs at work."""
     by_seed: dict[int | None, dict[str, RunFolder]] = {}
     for name, run in runs.items():
         by_seed.setdefault(run.manifest.seed if run.manifest else None, {})[name] = run
@@ -123,9 +123,10 @@ def _notes(runs: Mapping[str, RunFolder], rows: Sequence[RunRow]) -> list[str]:
         if row.best and row.best.is_told:
             notes.append(row.best.in_words(row.name))
         run = runs[row.name]
+        notes.extend(f"{row.name}: {sentence}" for sentence in run.gaps.in_words())
         wanted = run.manifest.num_rounds if run.manifest else None
         has_stopped = bool(run.records and run.records[-1].stopped)
-        if wanted and row.num_rounds < wanted and not has_stopped:
+        if wanted and row.num_rounds < wanted and not has_stopped and not run.gaps.missing:
             notes.append(f"{row.name} is not finished: {row.num_rounds} of {wanted} rounds.")
     return notes
 

@@ -4,7 +4,6 @@ Every round has its line, and a checkpoint has the digest of every line before i
 damaged is written again from a checkpoint that holds it; where none does, the run is not resumed from there.
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,15 +11,10 @@ from typing import Any
 
 from flexlora.files import write_whole
 from flexlora.rounds.checkpoint import held_progress
-from flexlora.rounds.records import RecordsError, from_line, lines_of
+from flexlora.rounds.records import RecordsError, from_line, line_digest, lines_of, round_spans
 from flexlora.text import printable
 
 log = logging.getLogger(__name__)
-
-
-def line_digest(line: bytes) -> str:
-    """Return what a checkpoint keeps of a line, its break not counted: half of its SHA-256."""
-    return hashlib.sha256(line.rstrip(b"\n")).hexdigest()[:32]
 
 
 def history_lines(
@@ -46,12 +40,12 @@ def history_lines(
     if lost := [server_round for server_round in missing if server_round not in held]:
         lines = f" (damaged: line {', '.join(map(str, damaged[:5]))})" if damaged else ""
         raise RecordsError(
-            f"{path} must have the records of rounds 0 to {last_round}; {_spans(lost)} missing{lines}, and no "
+            f"{path} must have the records of rounds 0 to {last_round}; {round_spans(lost)} missing{lines}, and no "
             "checkpoint holds what is missing: put a copy of the file back, or start anew with --overwrite"
         )
     # The last line alone may be missing because the process was killed before it could write it.
     if told := [place for place in missing if damaged or own is None or place != last_round]:
-        log.warning("%s: %s missing or damaged; restored from checkpoints", printable(str(path)), _spans(told))
+        log.warning("%s: %s missing or damaged; restored from checkpoints", printable(str(path)), round_spans(told))
     return [found.get(place) or held[place] for place in wanted]
 
 
@@ -103,15 +97,3 @@ def _held(checkpoints: Path, known: Mapping[int, str]) -> dict[int, bytes]:
 def line_in(progress: Mapping[str, Any]) -> bytes:
     """Return the line of its own round that a checkpoint's progress holds, without the break."""
     return progress["record"].encode().rstrip(b"\n")
-
-
-def _spans(rounds: list[int]) -> str:
-    """Return rounds in words: ``round 3 is``, ``rounds 0 to 4, 7 are``."""
-    spans: list[list[int]] = []
-    for server_round in rounds:
-        if spans and spans[-1][1] == server_round - 1:
-            spans[-1][1] = server_round
-        else:
-            spans.append([server_round, server_round])
-    words = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in spans[:5])
-    return f"round {words} is" if len(rounds) == 1 else f"rounds {words} are"

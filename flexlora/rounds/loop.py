@@ -13,7 +13,7 @@ from flexlora.rounds.checkpoint import (
     save_checkpoint,
 )
 from flexlora.rounds.cohort import cohort_work
-from flexlora.rounds.history import history_lines, line_digest, line_in, write_history
+from flexlora.rounds.history import history_lines, line_in, write_history
 from flexlora.rounds.loop_parts import Loop, Outcome, Progress, RoundEvent, Stopwatch
 from flexlora.rounds.outcomes import aggregated, checked, round_record, trained
 from flexlora.rounds.records import (
@@ -24,6 +24,7 @@ from flexlora.rounds.records import (
     RoundRecord,
     append_record,
     from_line,
+    line_digest,
     lines_of,
     to_line,
 )

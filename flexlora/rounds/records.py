@@ -8,9 +8,10 @@ and ``"-Infinity"`` and come back as floats. Wall-clock times appear only in fie
 """
 
 import codecs
+import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -260,6 +261,24 @@ def from_line(line: bytes) -> RoundRecord:
         raise RecordsError(_first_problem(error)) from error
 
 
+def line_digest(line: bytes) -> str:
+    """Return what a checkpoint keeps of a line, its break not counted: half of its SHA-256."""
+    return hashlib.sha256(line.rstrip(b"\n")).hexdigest()[:32]
+
+
+def round_spans(rounds: Sequence[int]) -> str:
+    """Return rounds in words: ``round 3 is``, ``rounds 0 to 4, 7 are``."""
+    spans: list[list[int]] = []
+    for server_round in rounds:
+        if spans and spans[-1][1] == server_round - 1:
+            spans[-1][1] = server_round
+        else:
+            spans.append([server_round, server_round])
+    words = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in spans[:5])
+    words += " and others" if len(spans) > 5 else ""
+    return f"round {words} is" if len(rounds) == 1 else f"rounds {words} are"
+
+
 def append_record(path: Path, record: RoundRecord) -> None:
     """Add one line to a record file and bring it to the disk.
 
@@ -291,10 +310,7 @@ def read_records(path: Path | str) -> list[RoundRecord]:
     Raises:
         RecordsError: A complete line is not a round record, or rounds are not in ascending order.
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    return list(_parse(path))
+    return [record for _, record in recorded_lines(Path(path))]
 
 
 def write_references(path: Path, references: ReferencesRecord) -> None:
@@ -368,9 +384,10 @@ def _as_written(content: bytes) -> bytes:
     return content.removeprefix(codecs.BOM_UTF8)
 
 
-def _parse(path: Path) -> Iterator[RoundRecord]:
+def recorded_lines(path: Path) -> Iterator[tuple[bytes, RoundRecord]]:
+    """Yield the lines of a record file with their rounds; see ``read_records``."""
     previous = -1
-    for number, line in enumerate(lines_of(path), start=1):
+    for number, line in enumerate(lines_of(path) if path.exists() else [], start=1):
         if not line.strip():
             continue
         try:
@@ -386,7 +403,7 @@ def _parse(path: Path) -> Iterator[RoundRecord]:
                 "remove the lines of the older attempt"
             )
         previous = record.server_round
-        yield record
+        yield line, record
 
 
 def _read_one(path: Path, kind: type[RecordT]) -> RecordT | None:

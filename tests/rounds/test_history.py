@@ -10,8 +10,9 @@ import pytest
 
 from flexlora.errors import FlexLoraError
 from flexlora.experiment.round_loop import rounds_stage
-from flexlora.rounds.history import history_lines, line_digest
+from flexlora.rounds.history import history_lines
 from flexlora.rounds.loop import run_rounds
+from flexlora.rounds.records import line_digest
 
 
 @pytest.fixture(name="whole")
