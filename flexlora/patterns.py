@@ -2,16 +2,24 @@
 
 import re
 import time
+import warnings
 from functools import lru_cache
 
 import regex
 
 from flexlora.errors import FlexLoraError
+from flexlora.pattern_tree import measure, parsed, unambiguous
 
 MOST_SECONDS = 2.0
 """CPU time of all slow matches of one expression together."""
 
 LONGEST = 10_000
+
+MOST_PARTS = 100_000
+"""Of an expression whose repeats are written out: ``(ab){3}`` has about six. To compile more can take for ever."""
+
+WIDEST = 2_500_000
+"""Characters in all ranges of an expression together, ``[a-z]`` having 26; compiling lists them."""
 
 SLOW = 0.01
 """CPU seconds from which on a match counts as slow."""
@@ -31,17 +39,30 @@ class BoundedPattern:
         """Compile an expression.
 
         Raises:
-            PatternError: If it is none, or too long.
+            PatternError: If it is none, too long, or repeats too much within repeats.
         """
         if len(pattern) > LONGEST:
             raise PatternError(f"a regular expression may have {LONGEST} characters; got {len(pattern)}: {pattern:.60}")
         self.pattern = pattern
         try:
-            self._plain = re.compile(pattern)
-            self._bounded = None if _LINEAR.fullmatch(pattern) else regex.compile(pattern, regex.VERSION0)
+            tree = parsed(pattern)
+            self._check_size(*measure(tree))
+            self._plain = _compiled(pattern)
+            linear = _LINEAR.fullmatch(pattern)
+            self._bounded = None if linear else regex.compile(unambiguous(tree), regex.VERSION0)
+        except PatternError:
+            raise
         except (re.error, regex.error, OverflowError, RecursionError, ValueError) as error:
             raise PatternError(f"{pattern!r:.80} must be a regular expression ({error})") from error
         self._seconds = 0.0
+
+    def _check_size(self, num_parts: int, spanned: int) -> None:
+        if num_parts > MOST_PARTS or spanned > WIDEST:
+            raise PatternError(
+                f"a regular expression may stand for {MOST_PARTS} characters with its repeats written out, and its "
+                f"ranges for {WIDEST}; {self.pattern!r:.80} stands for {num_parts:.3g} and {spanned:.3g}: write it "
+                "without counted repeats inside repeats"
+            )
 
     def found_in(self, text: str) -> bool:
         """Return whether the expression matches anywhere in a text, as with ``re.search``.
@@ -64,11 +85,18 @@ class BoundedPattern:
         return found
 
 
+def _compiled(pattern: str) -> "re.Pattern[str]":
+    with warnings.catch_warnings():
+        # What a later Python may read differently is text to this one.
+        warnings.simplefilter("ignore")
+        return re.compile(pattern)
+
+
 @lru_cache(maxsize=4096)
 def bounded_pattern(pattern: str) -> BoundedPattern:
     """Return a compiled expression, from an earlier call if there was one.
 
     Raises:
-        PatternError: If it is none, or too long.
+        PatternError: If it is none, too long, or repeats too much within repeats.
     """
     return BoundedPattern(pattern)

@@ -20,6 +20,7 @@ RANKS = {
     "errors": 0,
     "files": 0,
     "limits": 0,
+    "pattern_tree": 0,
     "orphans": 0,
     "time_limit": 0,
     "console": 0,
