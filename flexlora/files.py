@@ -93,6 +93,13 @@ def making_parents(path: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
+def file_above(path: Path) -> Path | None:
+    """Return the file that stands where a folder above ``path`` would have to be; None where nothing is in the way."""
+    parents = (*path.parents, *path.absolute().parents)
+    nearest = next((parent for parent in parents if os.path.lexists(parent)), None)
+    return None if nearest is None or nearest.is_dir() else nearest
+
+
 def sync(path: Path) -> None:
     """Bring a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 
 from flexlora.foreign import ForeignError, read_yaml
 from flexlora.report.reference_names import SHORT_NAMES, reference_runs
-from flexlora.report.run_folder import ReportError, RunFolder
+from flexlora.report.run_folder import RunFolder, check_target
 from flexlora.report.virtual_time import TimedRun, common_target, timed_reference, timed_run
 
 SCORING_SETTINGS = ("data.template", "data.max_length", "data.test_examples_per_task", "evaluation.max_new_tokens")
@@ -28,8 +28,7 @@ def timed_runs(
     Raises:
         ReportError: If ``target`` is out of its range.
     """
-    if target is not None and not 0 <= target <= 100:
-        raise ReportError(f"--target must be a ROUGE-L between 0 and 100, as --target 30; got {target:g}")
+    check_target(target)
     timed = [timed_run(name, folder.records, folder.manifest) for name, folder in _named(run, others).items()]
     # Only the references of this run: with those of all, the runs themselves would be hard to find.
     policy = run.manifest.policy if run.manifest else None

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexlora.files import write_whole
+from flexlora.files import making_parents, write_whole
 from flexlora.report import figures
 from flexlora.report.comparison import comparison_notes, timed_runs
 from flexlora.report.dot_row import dot_row
@@ -13,6 +13,7 @@ from flexlora.report.falls import best_of, best_validation_round
 from flexlora.report.first_screen import cards
 from flexlora.report.group_tables import category_table, fairness_table, total_rows
 from flexlora.report.headline import headline, notices, status
+from flexlora.report.page_place import REPORT_FILE, REPORT_GENERATOR, check_report_place
 from flexlora.report.participation import device_table, failure_table, plan_table
 from flexlora.report.plain_rows import csv_text, json_text, round_rows, score_rows, task_rows
 from flexlora.report.plan_names import DEVICES_OF_TYPES
@@ -25,8 +26,6 @@ from flexlora.report.spectra_charts import heat_class
 from flexlora.report.task_differences import LEAST_CLIENTS, LEAST_TASKS
 from flexlora.report.templates import environment
 from flexlora.report.wall_time import time_table
-
-REPORT_FILE = "report.html"
 
 MAX_FAILURES = 200
 
@@ -50,8 +49,13 @@ SECTIONS = {
 """Section -> what its link says, in the order of the page; a section with nothing in it is left out, with its link."""
 
 
-def write_report(run_folder: Path | str, others: Sequence[Path | str] = (), target: float | None = None) -> Path:
-    """Write `report.html` into a run folder, atomically, and return its path.
+def write_report(
+    run_folder: Path | str,
+    others: Sequence[Path | str] = (),
+    target: float | None = None,
+    out: Path | str | None = None,
+) -> Path:
+    """Write the report of a run, atomically, and return its path.
 
     Works on finished, interrupted and running runs alike: what has not been measured is left out.
 
@@ -60,15 +64,20 @@ def write_report(run_folder: Path | str, others: Sequence[Path | str] = (), targ
         others: Folders of runs to show beside it on the virtual clock.
         target: Unseen ROUGE-L whose virtual time is given, 0 to 100; None takes the run's own, or the best of
             the weakest run that scored above its base model.
+        out: The page, which replaces an earlier report of a run and nothing else; None is `report.html` in the folder.
 
     Raises:
-        ReportError: A folder holds nothing that a run writes, or ``target`` is out of its range.
+        ReportError: A folder holds nothing that a run writes, ``target`` is out of its range, or ``out`` is another
+            file.
         RecordsError: A file of a run is damaged.
     """
     run_folder = Path(run_folder)
     page = render(read_run(run_folder), [read_run(Path(other)) for other in others], target)
-    path = run_folder / REPORT_FILE
-    write_page_file(path, page)
+    path = run_folder / REPORT_FILE if out is None else Path(out)
+    if out is not None:
+        check_report_place(path, run_folder)
+    with making_parents(path):
+        write_page_file(path, page)
     return path
 
 
@@ -81,7 +90,11 @@ def render(run: RunFolder, others: Sequence[RunFolder] = (), target: float | Non
     """Return the page of a run; see `write_report`."""
     shown = {**_outcome(run), **_details(run), **_virtual_time(run, others, target)}
     sections = [(key, name) for key, name in SECTIONS.items() if _has(key, run, shown)]
-    return environment().get_template("page.html.j2").render(run=run, sections=sections, **shown)
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(run=run, sections=sections, generator=REPORT_GENERATOR, **shown)
+    )
 
 
 def _outcome(run: RunFolder) -> dict[str, Any]:

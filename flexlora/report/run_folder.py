@@ -76,6 +76,29 @@ class RunFolder:
         return {plan: f"p{1 + place % 6}" for place, plan in enumerate(self.plan_ranks)}
 
 
+def check_run(run_folder: Path) -> None:
+    """Raise unless a folder holds something that a run writes.
+
+    Raises:
+        ReportError: Naming what was looked for.
+    """
+    if not any((run_folder / name).exists() for name in (RECORDS_FILE, MANIFEST_FILE, CONFIG_FILE)):
+        raise ReportError(
+            f"a run folder holds {RECORDS_FILE}, {MANIFEST_FILE} or {CONFIG_FILE}; {run_folder} holds none of them; "
+            "name the folder given to `flexlora run --out`"
+        )
+
+
+def check_target(target: float | None) -> None:
+    """Raise unless a target is a ROUGE-L, or None.
+
+    Raises:
+        ReportError: Naming the range.
+    """
+    if target is not None and not 0 <= target <= 100:
+        raise ReportError(f"--target must be a ROUGE-L between 0 and 100, as --target 30; got {target:g}")
+
+
 def read_run(run_folder: Path) -> RunFolder:
     """Return what a run folder holds.
 
@@ -83,11 +106,7 @@ def read_run(run_folder: Path) -> RunFolder:
         ReportError: The folder holds nothing that a run writes.
         RecordsError: A file of the run is damaged.
     """
-    if not any((run_folder / name).exists() for name in (RECORDS_FILE, MANIFEST_FILE, CONFIG_FILE)):
-        raise ReportError(
-            f"a run folder holds {RECORDS_FILE}, {MANIFEST_FILE} or {CONFIG_FILE}; {run_folder} holds none of them; "
-            "name the folder given to `flexlora run --out`"
-        )
+    check_run(run_folder)
     # Before the records: beside a live run they grow.
     known = known_rounds(run_folder)
     lines = list(recorded_lines(run_folder / RECORDS_FILE))

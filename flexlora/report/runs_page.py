@@ -10,16 +10,16 @@ from flexlora.report.comparison import comparison_notes, disagreements, distinct
 from flexlora.report.figures import Figure, timed_curves
 from flexlora.report.line_chart import Series, line_chart
 from flexlora.report.page import write_page_file
+from flexlora.report.page_place import COMPARISON_GENERATOR, check_comparison_place
 from flexlora.report.plain_rows import csv_text, json_text
 from flexlora.report.run_differences import RunRow, comparison_in_words, run_rows, seed_rows
-from flexlora.report.run_folder import CONFIG_FILE, ReportError, RunFolder, read_run
+from flexlora.report.run_folder import ReportError, RunFolder, read_run
 from flexlora.report.run_settings import arms_of, differing_settings
 from flexlora.report.scales import NumberText
 from flexlora.report.templates import environment
-from flexlora.rounds.records import RECORDS_FILE, RoundRecord
+from flexlora.rounds.records import RoundRecord
 from flexlora.text import number_text
 
-GENERATOR = "flexlora report of several runs"
 MEASURES = (
     ("rouge_l", "ROUGE-L on unseen tasks", "0 to 100, higher is better", True, 1),
     ("exact_match", "Exact match on unseen tasks", "% of answers, higher is better", True, 1),
@@ -37,37 +37,23 @@ def write_runs_page(folders: Sequence[Path | str], out: Path | str, target: floa
         target: Unseen ROUGE-L whose virtual time is given, for runs with a virtual clock; see `write_report`.
 
     Raises:
-        ReportError: A folder holds no run, ``out`` is a run's own report or another file, or ``target`` is not a score.
+        ReportError: There are not two runs, a folder holds no run, ``out`` is a run's own report or another file, or
+            ``target`` is not a score.
         RecordsError: A file of a run is damaged.
     """
     out = Path(out)
-    check_out(out)
+    check_comparison_place(out)
     page = render_runs([read_run(Path(folder)) for folder in folders], target)
     with making_parents(out):
         write_page_file(out, page)
     return out
 
 
-def check_out(out: Path) -> None:
-    """Raise unless a comparison may be written there.
-
-    Raises:
-        ReportError: Naming the file and what to do.
-    """
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise ReportError(f"--out must be a page, a file that ends in .html; got {out}")
-    if any((out.parent / name).exists() for name in (CONFIG_FILE, RECORDS_FILE)):
-        raise ReportError(
-            "a comparison never goes into the folder of a run, whose own report it could replace; "
-            f"{out.parent} is one: name a file elsewhere, as --out comparison.html"
-        )
-    if out.exists() and GENERATOR.encode() not in out.read_bytes()[:2000]:
-        raise ReportError(f"--out replaces an earlier comparison and nothing else; {out} is another file")
-
-
 def render_runs(folders: Sequence[RunFolder], target: float | None = None) -> str:
     """Return the page that compares runs; see `write_runs_page`."""
     runs = _named(folders)
+    if len(runs) < 2:
+        raise ReportError(f"a comparison needs two different runs; got only {', '.join(runs)}")
     arms = arms_of(runs)
     rows, over_seeds = run_rows(runs, arms), seed_rows(runs, arms)
     first, *others = runs.values()
@@ -75,7 +61,7 @@ def render_runs(folders: Sequence[RunFolder], target: float | None = None) -> st
     plain = [_plain(row) for row in rows]
     files = {"runs.csv": csv_text(plain), "comparison.json": json_text({"runs": plain})}
     shown: dict[str, Any] = {
-        "generator": GENERATOR,
+        "generator": COMPARISON_GENERATOR,
         "headline": comparison_in_words(rows, over_seeds),
         "notes": _notes(runs, rows),
         "rows": rows,

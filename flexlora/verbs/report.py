@@ -23,8 +23,8 @@ def report(
         Path | None,
         typer.Option(
             "--out",
-            help=f"The page; default report.html in the folder of one run, {COMPARISON} here for several. A comparison "
-            "never replaces the report of a run.",
+            help=f"The page; default report.html in the folder of one run, {COMPARISON} here for several. A "
+            "comparison never replaces the report of a run.",
         ),
     ] = None,
     target: Annotated[
@@ -37,10 +37,22 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write the report of a run again from what it has recorded so far, or a page that compares runs."""
+    from flexlora.report.page_place import check_comparison_place, check_report_place
+    from flexlora.report.run_folder import check_run, check_target
+
     folders = [run_folder, *(others or ())]
     for folder in folders:
         if not folder.is_dir():
             raise FlexLoraError(f"RUN and OTHER must be folders of runs; there is no folder {folder}")
+        check_run(folder)
+    is_one = len(folders) == 1
+    if not is_one and len({folder.resolve() for folder in folders}) == 1:
+        raise FlexLoraError(f"a comparison needs two different runs; got {run_folder} {len(folders)} times")
+    if not is_one:
+        check_comparison_place(page or COMPARISON)
+    elif page is not None:
+        check_report_place(page, run_folder)
+    check_target(target)
     with stage(err, "Reading records and writing the page", hidden=as_json):
         # Only here: they load what computes intervals.
         from flexlora.report.comparison import comparison_notes, timed_runs
@@ -49,8 +61,10 @@ def report(
         from flexlora.report.runs_page import summary_of, write_runs_page
         from flexlora.report.terminal import print_virtual_time
 
-        is_one = len(folders) == 1 and page is None
-        path = write_report(run_folder, (), target) if is_one else write_runs_page(folders, page or COMPARISON, target)
+        if is_one:
+            path = write_report(run_folder, (), target, page)
+        else:
+            path = write_runs_page(folders, page or COMPARISON, target)
         runs = [read_run(folder) for folder in folders]
         notes = comparison_notes(runs[0], runs[1:], target)
         timed, target = timed_runs(runs[0], runs[1:], target)
