@@ -13,10 +13,6 @@ from flexlora.lora.product import ProductError, ProductSum, add_product, decompo
 from flexlora.lora.spectrum import effective_rank
 from flexlora.text import layer_order
 
-PICTURE_ENDINGS = (".svg", ".png", ".pdf")
-"""Endings of the picture files that can be written."""
-
-
 LARGEST = 1e150
 """Singular value whose square is still a number."""
 

@@ -3,17 +3,18 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import get_args
 
 import torch
 
 from flexlora.adapters.coefficients import COEFFICIENTS, Missing
+from flexlora.adapters.merge_numbers import check_device_name, check_directions, check_weights
 from flexlora.adapters.peft_format import MergeError
-from flexlora.adapters.peft_settings import is_number, whole_number
+from flexlora.adapters.peft_settings import whole_number
 from flexlora.adapters.rank_layout import RankLayout
 from flexlora.adapters.write import AdapterDtype
+from flexlora.files import file_above
 from flexlora.lora.certificate import Accuracy, Certificate
 from flexlora.lora.product import Spectrum
 
@@ -104,39 +105,14 @@ def check_request(request: MergeRequest) -> None:
             raise MergeError(f"{option} must be one of {', '.join(allowed)}; got {value}")
     if not request.names:
         raise MergeError("merging needs at least one adapter; got none")
-    if request.missing == "renormalise" and request.method == "sum":
-        raise MergeError("missing=renormalise divides by the weights of those that have a module; use method=mean")
-    _check_weights(request.weights, len(request.names), request.method)
-    _check_rule(request.rule)
+    check_weights(request.weights, len(request.names), request.method, request.missing)
+    check_directions(request.rule.rank, request.rule.energy, request.rule.exact)
     _check_device(request.device)
 
 
-def _check_weights(weights: Sequence[float], num_adapters: int, method: str) -> None:
-    if len(weights) != num_adapters:
-        raise MergeError(f"weights must be one per adapter, {num_adapters} here; got {len(weights)}")
-    if not all(isfinite(weight) and (weight > 0 if method == "mean" else weight != 0) for weight in weights):
-        wanted = "positive for method=mean (use sum for signed ones)" if method == "mean" else "other than 0"
-        raise MergeError(f"weights must be finite and {wanted}; got {', '.join(f'{w:g}' for w in weights)}")
-
-
-def _check_rule(rule: RankRule) -> None:
-    if (rule.rank is not None) + (rule.energy is not None) + rule.exact > 1:
-        raise MergeError("only one of rank, energy and exact can decide how many directions to keep; got several")
-    rank = whole_number(rule.rank)
-    if rule.rank is not None and (rank is None or rank < 1):
-        raise MergeError(f"rank must be a whole number of at least 1; got {rule.rank!r}")
-    if rule.energy is not None and not (is_number(rule.energy) and 0 < rule.energy <= 1):
-        raise MergeError(f"energy must be a share above 0 and up to 1; got {rule.energy!r}")
-
-
 def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise MergeError(f"device must be cpu, cuda or cuda:N; got {device}") from error
-    if kind not in ("cpu", "cuda"):
-        raise MergeError(f"device must be cpu, cuda or cuda:N; got {device}")
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+    check_device_name(device)
+    if torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise MergeError(f"device {device} is not there; use cpu")
 
 
@@ -144,7 +120,6 @@ def existing_parent(folder: Path) -> Path:
     """Return the nearest folder above ``folder`` that exists; ``folder`` itself must not."""
     if os.path.lexists(folder):
         raise MergeError(f"out must not exist yet; {folder} does")
-    parent = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
-    if not parent.is_dir():
-        raise MergeError(f"{parent}, a parent of out, must be a folder; got out={folder}")
-    return parent
+    if file := file_above(folder):
+        raise MergeError(f"out: {file} is a file; a folder is needed there; got out={folder}")
+    return next(parent for parent in folder.absolute().parents if os.path.lexists(parent))

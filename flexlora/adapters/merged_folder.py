@@ -11,9 +11,10 @@ from torch import Tensor
 from flexlora.adapters.base_names import is_path, portable_name
 from flexlora.adapters.card import Card, base_title, loading_text, table
 from flexlora.adapters.folder import AdapterFolder
+from flexlora.adapters.laid_out import laid_out
 from flexlora.adapters.merge_request import MergeRequest
 from flexlora.adapters.peft_format import WEIGHTS_FILE, factor_keys
-from flexlora.adapters.rank_layout import common_rank, laid_out
+from flexlora.adapters.rank_layout import common_rank
 from flexlora.adapters.tensor_file import TensorSpool
 from flexlora.adapters.together import MergeError, common_setting, common_targets, named_base
 from flexlora.adapters.write import AdapterDtype, peft_config, write_config

@@ -13,6 +13,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
 
+PICTURE_ENDINGS = (".svg", ".png", ".pdf")
+"""Endings of the picture files that can be written."""
+
+
 INTO_THE_BASE = "merge it into its base model instead (merge_and_unload in PEFT)"
 """What to do with an adapter whose change is more than products of factors."""
 

@@ -1,25 +1,16 @@
-"""Gives the modules of an adapter one rank and one integer ``lora_alpha`` without changing what they compute.
+"""Decides which rank each module of an adapter is written at: one for all that every reader understands, or its own.
 
-PEFT alone reads ``alpha_pattern``, and few readers ``rank_pattern``: converters know one ``lora_alpha``, servers one
-rank, and PEFT's own hotswap matches patterns with other names than loading does. So what is written rests on neither:
-one whole ``lora_alpha`` serves all modules, the rest of a scaling goes evenly into both factors, and smaller ranks are
-padded with fresh rows of ``A`` and zero columns of ``B``, which change nothing and can still be trained.
+PEFT alone reads ``rank_pattern``; converters and servers know one rank. Nothing here needs tensors, so that a rank that
+cannot be written is refused at once.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Literal
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from flexlora.adapters.peft_format import AdapterError, is_expert
 from flexlora.adapters.peft_settings import whole_number
-from flexlora.lora.factors import LoraFactors
 
 Ranks = Literal["uniform", "exact"]
 """One rank for all modules, or every module its own, which needs ``rank_pattern``."""
@@ -27,10 +18,6 @@ Ranks = Literal["uniform", "exact"]
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for (``max_lora_rank``)."""
-
-
-LARGEST_ALPHA = 2**32 - 1
-"""Ollama decodes ``lora_alpha`` as an unsigned integer of 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -96,40 +83,3 @@ def common_rank(ranks: Mapping[str, int]) -> int:
     deciding = [rank for path, rank in ranks.items() if is_expert(path)] or list(ranks.values())
     counts = Counter(deciding)
     return max(counts, key=lambda rank: (counts[rank], rank))
-
-
-def common_alpha(adapter: Mapping[str, LoraFactors], stored: Mapping[str, int]) -> int:
-    """Return the ``lora_alpha`` of a configuration: what all modules have as it is, or else its ``r``.
-
-    Args:
-        stored: Module path -> the rank to write.
-    """
-    alphas = {_whole_alpha(factors) for factors in adapter.values()}
-    is_padded = any(factors.rank != stored[path] for path, factors in adapter.items())
-    alpha = alphas.pop() if len(alphas) == 1 else None
-    return common_rank(stored) if alpha is None or is_padded else alpha
-
-
-def _whole_alpha(factors: LoraFactors) -> int | None:
-    """Return the alpha that divided by the rank is the scaling, None where no whole number in range is."""
-    alpha = factors.scaling * factors.rank
-    if not math.isfinite(alpha) or not 1 <= round(alpha) <= LARGEST_ALPHA:
-        return None
-    return round(alpha) if round(alpha) / factors.rank == factors.scaling else None
-
-
-def laid_out(path: str, factors: LoraFactors, rank: int, lora_alpha: int) -> LoraFactors:
-    """Return the same change with ``rank`` directions and the scaling ``lora_alpha / rank``.
-
-    Factors are scaled in float64, those that stay as they are keep their type.
-    """
-    if rank > factors.rank:
-        factors = factors.extend(fresh_rows(path, rank - factors.rank, factors.A.shape[1]))
-    return factors.with_balanced_scaling(lora_alpha / rank)
-
-
-def fresh_rows(path: str, num_rows: int, in_features: int) -> Float[Tensor, "num_rows in_features"]:
-    """Return rows of ``A`` to train from, as PEFT draws them (``kaiming_uniform_``), always the same for a path."""
-    seed = int.from_bytes(blake2b(path.encode(), digest_size=7).digest(), "big")
-    rows = torch.rand(num_rows, in_features, generator=torch.Generator().manual_seed(seed))
-    return (2 * rows - 1) / math.sqrt(in_features)

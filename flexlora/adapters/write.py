@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flexlora.adapters.card import Card, plain_card
+from flexlora.adapters.laid_out import common_alpha, laid_out
 from flexlora.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterError, factor_keys
 from flexlora.adapters.peft_settings import is_number
-from flexlora.adapters.rank_layout import RankLayout, Ranks, common_alpha, common_rank, laid_out
+from flexlora.adapters.rank_layout import RankLayout, Ranks, common_rank
 from flexlora.files import appearing_whole
 from flexlora.lora.factors import AdapterState
 

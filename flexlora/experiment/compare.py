@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from flexlora.experiment.compare_arms import CompareError
 from flexlora.experiment.compare_folder import (
     append_rows,
     copies,
@@ -18,9 +17,8 @@ from flexlora.experiment.compare_folder import (
     serve_others,
 )
 from flexlora.experiment.compare_jobs import Job, Study, due_jobs, num_jobs_left
+from flexlora.experiment.compare_place import check_jobs
 from flexlora.experiment.compare_pool import SCRATCH_FOLDER, JobPool
-from flexlora.limits import most_processes, num_cores
-from flexlora.text import count_text
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,7 @@ def run_comparison(
         CompareError: If ``folder`` holds a comparison that runs, or of another configuration, or something
             else, or ``jobs`` are more than this machine could bear.
     """
-    most = most_processes()
-    if not 1 <= jobs <= most:
-        here = f"on the {count_text(num_cores(), 'core')} of this machine"
-        raise CompareError(f"--jobs must be in 1..{most} {here}; got {jobs}")
+    check_jobs(jobs)
     with locked_comparison(folder):
         if not overwrite:
             study = _in_known_order(study, known_distributions(folder))

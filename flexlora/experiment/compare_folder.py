@@ -10,20 +10,14 @@ from typing import Any
 
 from flexlora.experiment.compare_arms import CompareError
 from flexlora.experiment.compare_jobs import Job, Study
+from flexlora.experiment.compare_place import STUDY_FILE, check_folder, check_same, known_study
 from flexlora.experiment.compare_pool import SCRATCH_FOLDER
 from flexlora.experiment.compare_study import described
-from flexlora.experiment.config import ConfigError
-from flexlora.experiment.config_file import parse_config
-from flexlora.experiment.run_folder import CONFIG_FILE, RESUMABLE_CHANGES, differences
-from flexlora.files import whole_name, write_whole
-from flexlora.foreign import read_json, read_yaml
-from flexlora.locks import LOCK_FILE, locked
+from flexlora.experiment.run_folder import CONFIG_FILE
+from flexlora.files import write_whole
+from flexlora.locks import locked
 from flexlora.report.compare_page import PAGE_FILE
 from flexlora.report.study_rows import ROWS_FILE, read_rows
-
-STUDY_FILE = "study.json"
-SAME = ("tuning_draws", "trials", "learning_rate", "evaluations", "text", "tune_on")
-"""What a comparison that goes on must keep, besides its configuration."""
 
 
 @contextmanager
@@ -33,11 +27,7 @@ def locked_comparison(folder: Path) -> Iterator[None]:
     Raises:
         CompareError: If a comparison runs in it, or it is no folder for one.
     """
-    if folder.exists() and not folder.is_dir():
-        raise CompareError(f"--out must be a folder; {folder} is a file")
-    there = {whole_name(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
-    if there - {LOCK_FILE, STUDY_FILE} and STUDY_FILE not in there:
-        raise CompareError(f"{folder} holds something else than a comparison; choose another --out")
+    check_folder(folder)
 
     def refusal(holder: str) -> CompareError:
         return CompareError(
@@ -67,8 +57,8 @@ def open_comparison(study: Study, folder: Path, overwrite: bool, retry_failed: b
         if (folder / SCRATCH_FOLDER).exists():
             shutil.rmtree(folder / SCRATCH_FOLDER)
     elif study_path.exists():
-        known = _known(study_path)
-        _check_same(folder, known, wanted)
+        known = known_study(study_path)
+        check_same(folder, known, wanted)
         arms = {arm["label"]: arm for arm in known["arms"]}
         wanted["arms"] = list({**arms, **{arm["label"]: arm for arm in wanted["arms"]}}.values())
     _drop_torn_line(rows_path)
@@ -84,51 +74,7 @@ def open_comparison(study: Study, folder: Path, overwrite: bool, retry_failed: b
 def known_distributions(folder: Path) -> tuple[str, ...]:
     """Return the distributions of earlier sittings, in their order."""
     path = folder / STUDY_FILE
-    return tuple(_known(path)["distributions"]) if path.exists() else ()
-
-
-def _known(path: Path) -> dict[str, Any]:
-    """Return what a folder says its comparison is."""
-    try:
-        known = read_json(path.read_bytes(), path.name)
-        names = [*(arm["label"] for arm in known["arms"]), *known["distributions"]]
-        if not all(isinstance(name, str) for name in names) or not isinstance(
-            read_yaml(known["config"], "config"), dict
-        ):
-            raise TypeError("a name or the configuration is of a wrong type")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CompareError(
-            f"{path} is damaged ({type(error).__name__}: {error}); put a copy back, or start anew with --overwrite"
-        ) from None
-    return known
-
-
-def _check_same(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise unless a comparison is that of a folder, but for what may be added."""
-    changed = list(differences(_settings(known), _settings(wanted)))
-    changed = [key for key in changed if key not in RESUMABLE_CHANGES]
-    changed += [f"--{name.replace('_', '-')}" for name in SAME if known.get(name) != wanted[name]]
-    if changed:
-        raise CompareError(
-            f"{folder} holds a comparison with another configuration: {', '.join(changed)} differ; choose another "
-            "--out, or --overwrite to start anew (methods, draws and distributions may be added)"
-        )
-    arms = {arm["label"]: arm for arm in known["arms"]}
-    for arm in wanted["arms"]:
-        if arms.get(arm["label"], arm) != arm:
-            raise CompareError(
-                f"{folder} has rows of another {arm['label']} ({', '.join(differences(arms[arm['label']], arm))} "
-                f"differ); give the new one a label of its own, as new={arm['method'].get('name')}..."
-            )
-
-
-def _settings(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a description; one that is newer than a folder has its default there."""
-    tree = read_yaml(described["config"], STUDY_FILE)
-    try:
-        return parse_config(tree, STUDY_FILE).model_dump(mode="json")
-    except ConfigError:
-        return tree
+    return tuple(known_study(path)["distributions"]) if path.exists() else ()
 
 
 def _drop_torn_line(path: Path) -> None:

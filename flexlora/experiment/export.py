@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flexlora.adapters.hub import check_repo_id, push_folder
+from flexlora.adapters.hub import push_folder
 from flexlora.adapters.merge_into_base import merge_into_base
 from flexlora.adapters.rank_layout import RankLayout, Ranks
 from flexlora.adapters.write import write_adapter
@@ -16,6 +16,8 @@ from flexlora.aggregators.base import Aggregator, state_types
 from flexlora.experiment.base import base_name, load_base
 from flexlora.experiment.best_round import WhichRound, best_checkpoint
 from flexlora.experiment.config import Config
+from flexlora.experiment.export_request import check_export
+from flexlora.experiment.kept_rounds import check_checkpoints, check_rank, tell_of_later_rounds
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
 from flexlora.experiment.round_loop import aggregator_of
 from flexlora.experiment.run_card import run_card
@@ -79,13 +81,9 @@ def export_run(
     """
     run_folder, folder = Path(run_folder), Path(folder)
     config = read_run_config(run_folder)
-    if folder.exists():
-        raise ExperimentError(f"the folder to write must not exist yet; {folder} does")
-    layout = RankLayout(ranks, pad_to)
-    if merged and layout != RankLayout():
-        raise ExperimentError("ranks and pad_to lay out an adapter; a merged model has none: leave them or merged out")
-    if push_to_hub is not None:
-        check_repo_id(push_to_hub)
+    check_export(
+        config, run_folder, folder, rank=rank, merged=merged, layout=RankLayout(ranks, pad_to), push_to_hub=push_to_hub
+    )
     saved = saved_state(config, run_folder, which)
     adapter, rank = _adapter_and_rank(config, saved, rank)
     is_cut = rank < max(saved.server_ranks.values())
@@ -122,21 +120,9 @@ def adapter_of_run(run_folder: Path | str, rank: int | None = None, which: Which
 
 
 def _adapter_and_rank(config: Config, saved: "SavedState", rank: int | None) -> tuple[AdapterState, int]:
-    rank = checked_rank(rank, saved.server_ranks)
+    rank = check_rank(rank, max(saved.server_ranks.values()))
     whole = saved.aggregator.broadcast(saved.state, saved.server_ranks)
     return adapter_at_rank(whole, rank, scaling_rule(config)), rank
-
-
-def checked_rank(rank: int | None, server_ranks: Mapping[str, int]) -> int:
-    """Return a rank that the server has, its largest for None.
-
-    Raises:
-        ExperimentError: If the rank is out of range.
-    """
-    top = max(server_ranks.values())
-    if rank is not None and not 1 <= rank <= top:
-        raise ExperimentError(f"the rank must be in 1..{top}, the server's rank in this run; got {rank}")
-    return rank or top
 
 
 @dataclass(frozen=True)
@@ -162,10 +148,12 @@ def saved_state(config: Config, run_folder: Path, which: WhichRound = "last") ->
     Raises:
         ExperimentError: If no round is finished, or none that is wanted was kept.
     """
+    check_checkpoints(run_folder)
     aggregator = aggregator_of(config.method, scaling_rule(config))
     checkpoint = load_latest(run_folder / CHECKPOINTS_FOLDER, state_types(aggregator))
     if checkpoint is None or checkpoint.server_round == 0:
         raise ExperimentError(f"{run_folder} has no round to take an adapter from yet; let the run finish one")
+    tell_of_later_rounds(run_folder, checkpoint.server_round, config.rounds.checkpoint_every)
     if which == "best":
         checkpoint = best_checkpoint(run_folder, checkpoint, state_types(aggregator))
     server_ranks = dict(checkpoint.progress["server_ranks"])

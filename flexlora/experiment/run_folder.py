@@ -12,7 +12,7 @@ from flexlora.errors import FlexLoraError
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_data import InMemoryData
 from flexlora.experiment.config_file import dump_config, parse_config
-from flexlora.files import PARTIAL, whole_name, write_whole
+from flexlora.files import PARTIAL, file_above, whole_name, write_whole
 from flexlora.foreign import ForeignError, read_yaml
 from flexlora.locks import LOCK_FILE, locked
 from flexlora.report.answer_file import ANSWERS_FILE
@@ -85,6 +85,8 @@ def check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) ->
     """
     if folder.exists() and not folder.is_dir():
         raise ExperimentError(f"a run needs a folder to write to; {folder} is a file")
+    if file := file_above(folder):
+        raise ExperimentError(f"a run needs a folder to write to, but {file} is a file; a folder is needed there")
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     if resume and not entries:
         # One that was killed before its first write has left something.
@@ -103,10 +105,8 @@ def check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) ->
     if holds_run:
         _check_run(config, folder, resume, overwrite)
     elif rest := [path.name for path in entries if path.suffix != PARTIAL and path.name != LOCK_FILE]:
-        raise ExperimentError(
-            f"{folder} holds {', '.join(rest)} but no {CONFIG_FILE}, so it is no whole run; delete it, or name another "
-            "folder"
-        )
+        held = f"a folder called {CONFIG_FILE}" if CONFIG_FILE in rest else f"{', '.join(rest)} but no {CONFIG_FILE}"
+        raise ExperimentError(f"{folder} holds {held}, so it is no whole run; delete it, or name another folder")
 
 
 def _check_run(config: Config, folder: Path, resume: bool, overwrite: bool) -> None:
@@ -192,6 +192,8 @@ def read_run_config(folder: Path) -> Config:
         ExperimentError: If ``folder`` is not the folder of a run, or its configuration is damaged.
     """
     path = folder / CONFIG_FILE
+    if path.is_dir():
+        raise ExperimentError(f"{path} must be a file and is a folder; put a copy of the file back")
     if not path.is_file():
         raise ExperimentError(f"the folder of a run holds a {CONFIG_FILE}; {folder} holds none")
     content = path.read_bytes()

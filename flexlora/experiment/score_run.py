@@ -1,28 +1,23 @@
 """Scores the adapter of a finished run again."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flexlora.data.owned_examples import OwnedRow
 from flexlora.experiment.base import resolve_device
 from flexlora.experiment.best_round import WhichRound
-from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import load_config
 from flexlora.experiment.config_sources import config_from
-from flexlora.experiment.export import adapter_at_rank, checked_rank, saved_state
+from flexlora.experiment.export import adapter_at_rank, saved_state
+from flexlora.experiment.kept_rounds import check_rank
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.participants import Participants, gather_participants
-from flexlora.experiment.run_folder import CONFIG_FILE, ExperimentError, differences, read_run_config
+from flexlora.experiment.run_folder import CONFIG_FILE, ExperimentError, read_run_config
+from flexlora.experiment.score_changes import check_changes
 from flexlora.experiment.scoring import Scorer, unseen_tasks
 from flexlora.experiment.stages import Notify, Stage, Work, ignore
 from flexlora.federation.messages import Broadcast
 from flexlora.rounds.records import MANIFEST_FILE, EvaluationRecord, read_manifest
-
-EVALUATION_KEYS = (
-    r"data\.(path|cache|test_examples_per_task|max_length)|evaluation\..*|"
-    r"model\.(device|dtype|num_threads|num_processes|attn_.*)|ray(\..*)?"
-)
 
 
 def evaluate_run(
@@ -52,9 +47,9 @@ def evaluate_run(
     path, before = run_folder / CONFIG_FILE, read_run_config(run_folder)
     is_mapping = isinstance(overrides, Mapping)
     config = config_from(path, overrides) if is_mapping else load_config(path, overrides, check_paths=True)
-    _check_changes(before, config)
+    check_changes(before, config)
     saved = saved_state(config, run_folder, which)
-    name = f"rank {checked_rank(rank, saved.server_ranks)}"
+    name = f"rank {check_rank(rank, max(saved.server_ranks.values()))}"
     resolve_device(config.model.device)
     notify(Stage("Reading data"))
     participants = gather_participants(config, data)
@@ -68,17 +63,6 @@ def evaluate_run(
     if rank is not None:
         adapter = Broadcast(adapter_at_rank(adapter, rank, loaded.scaling))
     return {"base model": scorer.scores(None), name: scorer.scores(adapter)}
-
-
-def _check_changes(before: Config, now: Config) -> None:
-    """Raise if settings differ that could turn a client's data into "unseen" tasks, or not fit the adapter."""
-    changed = differences(before.model_dump(mode="json"), now.model_dump(mode="json"))
-    refused = [key for key in changed if not re.fullmatch(EVALUATION_KEYS, key)]
-    if refused:
-        raise ExperimentError(
-            "scoring a run again can change data.path, data.cache, data.test_examples_per_task, data.max_length, "
-            f"evaluation.* and where the model runs; got {', '.join(refused)}"
-        )
 
 
 def _check_data(participants: Participants, run_folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from flexlora.data.generated.tasks import GeneratedTask, all_tasks, as_natural_instructions, split_of
 from flexlora.errors import FlexLoraError
-from flexlora.files import write_whole
+from flexlora.files import file_above, write_whole
 
 Starter = Literal["demo", "own-data", "natural-instructions"]
 STARTERS = get_args(Starter)
@@ -37,6 +37,8 @@ def write_starter(kind: Starter, folder: Path) -> Path:
     files = {Path("config.yaml"): _configuration(kind, folder), **_data(kind)}
     if there := [str(folder / name) for name in files if os.path.lexists(folder / name)]:
         raise StarterError(f"nothing is overwritten, and {there[0]} is there already; name another folder")
+    if file := next((file for name in files if (file := file_above(folder / name))), None):
+        raise StarterError(f"{file} is a file; a folder is needed there: move it, or name another folder")
     for name, text in reversed(files.items()):
         # The configuration comes last: where it is, its data are.
         path = folder / name

@@ -64,6 +64,7 @@ def compare(
     """Compare methods on paired draws, each at its own learning rate, with all controls; see docs/compare.md."""
     with reading(config):
         from flexlora.experiment.compare_arms import read_arms
+        from flexlora.experiment.compare_place import check_place
         from flexlora.experiment.compare_study import make_study, reference_of
 
         study = make_study(
@@ -80,6 +81,7 @@ def compare(
             with_controls=not no_controls,
         )
         reference = reference_of(study, reference)
+        check_place(study, folder, overwrite, jobs or num_cores())
     with stage(err, "Loading libraries", hidden=quiet or as_json):
         # Only here: loading torch takes seconds, and a mistake is told before.
         from flexlora.experiment.compare import run_comparison

@@ -22,12 +22,18 @@ def evaluate(
     """Score the adapter of a run on its unseen tasks, compared with the base model alone."""
     with reading(run_folder):
         from flexlora.experiment.config_file import load_config
+        from flexlora.experiment.kept_rounds import check_checkpoints, check_rank, known_top_rank
         from flexlora.experiment.live_progress import LiveProgress
         from flexlora.experiment.run_folder import CONFIG_FILE, read_run_config
+        from flexlora.experiment.score_changes import check_changes
         from flexlora.experiment.stages import Stage
 
-        read_run_config(run_folder)
-        load_config(run_folder / CONFIG_FILE, overrides or (), check_paths=True)
+        before = read_run_config(run_folder)
+        check_changes(before, load_config(run_folder / CONFIG_FILE, overrides or (), check_paths=True))
+        check_checkpoints(run_folder)
+        top = known_top_rank(before, run_folder)
+        if top is not None:
+            check_rank(rank, top)
     with LiveProgress(err, hidden=as_json) as progress:
         progress(Stage("Loading libraries"))
         # Only here: loading torch takes seconds, and a mistake is told before.

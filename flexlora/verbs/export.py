@@ -33,14 +33,22 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the global adapter of a run as a standard PEFT folder, at any rank, with a model card."""
-    from flexlora.experiment.run_folder import ExperimentError, read_run_config
+    from flexlora.adapters.rank_layout import RankLayout
+    from flexlora.experiment.export_request import check_export
+    from flexlora.experiment.run_folder import read_run_config
 
     if folder is None and push_to_hub is None:
         raise FlexLoraError("exporting needs a place: --out DIR, --push-to-hub ORG/NAME, or both")
     check_uniform(uniform, ranks)
-    read_run_config(run_folder)
-    if folder is not None and folder.exists():
-        raise ExperimentError(f"the folder to write must not exist yet; {folder} does")
+    check_export(
+        read_run_config(run_folder),
+        run_folder,
+        folder,
+        rank=rank,
+        merged=merged,
+        layout=RankLayout(ranks, pad_to),
+        push_to_hub=push_to_hub,
+    )
     with stage(err, "Loading libraries", hidden=as_json):
         # Only here: loading torch takes seconds, and a mistake is told before.
         from flexlora.experiment.export import export_run

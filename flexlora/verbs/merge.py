@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from flexlora.errors import FlexLoraError
+from flexlora.files import file_above
 from flexlora.progress import stage
 from flexlora.verbs.arguments import JsonOption, PadToOption, RanksOption, UniformOption, check_uniform
 from flexlora.verbs.leaving import interruptible
@@ -77,6 +78,9 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge LoRA adapters of any ranks, exactly, or inspect one."""
+    from flexlora.adapters.merge_numbers import check_device_name, check_directions, check_weights
+    from flexlora.adapters.rank_layout import RankLayout
+
     if inspect is not None:
         if adapters or (weights, rank, energy, exact) != (None, None, None, False):
             more = f"{len(adapters)} more" if adapters else "--weights, --rank, --energy or --exact too"
@@ -87,6 +91,10 @@ def merge(
         raise FlexLoraError("merging needs adapters and the folder to write: flexlora merge A B --out DIR")
     check_uniform(uniform, ranks)
     numbers = _numbers(weights) if weights is not None else None
+    check_weights(numbers or [1.0] * len(adapters), len(adapters), method, missing)
+    check_directions(rank, energy, exact)
+    check_device_name(device)
+    RankLayout(ranks, pad_to)
     _check_paths(adapters, target)
     with stage(err, "Loading libraries", hidden=as_json):
         # Only here: loading torch takes seconds, and a mistake is told before.
@@ -126,18 +134,22 @@ def _check_paths(adapters: Sequence[str], target: Path | None = None) -> None:
             read_config(Path(name), name)
     if target is not None and os.path.lexists(target):
         raise FlexLoraError(f"--out must not exist yet; {target} does")
+    if target is not None and (file := file_above(target)):
+        raise FlexLoraError(f"--out: {file} is a file; a folder is needed there")
 
 
 def _inspect(adapter: str, picture: Path | None, *, every_module: bool, as_json: bool) -> None:
-    _check_paths([adapter])
-    with stage(err, "Loading libraries", hidden=as_json):
-        from flexlora.adapters.inspection import PICTURE_ENDINGS, inspect_adapter
-        from flexlora.adapters.terminal import module_progress, print_inspection
+    from flexlora.adapters.peft_format import PICTURE_ENDINGS
 
     if picture is not None and (picture.suffix not in PICTURE_ENDINGS or os.path.lexists(picture)):
         raise FlexLoraError(
             f"--out must be a new file that ends in {', '.join(PICTURE_ENDINGS)} with --inspect; got {picture}"
         )
+    _check_paths([adapter], picture)
+    with stage(err, "Loading libraries", hidden=as_json):
+        from flexlora.adapters.inspection import inspect_adapter
+        from flexlora.adapters.terminal import module_progress, print_inspection
+
     with interruptible("nothing was written"):
         with module_progress(err, "inspecting", hidden=as_json) as progress:
             found = inspect_adapter(adapter, progress)

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from flexlora.adapters.figure import MOST_KINDS, drawing_of, write_picture
-from flexlora.adapters.inspection import PICTURE_ENDINGS, Inspection, ModuleSpectrum
+from flexlora.adapters.inspection import Inspection, ModuleSpectrum
+from flexlora.adapters.peft_format import PICTURE_ENDINGS
 
 
 def module(path: str, *values: float) -> ModuleSpectrum:

@@ -65,7 +65,7 @@ def test_a_folder_that_exists_is_never_touched(plain: Path, tmp_path: Path) -> N
         merge([plain], out=tmp_path / "link")
     (tmp_path / "link").unlink()
     weights = plain / "adapter_model.safetensors"
-    with pytest.raises(MergeError, match=r"safetensors, a parent of out, must be a folder; got out=.*"):
+    with pytest.raises(MergeError, match=r"safetensors is a file; a folder is needed there; got out=.*"):
         merge([plain], out=weights / "parent" / "out")
 
     def appear(done: int, total: int) -> None:

@@ -15,9 +15,10 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch_file
 from transformers import PreTrainedModel
 
+from flexlora.adapters.laid_out import fresh_rows
 from flexlora.adapters.merge import merge
 from flexlora.adapters.peft_format import AdapterError
-from flexlora.adapters.rank_layout import SERVED_RANKS, RankLayout, fresh_rows
+from flexlora.adapters.rank_layout import SERVED_RANKS, RankLayout
 from flexlora.adapters.write import write_adapter
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.training.base_model import target_modules

@@ -1,5 +1,6 @@
 """Mistakes in a path, a key or a method are told before torch is imported, and name what was meant."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flexlora.cli import app
+from flexlora.rounds.records import ManifestRecord, RoundRecord, append_record, write_manifest
 from flexlora.verbs.group import MEANT
 
 # What is typed, and a word of the answer. {run} is the folder of a run, {tmp} an empty one.
@@ -39,6 +41,45 @@ MISTAKES = (
     ("merge --inspect {tmp}", "must be a PEFT adapter folder"),
     ("report {tmp}/new", "there is no folder"),
     ("methods nosuch", "must be"),
+    ("export {done} --out {new} --pad-to 7", "pad_to must be a rank that vLLM makes room for"),
+    ("export {done} --out {new} --pad-to 8", "pad_to must be at least 12"),
+    ("export {done} --out {new} --rank 10 --pad-to 8", "pad_to must be at least 10"),
+    ("export {done} --out {new} --pad-to 16 --ranks exact", "pad_to gives all modules one rank"),
+    ("export {done} --out {new} --merged --pad-to 16", "a merged model has none"),
+    ("export {done} --out {new} --rank 13", "the rank must be in 1..12"),
+    ("export {done} --push-to-hub ../x", "the hub id must look like org/name"),
+    ("export {run} --out {new}", "has no round to take an adapter from yet"),
+    ("export {gone} --out {new}", "the checkpoints of {gone} are gone: it has records of 3 rounds"),
+    ("eval {gone}", "the checkpoints of {gone} are gone"),
+    ("eval {done} rounds.num_rounds=9", "scoring a run again can change"),
+    ("eval {done} seed=5", "got seed"),
+    ("eval {done} --rank 13", "the rank must be in 1..12"),
+    ("compare demo --out {done}", "holds something else than a comparison"),
+    ("compare demo --out {file}", "is a file"),
+    ("compare demo --jobs 100000", "--jobs must be in 1.."),
+    ("merge {adapter} {adapter} --weights 1 --out {new}", "weights must be one per adapter, 2 here; got 1"),
+    ("merge {adapter} {adapter} --weights 1,-1 --out {new}", "weights must be finite and positive"),
+    ("merge {adapter} --energy 99 --out {new}", "energy must be a share above 0 and up to 1; got 99"),
+    ("merge {adapter} --energy 0.9 --exact --out {new}", "only one of rank, energy and exact"),
+    ("merge {adapter} --device gpu --out {new}", "device must be cpu, cuda or cuda:N; got gpu"),
+    ("merge {adapter} --pad-to 7 --out {new}", "pad_to must be a rank that vLLM makes room for"),
+    ("merge {adapter} --missing renormalise --method sum --out {new}", "use method=mean"),
+    ("merge --inspect {adapter} --out {new}.txt", "--out must be a new file that ends in"),
+    ("report {tmp}", "a run folder holds records.jsonl"),
+    ("report {done} {tmp}", "a run folder holds records.jsonl"),
+    ("report {done} {done}", "a comparison needs two different runs"),
+    ("report {done} --out {new}.txt", "a file that ends in .html"),
+    ("report {done} --target 101", "--target must be a ROUGE-L"),
+    # A file stands where a folder is needed.
+    ("run demo --out {file}/x/y", "{file} is a file; a folder is needed there"),
+    ("compare demo --out {file}/x", "{file} is a file; a folder is needed there"),
+    ("export {done} --out {file}/x", "{file} is a file; a folder is needed there"),
+    ("merge {adapter} --out {file}/x", "{file} is a file; a folder is needed there"),
+    ("merge --inspect {adapter} --out {file}/x.svg", "{file} is a file; a folder is needed there"),
+    ("report {done} --out {file}/x.html", "{file} is a file; a folder is needed there"),
+    ("report {done} {run} --out {file}/x.html", "{file} is a file; a folder is needed there"),
+    ("init own-data {file}/x", "{file} is a file; a folder is needed there"),
+    ("init own-data {half}", "data is a file; a folder is needed there"),
 )
 
 ALL_IN_ONE = """
@@ -61,7 +102,41 @@ def places(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
-    return {"run": str(tmp_path / "run"), "tmp": str(tmp_path / "empty")}
+    (tmp_path / "file.txt").write_text("text")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "data").write_text("text")
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "b", "target_modules": ["q"]}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    for name in ("done", "gone"):
+        _write_run(tmp_path / name)
+    (tmp_path / "done" / "checkpoints" / "round-0003").mkdir(parents=True)
+    names = {name: str(tmp_path / name) for name in ("run", "done", "gone", "half", "adapter", "new")}
+    return {**names, "tmp": str(tmp_path / "empty"), "file": str(tmp_path / "file.txt")}
+
+
+def _write_run(folder: Path) -> None:
+    """Write what a run of 3 rounds leaves, whose server has rank 12 in one module and 4 in another."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 1\n")
+    manifest = ManifestRecord(
+        flexlora_version="0",
+        python="3",
+        platform="x",
+        seed=1,
+        config_hash="0",
+        base_model="b",
+        num_parameters=1,
+        method="flexlora",
+        num_clients=5,
+        num_unseen_tasks=2,
+        num_rounds=3,
+        plan_ranks={"small": {"q": 2, "v": 1}, "large": {"q": 12, "v": 4}},
+    )
+    write_manifest(folder / "manifest.json", manifest)
+    for number in range(4):
+        append_record(folder / "records.jsonl", RoundRecord(server_round=number))
 
 
 def test_mistakes_are_told_without_torch(places: dict[str, str], tmp_path: Path) -> None:
@@ -79,7 +154,7 @@ def test_mistakes_are_told_without_torch(places: dict[str, str], tmp_path: Path)
     wrong = [
         (line, answer)
         for (line, word), answer in zip(MISTAKES, answers, strict=True)
-        if not answer.startswith("2 ") or word not in answer or "LOADED" in answer
+        if not answer.startswith("2 ") or word.format(**places) not in answer or "LOADED" in answer
     ]
     assert wrong == []
 
