@@ -19,6 +19,7 @@ RANKS = {
     "text": -1,
     "errors": 0,
     "files": 0,
+    "hub_reach": 0,
     "limits": 0,
     "pattern_tree": 0,
     "orphans": 0,

@@ -2,13 +2,13 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flexlora.data.pretraining import BASE_FOLDER
+from flexlora.hub_reach import hub_address, hub_is_reached, offline_switch
 from flexlora.limits import num_cores
 
 REQUIRED = ("torch", "transformers", "peft", "safetensors", "scipy", "rouge-score", "pydantic", "matplotlib")
@@ -20,6 +20,10 @@ OPTIONAL = {"datasets": ("flexlora[hub]", "parquet and hub data sets"), "ray": (
 
 LITTLE_DISK_BYTES = 2 * 10**9
 """With less free space, a warning."""
+
+
+HUB_SECONDS = 2.0
+"""Time that the hub has to answer."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,12 @@ def _threads() -> Finding:
 
 
 def _hub() -> Finding:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return Finding("hub", "HF_HUB_OFFLINE is set: only local folders and what is already cached")
-    return Finding("hub", "online; contacted only for hub ids, and never with HF_HUB_OFFLINE=1")
+    if switch := offline_switch():
+        return Finding("hub", f"{switch} is set: only local folders and what is already cached")
+    if hub_is_reached(HUB_SECONDS):
+        return Finding("hub", f"{hub_address()} answers; contacted only for hub ids, and never with HF_HUB_OFFLINE=1")
+    found = f"{hub_address()} does not answer within {HUB_SECONDS:g} s: only local folders and what is already cached"
+    return Finding("hub", found, False, "check the network, if you need models of the hub")
 
 
 def _embedded_model() -> Finding:

@@ -1,5 +1,6 @@
 """Loads a base model, with or without its weights, and finds the modules to adapt."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -7,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from flexlora.adapters.base_names import is_gguf
 from flexlora.data.pretraining import resolve_base_model
+from flexlora.hub_reach import hub_is_reached
 from flexlora.training.gguf_base import unpacked
 from flexlora.training.linear_modules import ModelError
 from flexlora.training.model_folder import check_sizes, check_tokenizer, check_weights, loading
@@ -41,9 +43,11 @@ def load_base_model(
         ModelError: If there is no such model, the machine is offline and has no copy of it, or its files are damaged.
     """
     name_or_path = resolve_base_model(name_or_path)
-    with loading(name_or_path):
-        name_or_path, revision = _folder_of(name_or_path, dtype, revision)
+    is_reached = Path(name_or_path).expanduser().exists() or hub_is_reached()
+    with loading(name_or_path, is_reached):
+        name_or_path, revision = _folder_of(name_or_path, dtype, revision, is_reached)
         source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        source |= {} if is_reached else {"local_files_only": True}
         check_sizes(AutoConfig.from_pretrained(name_or_path, **source).to_dict(), name_or_path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -86,9 +90,11 @@ def load_empty_model(
         ModelError: If there is no such model, the machine is offline and has no copy of it, or its files are damaged.
     """
     name_or_path = resolve_base_model(name_or_path)
-    with loading(name_or_path):
-        name_or_path, revision = _folder_of(name_or_path, dtype, revision)
+    is_reached = Path(name_or_path).expanduser().exists() or hub_is_reached()
+    with loading(name_or_path, is_reached):
+        name_or_path, revision = _folder_of(name_or_path, dtype, revision, is_reached)
         source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        source |= {} if is_reached else {"local_files_only": True}
         config = AutoConfig.from_pretrained(name_or_path, **source)
         check_sizes(config.to_dict(), name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
@@ -98,11 +104,11 @@ def load_empty_model(
     return model, tokenizer
 
 
-def _folder_of(name_or_path: str, dtype: ModelDtype, revision: str | None) -> tuple[str, str | None]:
+def _folder_of(name_or_path: str, dtype: ModelDtype, revision: str | None, is_reached: bool) -> tuple[str, str | None]:
     """Return what transformers loads, and its revision: for a GGUF file the folder it is unpacked in."""
     if not is_gguf(name_or_path):
         return name_or_path, revision
-    return str(unpacked(name_or_path, dtype, revision)), None
+    return str(unpacked(name_or_path, dtype, revision, is_reached)), None
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:

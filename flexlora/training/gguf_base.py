@@ -42,18 +42,19 @@ LAYOUT = 1
 _log = logging.getLogger(__name__)
 
 
-def unpacked(name_or_path: str, dtype: str, revision: str | None = None) -> Path:
+def unpacked(name_or_path: str, dtype: str, revision: str | None = None, is_reached: bool = True) -> Path:
     """Return a folder in Hugging Face format with the model of a GGUF file, made now if there is none yet.
 
     Args:
         name_or_path: A local file, or ``org/name/file.gguf``: a file of a hub repository.
         dtype: Of the weights in the folder: ``float32`` holds exactly what the file means.
         revision: Branch, tag or commit on the hub.
+        is_reached: Whether the hub can be asked; if not, only its cache is looked into.
 
     Raises:
         ModelError: If there is no such file, it holds no causal language model, or transformers cannot read it.
     """
-    file = _local(name_or_path, revision)
+    file = _local(name_or_path, revision, is_reached)
     _check_magic(file, name_or_path)
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -84,7 +85,7 @@ def unpack(file: Path, folder: Path, dtype: str, name: str | None = None) -> Non
         _write(file, partial, dtype, name)
 
 
-def _local(name_or_path: str, revision: str | None) -> Path:
+def _local(name_or_path: str, revision: str | None, is_reached: bool) -> Path:
     """Return the file on this machine, fetched from the hub where the name is one of there."""
     path = Path(name_or_path).expanduser()
     if path.is_file():
@@ -96,7 +97,7 @@ def _local(name_or_path: str, revision: str | None) -> Path:
             "org/name/file.gguf"
         )
     try:
-        return Path(hf_hub_download(*on_hub, revision=revision))
+        return Path(hf_hub_download(*on_hub, revision=revision, local_files_only=not is_reached))
     except Exception as error:  # the hub's errors have no base of their own
         raise ModelError(
             f"there is no local file {name_or_path}, and the hub gives none of the repository {on_hub[0]}. "

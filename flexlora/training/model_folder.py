@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexlora.errors import FlexLoraError
+from flexlora.hub_reach import why_not_reached
 from flexlora.training.linear_modules import ModelError
 
 LONGEST_REASON = 3000
@@ -35,8 +36,12 @@ PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.pth")
 
 
 @contextmanager
-def loading(name_or_path: str) -> Iterator[None]:
+def loading(name_or_path: str, is_reached: bool = True) -> Iterator[None]:
     """Turn every error of loading a model or its tokenizer in a ``with`` block into one that names it.
+
+    Args:
+        name_or_path: The model.
+        is_reached: Whether the hub could be asked, if it had to be.
 
     Raises:
         ModelError: With the reason that transformers gives.
@@ -48,10 +53,10 @@ def loading(name_or_path: str) -> Iterator[None]:
     except Exception as error:  # What damaged files make libraries raise cannot be listed.
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        raise not_loadable(name_or_path, error) from error
+        raise not_loadable(name_or_path, error, is_reached) from error
 
 
-def not_loadable(name_or_path: str, error: Exception) -> ModelError:
+def not_loadable(name_or_path: str, error: Exception, is_reached: bool = True) -> ModelError:
     """Return the error for a model that did not load."""
     folder = Path(name_or_path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(any(folder.glob(name)) for name in PICKLES):
@@ -61,11 +66,15 @@ def not_loadable(name_or_path: str, error: Exception) -> ModelError:
         )
     if folder.exists():
         rule = f"the folder {name_or_path} must hold a causal language model as transformers saves it"
+    elif not is_reached:
+        return ModelError(
+            f"the base model must be a local folder or a hub id; there is no folder {name_or_path}, no copy of such a "
+            f"model in the local cache, and {why_not_reached()}"
+        )
     else:
         rule = (
             f"the base model must be a local folder or a hub id; there is no folder {name_or_path}, and no such model "
-            "was found on the hub. Check the spelling, the network (HF_HUB_OFFLINE, the local cache), and HF_TOKEN if "
-            "the model is gated"
+            "was found on the hub. Check the spelling, and HF_TOKEN if the model is gated"
         )
     reason = " ".join(str(error).split())
     if match := _OTHER_KIND.search(reason):

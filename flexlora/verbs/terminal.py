@@ -15,12 +15,17 @@ err = plain_console(stderr=True)
 
 def hide_other_progress_bars() -> None:
     """Turn off the bars of transformers, which would break ours, and send its messages the way of ours."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     # Its own handler writes names of tensors to stderr as they are.
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
+    # Messages of the hub's client reach ours as well, and would be printed twice.
+    client = hub_logging.get_logger("huggingface_hub")
+    for handler in list(client.handlers):
+        client.removeHandler(handler)
 
 
 @contextmanager

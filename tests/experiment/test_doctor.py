@@ -49,9 +49,20 @@ def test_a_missing_base_model_and_a_full_disk_say_what_to_do(monkeypatch: pytest
     assert not findings["disk"].is_fine and "--out" in findings["disk"].fix
 
 
-@pytest.mark.parametrize(("value", "expected"), [("1", "only local folders"), ("true", "only local"), ("0", "online")])
+@pytest.mark.parametrize(("value", "expected"), [("1", "only local folders"), ("true", "only local")])
 def test_the_offline_setting_is_understood_as_the_hub_does(
     monkeypatch: pytest.MonkeyPatch, value: str, expected: str
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
     assert expected in next(finding.found for finding in examine() if finding.check == "hub")
+
+
+@pytest.mark.parametrize(("is_reached", "expected"), [(True, "answers"), (False, "does not answer within 2 s")])
+def test_without_the_offline_setting_the_hub_is_asked(
+    monkeypatch: pytest.MonkeyPatch, is_reached: bool, expected: str
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(doctor, "hub_is_reached", lambda seconds: is_reached)
+    found = next(finding for finding in examine() if finding.check == "hub")
+    assert expected in found.found and found.is_fine == is_reached and not found.is_fatal

@@ -52,7 +52,7 @@ def test_a_model_that_does_not_exist_is_explained(tmp_path, monkeypatch):
         load_empty_model,
         lambda name: load_base_model(name, dtype="float32", device="cpu", attn_implementation="sdpa"),
     ):
-        with pytest.raises(ModelError, match=r"there is no folder nobody/nothing.*found on the hub"):
+        with pytest.raises(ModelError, match=r"there is no folder nobody/nothing, no copy .* and the hub .*was not"):
             load("nobody/nothing")
         with pytest.raises(ModelError, match="must hold a causal language model"):
             load(str(tmp_path))
