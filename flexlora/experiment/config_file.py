@@ -21,8 +21,10 @@ from flexlora.experiment.config_data import (
     NaturalInstructionsData,
     PhoneBookData,
 )
+from flexlora.experiment.config_path import DEMO, content_of
 from flexlora.experiment.config_section import Section
 from flexlora.experiment.method_config import method_model, method_named
+from flexlora.experiment.setting_examples import device_rule, literal_choices, meant_value, section_rule
 from flexlora.experiment.setting_hints import hint
 from flexlora.foreign import ForeignError, read_yaml
 
@@ -32,11 +34,14 @@ TRUNCATED_VALUE_LENGTH = 80
 MOST_CHECKS = 6
 
 
+DEVICE = "model.device"
+
+
+SECTION_ERRORS = ("model_type", "model_attributes_type")
+"""What pydantic says of a single value in the place of a section."""
+
+
 PLACEHOLDER = "?"
-
-
-DEMO = "demo"
-"""Name of the configuration that comes with the package."""
 
 
 DEMO_FILE = Path(__file__).with_name("demo.yaml")
@@ -85,16 +90,11 @@ def read_settings(path: Path | str) -> dict[str, Any]:
     """Return the settings in a YAML file as they are written, unchecked.
 
     Raises:
-        ConfigError: If there is no such file, or it holds no mapping.
+        ConfigError: If there is no such file, it is a folder, or it holds no mapping.
     """
     path = settings_file(path)
-    if not path.is_file():
-        near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        near_by = f"; {path.parent} holds {', '.join(near)}" if near else ""
-        near_by += "" if path.suffix else f'; "{DEMO}" comes with flexlora'
-        raise ConfigError([f"there is no such file{near_by}"], str(path))
     try:
-        tree = read_yaml(path.read_bytes(), path) or {}
+        tree = read_yaml(content_of(path), path) or {}
     except ForeignError as error:
         raise ConfigError([error.reason], str(path)) from error
     if not isinstance(tree, dict):
@@ -119,7 +119,7 @@ def parse_config(
             config = Config.model_validate(pruned)
             break
         except ValidationError as error:
-            for detail in _details(error):
+            for detail in _joined(list(_details(error))):
                 found.extend(problem for problem in _explain(detail, pruned) if problem not in found)
                 _set_aside(pruned, detail)
     if config is not None:
@@ -140,6 +140,18 @@ def _details(error: ValidationError) -> Iterator[dict[str, Any]]:
             yield from ({**own, "loc": (*detail["loc"], *own["loc"])} for own in _details(inner))
         else:
             yield dict(detail)
+
+
+def _joined(details: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the errors; of a setting that may be a word or a mapping, one error with both."""
+    shapes = {"dict_type": "a mapping", "tuple_type": "a list"}
+    by_key = {(*_written_location(one["loc"]), one["type"]): one for one in details}
+    for detail in details:
+        key = tuple(_written_location(detail["loc"]))
+        other = next((by_key[*key, shape] for shape in shapes if (*key, shape) in by_key), None)
+        if detail["type"] in shapes and (*key, "literal_error") in by_key:
+            continue
+        yield {**detail, "other_shape": other} if detail["type"] == "literal_error" and other else detail
 
 
 def _written_location(location: Sequence[Any]) -> list[str]:
@@ -208,16 +220,21 @@ def _explain(detail: Any, tree: Mapping[str, Any]) -> Iterator[str]:
         yield str(error)
     elif detail["type"] == "extra_forbidden":
         yield f"{key}: there is no such setting; {hint(shown, _known_keys(location, tree), _name_of(location, tree))}"
-    elif detail["type"] == "missing" or detail["input"] is None:
+    elif detail["type"] == "invalid_key":
+        names = ", ".join(shown[:-1])
+        yield f"{names + ': ' if names else ''}names of settings must be text; got {_as_yaml(detail['input'])}"
+    elif detail["type"] == "missing" or (detail["input"] is None and detail["type"] not in SECTION_ERRORS):
         yield f"{key}: must be set, for example {key}=VALUE on the command line"
     elif detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
         given = detail["input"].get("name") if isinstance(detail["input"], dict) else detail["input"]
-        yield f"{key}.name: must be one of {', '.join(DATA_SECTIONS)}; got {given!r}"
+        meant = meant_value(f"{key}.name", given, tuple(DATA_SECTIONS))
+        yield f"{key}.name: must be one of {', '.join(DATA_SECTIONS)}; got {given!r}{meant}"
     else:
         value = repr(detail["input"])
         if len(value) > TRUNCATED_VALUE_LENGTH:
             value = value[:TRUNCATED_VALUE_LENGTH] + "..."
-        yield f"{key}: {_rule(key, detail, tree)}; got {value}"
+        meant = meant_value(key, detail["input"], _choices(key, detail))
+        yield f"{key}: {_rule(key, detail, tree)}; got {value}{meant}"
 
 
 def _rule(key: str, detail: Any, tree: Mapping[str, Any]) -> str:
@@ -227,9 +244,15 @@ def _rule(key: str, detail: Any, tree: Mapping[str, Any]) -> str:
         return f"must be a list, as {key}=[{given}]"
     if detail["type"] == "dict_type":
         return f"must be a mapping, as {key}={{NAME: VALUE}}"
-    if detail["type"] in ("model_type", "model_attributes_type"):
-        first = "name" if key == "data" else next(iter(_known_keys([*key.split("."), ""], tree)), "NAME")
+    if detail["type"] in SECTION_ERRORS:
+        if key in Config.model_fields:
+            return section_rule(key, detail["input"], DATA_SECTIONS)
+        first = next(iter(_known_keys([*key.split("."), ""], tree)), "NAME")
         return f"must be a section of settings, as {key}.{first}={given}"
+    if key == DEVICE:
+        return device_rule(detail["input"])
+    if other := detail.get("other_shape"):
+        return f"{detail['msg']}, or {_rule(key, other, tree).removeprefix('must be ')}"
     return detail["msg"]
 
 
@@ -238,6 +261,16 @@ def _name_of(location: Sequence[str], tree: Mapping[str, Any]) -> str:
     if location[0] == "method" and len(location) > 1:
         return method_named(tree["method"])[0]
     return location[1] if len(location) > 1 and location[1] in DATA_SECTIONS else ""
+
+
+def _choices(key: str, detail: Any) -> tuple[str, ...]:
+    if key == DEVICE:
+        return ("auto", "cpu", "cuda")
+    return literal_choices(detail["msg"]) if detail["type"] == "literal_error" else ()
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value).splitlines()[0]
 
 
 def _known_keys(location: Sequence[str], tree: Mapping[str, Any]) -> list[str]:

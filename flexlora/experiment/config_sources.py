@@ -11,7 +11,8 @@ import numpy as np
 
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_data import CommonData
-from flexlora.experiment.config_file import DEMO, DEMO_FILE, parse_config, read_settings
+from flexlora.experiment.config_file import DEMO_FILE, parse_config, read_settings
+from flexlora.experiment.config_path import DEMO
 from flexlora.experiment.setting_hints import setting_names, word_meant
 
 # Sections with a variant for each name, and the name they have by default.

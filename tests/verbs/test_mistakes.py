@@ -16,7 +16,10 @@ from flexlora.verbs.group import MEANT
 # What is typed, and a word of the answer. {run} is the folder of a run, {tmp} an empty one.
 MISTAKES = (
     ("run nowhere.yaml", "there is no such file"),
-    ("run {tmp}", "there is no such file"),
+    ("run {tmp}", "it is a folder, and a configuration is a YAML file; it holds none"),
+    ("run {gone}", "name {gone}/config.yaml; to continue that run: flexlora run {gone}/config.yaml --out {gone} "),
+    ("plan {run}", "a configuration is a file: name {run}/config.yaml"),
+    ("plan " + 300 * "x", "there is no such file"),
     ("run demo rounds.num_round=3", "did you mean num_rounds?"),
     ("run demo method.name=flexlra", "did you mean flexlora?"),
     ("run demo model.name_or_path=/no/where", "there is no folder /no/where"),
