@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from flexlora.aggregators.registry import load_file, method_names, method_outline
 from flexlora.aggregators.settings import Option, options_of
 from flexlora.experiment.method_config import method_model
+
+TABLE_WIDTH = 80
+"""Cells below which the options of a method stand one below the other, as columns would be too narrow to read."""
 
 
 def describe_methods(names: Sequence[str] = (), path: str | None = None) -> dict[str, dict[str, Any]]:
@@ -34,13 +38,30 @@ def print_methods(console: Console, methods: dict[str, dict[str, Any]]) -> None:
         traits = [trait if value is True else f"{trait}={value}" for trait, value in method["traits"].items() if value]
         if traits:
             console.print(Text(f"  traits: {', '.join(traits)}"))
-        if method["options"]:
-            table = Table("setting", "default", "values", "meaning", box=None, pad_edge=False)
-            for option, facts in method["options"].items():
-                default = "null" if facts["default"] is None else str(facts["default"])
-                table.add_row(*map(Text, (f"method.{option}", default, facts["values"], facts["description"])))
-            console.print(table)
+        rows = [_cells(name, facts) for name, facts in method["options"].items()]
+        if rows and console.width >= TABLE_WIDTH:
+            console.print(_table(rows))
+        else:
+            for setting, default, values, meaning in rows:
+                console.print(Text.assemble((setting, "bold"), f"  default {default}; {values}", overflow="fold"))
+                console.print(Padding(Text(meaning), (0, 0, 0, 2)))
         console.print()
+
+
+def _cells(name: str, facts: dict[str, Any]) -> tuple[str, str, str, str]:
+    default = "null" if facts["default"] is None else str(facts["default"])
+    return f"method.{name}", default, facts["values"], facts["description"]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    # A name that is cut or broken cannot be typed; it gives way last of all.
+    table.add_column("setting", no_wrap=True, overflow="fold")
+    for header in ("default", "values", "meaning"):
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _described(name: str, path: str | None) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def print_summary(console: Console, result: RunResult) -> None:
 def print_estimate(console: Console, estimate: Estimate) -> None:
     """Print what a run will do and cost."""
     facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column()
+    facts.add_column(overflow="fold")  # A path is never cut.
     for name, value in estimate.facts:
         facts.add_row(Text(name, style="bold"), Text(value))
     console.print(facts)

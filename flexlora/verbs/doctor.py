@@ -19,7 +19,9 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         print_json([finding.to_json() for finding in findings])
     else:
-        table = Table("", "Check", "Found", "What to do", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        for header in ("", "Check", "Found", "What to do"):
+            table.add_column(header, overflow="fold")
         for finding in findings:
             mark = "[green]ok[/]" if finding.is_fine else "[yellow]!![/]"
             table.add_row(mark, Text(finding.check), Text(finding.found), Text(finding.fix))

@@ -44,6 +44,16 @@ def test_every_method_is_described_with_options_and_traits() -> None:
         describe_methods(["fedsgd"])
 
 
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 120])
+def test_names_of_settings_are_whole_at_any_width(width: int) -> None:
+    text, methods = io.StringIO(), describe_methods()
+    print_methods(Console(file=text, width=width), methods)
+    printed = text.getvalue()
+    wanted = {f"method.{option}" for method in methods.values() for option in method["options"]}
+    assert {name for name in wanted if name not in printed} == set() and "…" not in printed
+    assert max(map(len, printed.splitlines())) <= width
+
+
 def test_methods_of_a_file_are_printed_whole(tmp_path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(FILE.format(number=1))
