@@ -12,6 +12,7 @@ from flexlora.adapters.copies import check_copies, copied_paths
 from flexlora.adapters.folder import AdapterFolder, locate_adapter, open_adapter
 from flexlora.adapters.module_names import check_names
 from flexlora.adapters.peft_format import CONFIG_FILE, AdapterError, MergeError
+from flexlora.adapters.stored_names import doubtful_part
 
 MOST_PROBLEMS = 10
 """Problems reported at once when many adapters cannot be read."""
@@ -49,6 +50,12 @@ def check_together(opened: Sequence[AdapterFolder], allow_different_bases: bool)
     for adapter in opened:
         if adapter.is_renamed:
             notes.append(f"{adapter.name}: what torch.compile, FSDP or DataParallel put around modules was taken out")
+        doubtful = next(((path, part) for path in adapter.modules if (part := doubtful_part(path))), None)
+        if doubtful is not None:
+            notes.append(
+                f"{adapter.name}: {doubtful[1]} in {doubtful[0]} may be what a tool put around modules; if the base "
+                "has no such part, PEFT loads these factors nowhere: take it out of the names of the tensors"
+            )
     if copies := copied_paths(opened):
         notes.append(f"whole weights saved beside the factors were taken over as they are: {', '.join(copies)}")
     return notes

@@ -37,8 +37,19 @@ def renamed(folder: Path, change: Callable[[str], str]) -> Path:
         lambda key: key.replace(".self_attn.", "._fsdp_wrapped_module.self_attn._checkpoint_wrapped_module."),
         lambda key: key.replace(".lora_", "._orig_mod.lora_"),
         lambda key: key.replace(".weight", "._orig_mod.weight"),
+        lambda key: f"base_model.model.{key}",
+        lambda key: f"base_model.model.base_model.model._orig_mod.{key}",
+        lambda key: key.replace(".self_attn.", "._fpw_module.self_attn."),
+        lambda key: key.replace(".self_attn.", "._wrapped_module.self_attn._module."),
+        lambda key: f"_forward_module.module.module.{key}",
+        lambda key: key.replace(".layers.0.", ".layers.0.module."),
+        lambda key: key.replace(".self_attn.", ".self_attn.module."),
+        lambda key: key.replace(".model.layers.", ".model.module.layers."),
     ],
-    ids=["front", "parallel", "both", "inside", "model", "module", "layer", "fsdp", "leaf", "factor"],
+    ids=(
+        "front parallel both inside model module layer fsdp leaf factor twice thrice fpw block lightning ddp-block "
+        "ddp-attention ddp-body"
+    ).split(),
 )
 def test_wrapped_names_give_the_adapter_without_them(
     network: PreTrainedModel,
@@ -69,3 +80,24 @@ def test_one_module_with_and_without_a_wrapper_is_refused(plain: Path, assert_re
 def test_a_part_of_a_model_that_is_called_module_stays() -> None:
     keys = [f"base_model.model.{path}.lora_A.weight" for path in ("module.q", "head")]
     assert [stored.path for stored in stored_names(keys).values() if stored] == ["module.q", "head"]
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        # Levit of transformers, a model inside another, and modules beside one that is called so.
+        ["encoder.stages.0.layers.0.module.queries_keys_values.linear"],
+        ["layers.0.module.self_attn.q_proj", "layers.0.mlp.up_proj"],
+        ["base_model.model.layers.0.self_attn.q_proj"],
+        ["layers.0.self_attn.q_proj.module"],
+    ],
+)
+def test_a_part_that_a_model_may_have_stays_and_is_noted(paths: list[str], plain: Path, tmp_path: Path) -> None:
+    keys = {f"base_model.model.{path}.lora_{letter}.weight": torch.ones(2, 2) for path in paths for letter in "AB"}
+    save_file(keys, plain / "adapter_model.safetensors")
+    assert [stored.path for stored in stored_names(keys).values() if stored] == [path for path in paths for _ in "AB"]
+    result = merge([plain], out=tmp_path / "out")
+    assert sorted(module.path for module in result.modules) == sorted(paths)
+    noted = [note for note in result.notes if "may be what a tool put around modules; if the base has no such" in note]
+    part = "base_model.model" if paths[0].startswith("base_model") else "module"
+    assert len(noted) == 1 and f"{part} in {paths[0]} may be" in noted[0]
