@@ -34,6 +34,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 
 from flexlora import __version__
+from flexlora.text import printable
 
 ENDLESS_COLUMNS = 10_000
 
@@ -67,6 +68,15 @@ for _name, _verb, _example in VERBS:
     app.command(name=_name, epilog=f"Example: {_example}")(_verb)
 
 
+class _OneLine(logging.Formatter):
+    """Writes messages of this package, which may hold names of others, without their line breaks."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the message of a record, before what a traceback adds."""
+        text = super().formatMessage(record)
+        return printable(text) if record.name.partition(".")[0] == "flexlora" else text
+
+
 def _say_version(wanted: bool) -> None:
     if wanted:
         # Not through rich: programs read this.
@@ -82,7 +92,8 @@ def _options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show more log messages.")] = False,
 ) -> None:
     handler = RichHandler(console=err, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], format="%(message)s")
+    handler.setFormatter(_OneLine("%(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 def main() -> None:

@@ -48,9 +48,10 @@ def test_styles_of_our_own_still_work() -> None:
     assert file.getvalue().replace("\x1b[1m", "").replace("\x1b[0m", "") == "a\nb\n"
 
 
-def test_an_error_escapes_the_names_in_it_and_keeps_its_lines() -> None:
-    error = FlexLoraError("2 problems in \x1b[2Jname:\n  - one\r\n  - two\x85")
-    assert str(error) == "2 problems in \\x1b[2Jname:\n  - one\\x0d\n  - two\\x85"
+def test_an_error_escapes_the_names_in_it_and_has_one_line_for_each_argument() -> None:
+    error = FlexLoraError("2 problems in \x1b[2Jname:", "  - one\r", "  - two\x85\nError: fake")
+    assert str(error) == "2 problems in \\x1b[2Jname:\n  - one\\x0d\n  - two\\x85\\x0aError: fake"
+    assert str(FlexLoraError("a\nError: fake")) == "a\\x0aError: fake"
 
 
 def test_what_can_be_printed_stays() -> None:

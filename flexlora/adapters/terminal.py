@@ -14,7 +14,7 @@ from rich.text import Text
 from flexlora.adapters.inspection import Inspection, ModuleSpectrum, kind_of, mean_spectrum
 from flexlora.adapters.merge_result import MergedModule, MergeResult
 from flexlora.progress import moving_bar
-from flexlora.text import count_text, number_text, percent_text
+from flexlora.text import count_text, number_text, percent_text, printable
 
 MOST_ROWS = 40
 """Modules shown one by one; more are shown by kind, with the worst ones below."""
@@ -79,15 +79,15 @@ def print_merge(console: Console, result: MergeResult, *, explain: bool) -> None
         console.print(f"[bold]Least energy kept[/] in {count_text(len(result.modules), 'module')}:")
         for module in sorted(result.modules, key=lambda module: module.energy_kept)[:NUM_WORST]:
             line = f"  {module.path} at rank {module.rank}: {_kept_text([module])}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     if explain:
         _print_methods(console, result.modules)
     for note in result.notes:
-        console.print(f"Note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"Note: {printable(note)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     weights = ", ".join(f"{weight:g}" for weight in result.weights[:8]) + (", …" if len(result.weights) > 8 else "")
     console.print(
         f"Wrote {result.folder}: {result.method} of {count_text(len(result.adapters), 'adapter')} "
-        f"(weights {weights}) for {result.base_model or UNNAMED}",
+        f"(weights {weights}) for {printable(result.base_model or UNNAMED)}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -28,7 +28,7 @@ def open_adapters(names: Sequence[str], stack: ExitStack) -> list[AdapterFolder]
             problems.append(str(error))
     if problems:
         more = len(problems) - MOST_PROBLEMS
-        raise AdapterError("\n".join([*problems[:MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]))
+        raise AdapterError(*problems[:MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else []))
     return opened
 
 

@@ -11,14 +11,25 @@ from flexlora.experiment.config_data import DataConfig, GeneratedData
 from flexlora.experiment.config_section import Section
 from flexlora.experiment.method_config import MethodConfig, read_method
 
+MOST_PROBLEMS = 12
+"""Problems that the message of a `ConfigError` lists."""
+
 
 class ConfigError(FlexLoraError, ValueError):
-    """One or more settings are wrong; the message lists all of them."""
+    """One or more settings are wrong; the message lists the first of them and says how many there are.
+
+    Attributes:
+        problems: All that were found.
+    """
 
     def __init__(self, problems: Sequence[str], source: str) -> None:
         self.problems = tuple(problems)
         noun = "problem" if len(problems) == 1 else "problems"
-        super().__init__(f"{len(problems)} {noun} in {source}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        more = len(problems) - MOST_PROBLEMS
+        lines = [f"  - {problem}" for problem in problems[:MOST_PROBLEMS]]
+        super().__init__(
+            f"{len(problems)} {noun} in {source}:", *lines, *([f"  and {more:,} more"] if more > 0 else [])
+        )
 
 
 class ModelConfig(Section):

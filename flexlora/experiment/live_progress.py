@@ -13,7 +13,7 @@ from rich.progress import TaskID
 from flexlora.experiment.stages import Scoring, Stage
 from flexlora.experiment.time_left import TimeLeft
 from flexlora.progress import quiet_clock, stage_bars
-from flexlora.text import bytes_text, seconds_text
+from flexlora.text import bytes_text, printable, seconds_text
 
 if TYPE_CHECKING:
     from flexlora.rounds.loop_parts import RoundEvent
@@ -91,7 +91,7 @@ class LiveProgress:
         self._trainings_per_step = stage.trainings_per_step
         self._print(stage.title, style="bold cyan")
         for note in stage.notes:
-            self._print(f"  {note}", style="yellow")
+            self._print(f"  {printable(note)}", style="yellow")
         self._bars.reset(self._task, total=stage.num_steps, completed=stage.completed, detail="", description="working")
 
     def _say_client(self, event: "RoundEvent", name: str) -> None:

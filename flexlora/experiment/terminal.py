@@ -14,7 +14,7 @@ from flexlora.report.score_tables import SUMMARY_COLUMNS, summary_cells, summary
 from flexlora.report.terminal import WIDE_COLUMNS, print_virtual_time
 from flexlora.report.whole_table import WholeTable
 from flexlora.rounds.records import EvaluationRecord, ScoreRecord
-from flexlora.text import bytes_text, count_text, describe_ranks, number_text, seconds_text, signed_text
+from flexlora.text import bytes_text, count_text, describe_ranks, number_text, printable, seconds_text, signed_text
 
 MOST_CATEGORIES = 10
 """Categories that the scores of a run show."""
@@ -69,7 +69,7 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
     if estimate.devices:
         _print_devices(console, estimate)
     for line in estimate.notes:
-        console.print(line, highlight=False, markup=False)
+        console.print(printable(line), highlight=False, markup=False)
 
 
 def _print_devices(console: Console, estimate: Estimate) -> None:
@@ -94,7 +94,8 @@ def _print_devices(console: Console, estimate: Estimate) -> None:
     console.print(WholeTable(headers, rows, title="One client, one round, on its device", texts=("limited by",)))
     for device, types in {row.device: row.fixed_types for row in estimate.devices if row.fixed_types}.items():
         verdicts = [f"{name} does not fit: {why}" if why else f"{name} fits" for name, why in types.items()]
-        console.print(f"Of clients.types on {device}: {'; '.join(verdicts)}.", highlight=False, markup=False)
+        line = f"Of clients.types on {device}: {'; '.join(verdicts)}."
+        console.print(printable(line), highlight=False, markup=False)
 
 
 def print_evaluation(
@@ -140,7 +141,7 @@ def _print_categories(
     if folded:
         least = abs(last[folded[0]].rouge_l - first[folded[0]].rouge_l)
         note = f"{len(folded)} more categories changed by {number_text(least)} at most; --categories shows them."
-        console.print(note, highlight=False, markup=False)
+        console.print(printable(note), highlight=False, markup=False)
 
 
 def _score_cells(title: str, measure: str, records: Sequence[ScoreRecord]) -> list[str]:

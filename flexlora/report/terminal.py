@@ -6,7 +6,7 @@ from rich.console import Console
 
 from flexlora.report.virtual_time import VIRTUAL_COLUMNS, TimedRun, virtual_cells
 from flexlora.report.whole_table import WholeTable
-from flexlora.text import number_text
+from flexlora.text import number_text, printable
 
 WIDE_COLUMNS = 120
 
@@ -20,7 +20,7 @@ def print_virtual_time(
     if runs:
         console.print(_virtual_table(console, runs, target))
     for note in notes:
-        console.print(note, style="yellow", highlight=False, markup=False)
+        console.print(printable(note), style="yellow", highlight=False, markup=False)
 
 
 def _virtual_table(console: Console, runs: Sequence[TimedRun], target: float | None) -> WholeTable:

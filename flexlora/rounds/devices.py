@@ -151,7 +151,7 @@ def read_profiles(path: Path) -> dict[str, DeviceProfile]:
     if profiles and not any(profile.weight for profile in profiles.values()):
         problems.append("column weight: is 0 everywhere; raise at least one")
     if problems:
-        raise DeviceError(f"devices.profiles: {path} cannot be used:\n" + "\n".join(f"  - {text}" for text in problems))
+        raise DeviceError(f"devices.profiles: {path} cannot be used:", *(f"  - {text}" for text in problems))
     return profiles
 
 

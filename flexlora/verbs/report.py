@@ -7,6 +7,7 @@ import typer
 
 from flexlora.errors import FlexLoraError
 from flexlora.progress import stage
+from flexlora.text import printable
 from flexlora.verbs.arguments import JsonOption, RunArgument
 from flexlora.verbs.terminal import err, out, print_json
 
@@ -76,4 +77,4 @@ def report(
         return
     print_virtual_time(out, timed, target, notes if timed else ())
     for line in [*([] if is_one else [found["headline"]]), *found["notes"], f"Wrote {path}"]:
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        out.print(printable(line), highlight=False, markup=False, soft_wrap=True)
