@@ -16,6 +16,8 @@ from flexlora.text import printable
 DEEPEST = 100
 """Most lists and mappings inside one another."""
 MOST_YAML_BYTES = 10_000_000
+MOST_INTEGER_BITS = 1023
+"""Of a whole number in YAML; larger ones are no floats, and Python refuses to write very large ones."""
 ALIASES_PER_NODE = 10
 """Times that the aliases of a YAML text may multiply it on average."""
 FREE_NODES = 1000
@@ -106,7 +108,10 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Return the value of a node."""
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > MOST_INTEGER_BITS:
+                raise OverflowError(f"whole numbers have at most {MOST_INTEGER_BITS} bits")
+            return value
         except (yaml.YAMLError, RecursionError):
             raise
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

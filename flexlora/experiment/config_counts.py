@@ -5,13 +5,14 @@ from typing import Any
 
 from flexlora.experiment.config import Config
 from flexlora.limits import memory_bytes, most_processes, num_cores
-from flexlora.text import count_text, number_text
+from flexlora.text import count_text
 
 MOST = 1_000_000_000
 """Of any count that has no smaller bound below."""
 
-UNBOUNDED = frozenset({"seed", "data.corpus_seed", "devices.round_bytes"})
-"""Whole numbers that count nothing that would be held or repeated."""
+LARGEST_SEED = 2**64 - 1
+UNCOUNTED = {"seed": LARGEST_SEED, "data.corpus_seed": LARGEST_SEED, "devices.round_bytes": 2**63 - 1}
+"""Whole numbers that count nothing that would be held or repeated -> the largest that makes sense."""
 
 BYTES_EACH: Mapping[str, int] = {
     "data.num_clients": 4096,
@@ -47,8 +48,8 @@ def excessive(config: Config) -> Iterator[str]:
     memory = memory_bytes()
     for key, value in _numbers(config.model_dump(mode="json")):
         most, why = _most(key, memory)
-        if value > most:
-            yield f"{key}: must be at most {number_text(most, 0)}, {why}; got {value:.4g}"
+        if value > most or value < -most:
+            yield f"{key}: must be at most {_whole(most)}, {why}; got {_in_words(value)}"
 
 
 def _most(key: str, memory: int) -> tuple[float, str]:
@@ -58,6 +59,8 @@ def _most(key: str, memory: int) -> tuple[float, str]:
             return memory // BYTES_EACH[name], f"what fits into the memory of this machine ({memory / 1e9:.3g} GB)"
         if name in REPEATS:
             return REPEATS[name], "more than any run has been known to use"
+    if key in UNCOUNTED:
+        return UNCOUNTED[key], "64 bits"
     if key == "model.num_threads" or key == "model.num_processes":
         return most_processes(), f"for the {count_text(num_cores(), 'core')} of this machine"
     if key.startswith(("clients.types.", "devices.max_rank", "devices.rank_choices")) or key.endswith("rank"):
@@ -73,7 +76,20 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
     elif isinstance(value, list):
         for part in value:
             yield from _numbers(part, key)
-    elif isinstance(value, int) and not isinstance(value, bool) and key not in UNBOUNDED:
+    elif isinstance(value, int) and not isinstance(value, bool):
         yield key, value
     elif isinstance(value, float) and key in REPEATS:
         yield key, value
+
+
+def _whole(value: float) -> str:
+    """Return a whole number with thin spaces between thousands, every digit right."""
+    return f"{int(value):,}".replace(",", "\u202f")
+
+
+def _in_words(value: float) -> str:
+    """Return a number of any size in a few letters."""
+    try:
+        return f"{value:.4g}"
+    except OverflowError:
+        return f"a number of {value.bit_length() if isinstance(value, int) else 'many'} bits"

@@ -30,6 +30,8 @@ from flexlora.foreign import ForeignError, read_yaml
 
 TRUNCATED_VALUE_LENGTH = 80
 
+LONGEST_KEY = 200
+
 
 MOST_CHECKS = 6
 
@@ -39,6 +41,9 @@ DEVICE = "model.device"
 
 SECTION_ERRORS = ("model_type", "model_attributes_type")
 """What pydantic says of a single value in the place of a section."""
+
+MOST_EXPLAINED = 100
+"""Problems with an explanation; it takes a while to guess which setting an unknown key meant."""
 
 
 PLACEHOLDER = "?"
@@ -110,7 +115,7 @@ def parse_config(
     Raises:
         ConfigError: With every problem found and those already known.
     """
-    found = list(problems)
+    found = dict.fromkeys(problems)
     pruned = copy.deepcopy(dict(tree))
     config = None
     # Settings that fail alone would hide those that disagree, so wrong ones are set aside and the rest checked again.
@@ -120,15 +125,17 @@ def parse_config(
             break
         except ValidationError as error:
             for detail in _joined(list(_details(error))):
-                found.extend(problem for problem in _explain(detail, pruned) if problem not in found)
+                # A file of another kind has thousands of unknown keys, of which no message can name all.
+                reader = _explain if len(found) < MOST_EXPLAINED else _counted
+                found |= dict.fromkeys(reader(detail, pruned))
                 _set_aside(pruned, detail)
     if config is not None:
-        found.extend(excessive(config))
-        found.extend(disagreements(config))
+        found |= dict.fromkeys(excessive(config))
+        found |= dict.fromkeys(disagreements(config))
     if config is not None and check_paths:
-        found.extend(problem for problem in missing_paths(config) if PLACEHOLDER not in problem)
+        found |= dict.fromkeys(problem for problem in missing_paths(config) if PLACEHOLDER not in problem)
     if found or config is None:
-        raise ConfigError(found or ["no valid setting could be read"], source)
+        raise ConfigError(list(found) or ["no valid setting could be read"], source)
     return config
 
 
@@ -186,17 +193,17 @@ def dump_config(config: Config) -> str:
 def _apply_override(tree: dict[str, Any], override: str) -> str | None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        return f"override {override!r} must look like key.sub=value"
+        return f"override {_shown(override)} must look like key.sub=value"
     try:
         value = read_yaml(text, key)
     except ForeignError as error:
-        return f"override {override!r}: the value is {error.reason}"
+        return f"override {_shown(override)}: the value is {error.reason}"
     *parents, last = key.strip().split(".")
     node = tree
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            return f"override {override!r}: {parent} is {child!r}, not a section"
+            return f"override {_shown(override)}: {parent} is {_shown(child)}, not a section"
         node = child
     # YAML reads 1e-3 as text; numbers written so are meant as numbers.
     node[last] = _number(value) if isinstance(value, str) else value
@@ -208,6 +215,27 @@ def _number(text: str) -> float | str:
     return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}", text) else text
 
 
+def _counted(detail: Any, tree: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a problem without an explanation, as one of many."""
+    if detail["input"] != PLACEHOLDER:
+        yield f"{_key(_written_location(detail['loc']))}: {detail['msg']}"
+
+
+def _key(location: Sequence[str]) -> str:
+    """Return a key as messages name it."""
+    key = ".".join(location)
+    return key if len(key) <= LONGEST_KEY else f"{key[:LONGEST_KEY]}..."
+
+
+def _shown(value: object) -> str:
+    """Return a value as messages show it, whatever its length."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= TRUNCATED_VALUE_LENGTH else text[:TRUNCATED_VALUE_LENGTH] + "..."
+
+
 def _explain(detail: Any, tree: Mapping[str, Any]) -> Iterator[str]:
     location = [str(part) for part in detail["loc"]]
     shown = _written_location(location)
@@ -215,7 +243,7 @@ def _explain(detail: Any, tree: Mapping[str, Any]) -> Iterator[str]:
         return
     if isinstance(detail["input"], dict) and any(part.startswith("literal[") for part in location):
         return  # The other reading of the setting, as a mapping, is explained by its own entry.
-    key, error = ".".join(shown), detail.get("ctx", {}).get("error")
+    key, error = _key(shown), detail.get("ctx", {}).get("error")
     if isinstance(error, FlexLoraError):
         yield str(error)
     elif detail["type"] == "extra_forbidden":
@@ -228,18 +256,16 @@ def _explain(detail: Any, tree: Mapping[str, Any]) -> Iterator[str]:
     elif detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
         given = detail["input"].get("name") if isinstance(detail["input"], dict) else detail["input"]
         meant = meant_value(f"{key}.name", given, tuple(DATA_SECTIONS))
-        yield f"{key}.name: must be one of {', '.join(DATA_SECTIONS)}; got {given!r}{meant}"
+        yield f"{key}.name: must be one of {', '.join(DATA_SECTIONS)}; got {_shown(given)}{meant}"
     else:
-        value = repr(detail["input"])
-        if len(value) > TRUNCATED_VALUE_LENGTH:
-            value = value[:TRUNCATED_VALUE_LENGTH] + "..."
         meant = meant_value(key, detail["input"], _choices(key, detail))
-        yield f"{key}: {_rule(key, detail, tree)}; got {value}{meant}"
+        yield f"{key}: {_rule(key, detail, tree)}; got {_shown(detail['input'])}{meant}"
 
 
 def _rule(key: str, detail: Any, tree: Mapping[str, Any]) -> str:
     """Return what a value must be, with an example made of the one given where its shape is wrong."""
     given = detail["input"] if isinstance(detail["input"], str | int | float) else "VALUE"
+    given = given if len(_shown(given)) < TRUNCATED_VALUE_LENGTH else "VALUE"
     if detail["type"] == "tuple_type":
         return f"must be a list, as {key}=[{given}]"
     if detail["type"] == "dict_type":

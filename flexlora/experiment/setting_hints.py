@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -161,13 +162,14 @@ def _of_another(section: str, key: str, owners: Sequence[str], choices: Sequence
     return f"{belongs}; remove it, set another {section}.name, or {anew}"
 
 
-def setting_names() -> set[str]:
+@cache
+def setting_names() -> frozenset[str]:
     """Return every setting as ``section.name``, those of all variants of a section together."""
     names: set[str] = set()
     for section, field in Config.model_fields.items():
         inner = {name for model in models_of(field.annotation) for name in model.model_fields}
         names |= {f"{section}.{name}" for name in inner} or {section}
-    return names
+    return frozenset(names)
 
 
 def models_of(annotation: Any) -> Iterator[type[BaseModel]]:
