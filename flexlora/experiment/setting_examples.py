@@ -32,7 +32,7 @@ WORDS: Mapping[str, str] = {
 }
 SYNONYMS: Mapping[str, Mapping[str, str]] = {
     "model.device": {"gpu": "cuda", "nvidia": "cuda", "cuda:": "cuda", "rocm": "cuda", "hip": "cuda"},
-    "model.dtype": dict.fromkeys(("fp32", "float", "32"), "float32") | dict.fromkeys(("bf16", "16"), "bfloat16"),
+    "model.dtype": {"fp32": "float32", "float": "float32", "32": "float32", "bf16": "bfloat16", "16": "bfloat16"},
 }
 DEVICES_ELSEWHERE = ("mps", "xpu", "npu", "tpu", "xla", "hpu", "directml", "vulkan")
 """Devices of torch that nothing here was tried on."""
