@@ -10,21 +10,29 @@ from flexlora.experiment.base import resolve_device
 from flexlora.experiment.baselines import measure_references
 from flexlora.experiment.config import Config
 from flexlora.experiment.export import write_run_adapters
-from flexlora.experiment.kept_answers import answer_keeper
+from flexlora.experiment.kept_answers import answer_keeper, tell_of_lost_answers
 from flexlora.experiment.loaded import LoadedRun, scaling_rule
 from flexlora.experiment.manifest import manifest_of
 from flexlora.experiment.method_failures import naming_failures
 from flexlora.experiment.participants import gather_participants
+from flexlora.experiment.reference_runs import wanted_runs
 from flexlora.experiment.result import RunResult
 from flexlora.experiment.round_loop import aggregator_of, round_loop, rounds_stage
 from flexlora.experiment.run_folder import ExperimentError, held_folder, open_folder
 from flexlora.experiment.scoring import Scorer
 from flexlora.experiment.stages import Notify, Stage, ignore
 from flexlora.experiment.work_left import remaining_work, total
-from flexlora.report.answer_file import FEDERATED
+from flexlora.report.answer_file import BASE, FEDERATED
 from flexlora.report.page import write_report
 from flexlora.rounds.loop import run_rounds
-from flexlora.rounds.records import RECORDS_FILE, REFERENCES_FILE, read_records, read_references
+from flexlora.rounds.records import (
+    RECORDS_FILE,
+    REFERENCES_FILE,
+    ReferencesRecord,
+    RoundRecord,
+    read_records,
+    read_references,
+)
 from flexlora.training.one_client import TrainClient
 from flexlora.training.own_loop import TrainFunction, as_train_client
 
@@ -96,6 +104,8 @@ def _run_in(
             write_run_adapters(loaded, loop, outcome, folder)
     if outcome.has_progress:
         measure_references(loaded, loop, outcome, folder, notify)
+    rounds, references = read_records(folder / RECORDS_FILE), read_references(folder / REFERENCES_FILE)
+    tell_of_lost_answers(loaded, folder, _answering(loaded, rounds, references))
     notify(Stage("Writing the report"))
     return RunResult(
         folder=folder,
@@ -104,6 +114,13 @@ def _run_in(
         server_round=outcome.server_round,
         stopped=outcome.stopped,
         has_progress=outcome.has_progress,
-        rounds=read_records(folder / RECORDS_FILE),
-        references=read_references(folder / REFERENCES_FILE),
+        rounds=rounds,
+        references=references,
     )
+
+
+def _answering(loaded: LoadedRun, rounds: Iterable[RoundRecord], references: ReferencesRecord) -> list[str]:
+    """Return the models that have been scored so far, by their names in the answer file."""
+    scored = [record.server_round for record in rounds if record.evaluation is not None]
+    models = [BASE] * (0 in scored) + [FEDERATED] * any(scored)
+    return models + [one.name for one in wanted_runs(loaded) if getattr(references, one.name) is not None]

@@ -10,6 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from flexlora.text import printable
+
 INDENT = 2
 LONGEST_WORD = 12
 """Cells of text columns are broken between words, down to this width."""
@@ -46,8 +48,8 @@ class WholeTable:
             yield Text(self.title, style="italic")
         for number, row in enumerate(self.rows):
             style = self.styles.get(number, "")
-            yield Text(row[0], style=style or "bold")
-            cells = zip(self.headers[1:], row[1:], strict=True)
+            yield Text(printable(row[0]), style=style or "bold")
+            cells = zip(self.headers[1:], map(printable, row[1:]), strict=True)
             lines = _packed([f"{header}: {cell}" for header, cell in cells], options.max_width - INDENT)
             yield Padding(Text("\n".join(lines), style=style), (0, 0, 0, INDENT))
 
