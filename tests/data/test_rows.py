@@ -59,7 +59,7 @@ prompts = st.builds(
     st.text("ab'\\\ud800\udc00", max_size=3),
     st.just(("answer",)),
     st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text("ab", max_size=2)), max_size=2).map(tuple),
-)
+).filter(lambda example: not example.is_text_alone)
 
 
 @settings(max_examples=200, deadline=None)
