@@ -368,6 +368,28 @@ def manifest(num_layers: int = 2, num_rounds: int = 12) -> ManifestRecord:
     )
 
 
+@pytest.fixture
+def make_manifest() -> Callable[..., ManifestRecord]:
+    """The manifest of a small run of which nothing matters but the changes that are given."""
+
+    def make(**changes: Any) -> ManifestRecord:
+        plain = ManifestRecord(
+            flexlora_version="0",
+            python="3",
+            platform="x",
+            seed=0,
+            config_hash="0",
+            base_model="b",
+            num_parameters=1,
+            method="flexlora",
+            num_clients=5,
+            num_unseen_tasks=2,
+        )
+        return plain.model_copy(update=changes)
+
+    return make
+
+
 def write_run(folder: Path, records: list[RoundRecord]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for record in records:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,26 +14,13 @@ from flexlora.rounds.records import ManifestRecord, RoundRecord, append_record, 
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, make_manifest: Callable[..., ManifestRecord]) -> Path:
     """Returns a run of 5 rounds with a checkpoint of the last."""
     folder = tmp_path / "run"
     (folder / "checkpoints" / "round-0005").mkdir(parents=True)
     for number in range(6):
         append_record(folder / "records.jsonl", RoundRecord(server_round=number))
-    manifest = ManifestRecord(
-        flexlora_version="0",
-        python="3",
-        platform="x",
-        seed=0,
-        config_hash="0",
-        base_model="b",
-        num_parameters=1,
-        method="flexlora",
-        num_clients=5,
-        num_unseen_tasks=2,
-        num_rounds=5,
-        plan_ranks={"a": {"q": 3, "v": 6}, "b": {"q": 1}},
-    )
+    manifest = make_manifest(num_rounds=5, plan_ranks={"a": {"q": 3, "v": 6}, "b": {"q": 1}})
     write_manifest(folder / "manifest.json", manifest)
     return folder
 

@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ for line in sys.stdin.read().splitlines():
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> dict[str, str]:
+def places(tmp_path: Path, make_manifest: Callable[..., ManifestRecord]) -> dict[str, str]:
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
@@ -113,30 +114,17 @@ def places(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
     for name in ("done", "gone"):
-        _write_run(tmp_path / name)
+        _write_run(tmp_path / name, make_manifest)
     (tmp_path / "done" / "checkpoints" / "round-0003").mkdir(parents=True)
     names = {name: str(tmp_path / name) for name in ("run", "done", "gone", "half", "adapter", "new")}
     return {**names, "tmp": str(tmp_path / "empty"), "file": str(tmp_path / "file.txt")}
 
 
-def _write_run(folder: Path) -> None:
+def _write_run(folder: Path, make_manifest: Callable[..., ManifestRecord]) -> None:
     """Write what a run of 3 rounds leaves, whose server has rank 12 in one module and 4 in another."""
     folder.mkdir()
     (folder / "config.yaml").write_text("seed: 1\n")
-    manifest = ManifestRecord(
-        flexlora_version="0",
-        python="3",
-        platform="x",
-        seed=1,
-        config_hash="0",
-        base_model="b",
-        num_parameters=1,
-        method="flexlora",
-        num_clients=5,
-        num_unseen_tasks=2,
-        num_rounds=3,
-        plan_ranks={"small": {"q": 2, "v": 1}, "large": {"q": 12, "v": 4}},
-    )
+    manifest = make_manifest(num_rounds=3, plan_ranks={"small": {"q": 2, "v": 1}, "large": {"q": 12, "v": 4}})
     write_manifest(folder / "manifest.json", manifest)
     for number in range(4):
         append_record(folder / "records.jsonl", RoundRecord(server_round=number))
