@@ -61,7 +61,8 @@ class GroupBackward:
         hidden.requires_grad_()
         labelled = hidden.flatten(0, 1).index_select(0, chosen.places)
         assert self._head is not None
-        logits = self._head(decoder.last_norm(labelled)).float()
+        normed = decoder.last_norm(labelled)
+        logits = self._head(normed.to(decoder.dtype)).float()
         nats = functional.cross_entropy(logits, chosen.targets, reduction="none")
         losses = weights * nats.new_zeros(len(rows)).index_add(0, chosen.owners, nats)
         (gradient,) = torch.autograd.grad(losses.sum(), hidden)

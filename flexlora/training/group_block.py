@@ -1,7 +1,8 @@
 """Writes out one block of a Llama-like decoder, forward and backward, for a group of clients.
 
 Written out, the gradient of a block is a few products added up in place; autograd would record each operation and read
-the activations more often.
+the activations more often. With a base in bfloat16 only the products with its weights are in that type; the stream, the
+factors, attention and all sums are in float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +30,8 @@ class GroupModule:
         self, x: Tensor, bank_rows: Sequence[BankRows], onto: Tensor | None = None
     ) -> tuple[Tensor, list[_Low]]:
         """Return the output, added to ``onto`` if given, and what ``backward`` needs."""
-        if onto is None or self.bias is not None:
-            y = nn.functional.linear(x, self.weight, self.bias)
+        if onto is None or self.bias is not None or self._is_mixed(x):
+            y = nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
             y = y if onto is None else y.add_(onto)
         else:
             y = torch.addmm(onto.flatten(0, 1), x.flatten(0, 1), self.weight.T).view_as(onto)
@@ -55,7 +56,11 @@ class GroupModule:
         """Add the gradients of the factors to their banks and, if wanted, return that of ``x``, added to ``dx``."""
         if wanted:
             flat = dy.flatten(0, 1)
-            dx = (flat @ self.weight if dx is None else dx.flatten(0, 1).addmm_(flat, self.weight)).view_as(x)
+            if dx is None or self._is_mixed(x):
+                through = (flat.to(self.weight.dtype) @ self.weight).to(x.dtype).view_as(x)
+                dx = through if dx is None else dx.add_(through)
+            else:
+                dx.flatten(0, 1).addmm_(flat, self.weight)
         for part, (low, A, B, scaling) in zip(self._own(bank_rows), lows, strict=True):
             into_A, into_B = part.bank.factor_gradients[self.path]
             own = part.segments(dy)
@@ -69,6 +74,10 @@ class GroupModule:
             if dx is not None:
                 part.segments(dx).baddbmm_(dlow, A)
         return dx
+
+    def _is_mixed(self, x: Tensor) -> bool:
+        """Return whether the weights are of another type than the stream, in which their products are taken."""
+        return self.weight.dtype != x.dtype
 
     def _own(self, bank_rows: Sequence[BankRows]) -> list[BankRows]:
         return [part for part in bank_rows if self.path in part.bank.shapes]

@@ -21,6 +21,9 @@ from flexlora.training.group_layers import BankRows, base_linear
 
 _PROBE = (2, 5)
 
+# Type of the base -> largest error of a probe, as a share of its norm.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -36,11 +39,12 @@ class GroupDecoder:
         # A weak reference, because ``_tried`` keeps the decoder as long as the network lives.
         self._network: Any = proxy(network)
         self._layers = layers
+        self.dtype = network.dtype
         self.paths = frozenset(module.path for layer in layers for module in layer.modules.values())
 
     def still_has_weights_of(self, network: PreTrainedModel) -> bool:
         """Return whether ``network`` still has the weights that the decoder uses."""
-        return network.dtype == torch.float32 and all(
+        return network.dtype in _TOLERANCES and all(
             getattr(base_linear(network, module.path), "weight", None) is module.weight
             for layer in self._layers
             for module in layer.modules.values()
@@ -57,7 +61,7 @@ class GroupDecoder:
             bank_rows: Which rows use which factors.
         """
         decoder: Any = self._network.base_model
-        x = decoder.embed_tokens(input_ids)
+        x = decoder.embed_tokens(input_ids).float()
         everywhere, at_chosen = self._positions(x, chosen)
         kept: list[Any] = []
         for number, layer in enumerate(self._layers, start=1):
@@ -120,7 +124,7 @@ def decoder_of(network: PreTrainedModel) -> GroupDecoder | None:
 
 def written_out(network: PreTrainedModel) -> GroupDecoder | None:
     """Return a decoder that reproduces ``network``, or None if there is none."""
-    if network.dtype != torch.float32 or network.device.type != "cpu" or _slides(network):
+    if network.dtype not in _TOLERANCES or network.device.type != "cpu" or _slides(network):
         return None
     base: Any = network.base_model
     try:
@@ -128,15 +132,35 @@ def written_out(network: PreTrainedModel) -> GroupDecoder | None:
         decoder = GroupDecoder(network, layers)
         with torch.no_grad():
             tokens = torch.arange(_PROBE[0] * _PROBE[1], device=network.device).view(_PROBE)
-            expected = base(input_ids=tokens, use_cache=False).last_hidden_state
+            expected = _expected(network, decoder.paths, tokens)
             for columns in (_PROBE[1], 2):
                 chosen = torch.arange(_PROBE[1], device=network.device)[-columns:].expand(_PROBE[0], -1)
                 hidden, _ = decoder.forward(tokens, chosen, ())
-                if not torch.allclose(base.norm(hidden), expected[:, -columns:], rtol=1e-3, atol=1e-4):
+                if not _is_near(base.norm(hidden), expected[:, -columns:], _TOLERANCES[network.dtype]):
                     return None
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, KeyError):
         return None
     return decoder
+
+
+def _expected(network: PreTrainedModel, paths: frozenset[str], tokens: Tensor) -> Tensor:
+    """Return the last hidden states of a network whose linear modules alone work in the type of their weights."""
+    embedded = network.get_input_embeddings()(tokens).float()
+    hooks = []
+    for path in paths:
+        linear: Any = base_linear(network, path)
+        hooks.append(linear.register_forward_pre_hook(lambda module, inputs: inputs[0].to(module.weight.dtype)))
+        hooks.append(linear.register_forward_hook(lambda module, inputs, output: output.float()))
+    try:
+        base: Any = network.base_model
+        return base(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_near(hidden: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return float(torch.linalg.vector_norm(hidden - expected)) <= tolerance * float(torch.linalg.vector_norm(expected))
 
 
 def _slides(network: PreTrainedModel) -> bool:

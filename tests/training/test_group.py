@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import numpy as np
@@ -316,7 +317,8 @@ def test_other_architectures_train_in_groups_too(name, tokenizer, random_adapter
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = AutoModelForCausalLM.from_config(config).eval()
-    assert (written_out(network) is not None) == (name == "qwen2")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert (written_out(copy.deepcopy(network).to(dtype)) is not None) == (name == "qwen2")
     model, shapes = AdaptedModel(network, tokenizer), target_modules(network, "all-linear")
     assert reason_against_groups(network, shapes, base_drops_out=model.base_drops_out) is None
     jobs = []
