@@ -12,6 +12,7 @@ from flexlora.data.prompts import encode_many, num_labels, padding_token
 from flexlora.federation.messages import Broadcast
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.generation import batches_of_similar_length, generate_answers
+from flexlora.training.length_runs import PASS_TOKENS, cheapest_runs
 from flexlora.training.logits import answer_losses
 from flexlora.training.rouge import is_exact_match, rouge_l
 
@@ -176,8 +177,11 @@ def _losses(
     encoded = encode_many(examples, model.tokenizer, template, max_length)
     padding = padding_token(model.tokenizer)
     losses = [(0.0, 0)] * len(encoded)
-    for batch in batches_of_similar_length([len(example.input_ids) for example in encoded], batch_size):
-        rows, labels = [encoded[i].input_ids for i in batch], [encoded[i].labels for i in batch]
-        for index, nats in zip(batch, answer_losses(model, rows, labels, padding).tolist(), strict=True):
-            losses[index] = (nats, num_labels(encoded[index].labels))
+    lengths = [len(example.input_ids) for example in encoded]
+    for batch in batches_of_similar_length(lengths, batch_size):
+        for run in cheapest_runs([lengths[i] for i in batch], batch_size, PASS_TOKENS.get(model.device.type, 0)):
+            part = batch[run]
+            rows, labels = [encoded[i].input_ids for i in part], [encoded[i].labels for i in part]
+            for index, nats in zip(part, answer_losses(model, rows, labels, padding).tolist(), strict=True):
+                losses[index] = (nats, num_labels(encoded[index].labels))
     return losses

@@ -11,6 +11,7 @@ from flexlora.data.prompt_templates import Template
 from flexlora.data.prompts import encode_prompts, padding_token
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.logits import next_logits
+from flexlora.training.prompt_cache import read_prompts
 
 # Bounds the memory of a batch of long sequences; the number of rows bounds batches of short ones.
 _MOST_BATCH_TOKENS = 65_536
@@ -88,7 +89,9 @@ def _decode(
     answers: list[list[int]] = [[] for _ in prompts]
     going, cache = answers, None
     for step in range(1, max_new_tokens + 1):
-        logits, cache = next_logits(model, input_ids, mask, cache)
+        logits, cache = (
+            read_prompts(model, input_ids, mask) if step == 1 else next_logits(model, input_ids, mask, cache)
+        )
         chosen = logits.argmax(-1)
         tokens = chosen.tolist()
         kept = [row for row, token in enumerate(tokens) if token not in ends]

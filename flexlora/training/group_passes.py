@@ -13,7 +13,7 @@ from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
 from flexlora.training.factor_bank import FactorBank
 from flexlora.training.group_layers import BankRows, RowMasks
-from flexlora.training.one_client import PASS_TOKENS
+from flexlora.training.length_runs import PASS_TOKENS
 
 # A pass with more tokens no longer fits into the caches.
 _MOST_PASS_TOKENS = {"cpu": 1024, "cuda": 32768}

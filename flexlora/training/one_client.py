@@ -18,13 +18,10 @@ from flexlora.errors import FlexLoraError
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState
 from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.length_runs import PASS_TOKENS, cheapest_runs
 from flexlora.training.logits import answer_losses
 from flexlora.training.randomness import torch_seeded
 from flexlora.training.trained_parts import TrainedParts
-
-# What one more forward and backward pass costs before its first token, in tokens: measured with a small model on a CPU,
-# estimated for GPUs, where launching kernels takes longer and a token takes less time.
-PASS_TOKENS = {"cpu": 96, "cuda": 1024}
 
 
 class TrainingError(FlexLoraError, ValueError):
@@ -232,18 +229,5 @@ def cut_by_length(batch: Sequence[EncodedExample], most: int, pass_tokens: int) 
         pass_tokens: What one more pass costs, in padded tokens.
     """
     ordered = sorted(batch, key=lambda example: len(example.input_ids))
-    cheapest: list[tuple[int, int]] = [(0, 0)]
-    for end in range(1, len(ordered) + 1):
-        length = len(ordered[end - 1].input_ids)
-        cheapest.append(
-            min(
-                (cheapest[start][0] + (end - start) * length + pass_tokens, start)
-                for start in range(max(0, end - most), end)
-            )
-        )
-    passes, end = [], len(ordered)
-    while end:
-        start = cheapest[end][1]
-        passes.append(ordered[start:end])
-        end = start
-    return passes
+    runs = cheapest_runs([len(example.input_ids) for example in ordered], most, pass_tokens)
+    return [ordered[run] for run in reversed(runs)]
