@@ -15,6 +15,9 @@ from flexlora.training.one_client import LocalTraining
 # The fewest and the most tokens in one optimiser step of a chunk's clients. Fewer would leave passes half empty; more
 # would fill no pass better, and processes would wait longer for the last chunk.
 _STEP_TOKENS = {"cpu": (768, 4096), "cuda": (32768, 65536)}
+# A base with more parameters fills its passes on a CPU with fewer tokens.
+_LARGER_BASE = 20_000_000
+_FEWEST_OF_LARGER = 256
 # A chunk takes at most one part in so many of the work that is left, so that the last chunks are small.
 _PARTS_OF_THE_REST = 4
 
@@ -37,6 +40,7 @@ def cut_into_chunks(
     examples_of: Callable[[str], Sequence[EncodedExample]],
     settings: LocalTraining,
     device_type: str,
+    num_parameters: int = 0,
 ) -> Iterator[Chunk]:
     """Yield the cohort in chunks, in order; load each client's examples once, when its chunk is asked for.
 
@@ -47,8 +51,11 @@ def cut_into_chunks(
         examples_of: Client id -> its training examples; may raise for a client.
         settings: Decide how many tokens a step has.
         device_type: ``cpu`` or ``cuda``.
+        num_parameters: Size of the base.
     """
     smallest, largest = _STEP_TOKENS.get(device_type, _STEP_TOKENS["cpu"])
+    if device_type == "cpu" and num_parameters > _LARGER_BASE:
+        smallest = min(smallest, _FEWEST_OF_LARGER)
     size = settings.batch_size * settings.gradient_accumulation_steps
     rows_left = sum(min(size, client.num_examples) for client in cohort)
     num_tokens, num_examples = 0, 0

@@ -51,7 +51,10 @@ class OpenRound:
         self.order = order
         self._number, self._engine = next(self._numbers), engine
         self._condition, self._most_open = condition, most_open
-        self._chunks = cut_into_chunks(order.cohort, engine.examples_of, engine.settings, engine.model.device.type)
+        model = engine.model
+        self._chunks = cut_into_chunks(
+            order.cohort, engine.examples_of, engine.settings, model.device.type, model.num_parameters
+        )
         self._is_cut = False
         # In cohort order.
         self._open: deque[OpenChunk] = deque()

@@ -5,7 +5,7 @@ import torch
 from flexlora.limits import num_cores
 
 # A larger base keeps several threads busy, and one process needs the least memory.
-_MOST_PARAMETERS = 100_000_000
+_MOST_PARAMETERS = 200_000_000
 
 
 def choose_processes(

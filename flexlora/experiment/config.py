@@ -60,7 +60,7 @@ class ModelConfig(Section):
         ge=1,
         description=(
             "CPU threads for tensor work in each process; null leaves the choice to PyTorch, but clients of a base of "
-            "at most 100 million parameters train with one."
+            "at most 200 million parameters train with one."
         ),
     )
     num_processes: int | None = Field(
@@ -68,7 +68,7 @@ class ModelConfig(Section):
         ge=1,
         description=(
             "Processes that train clients, with one copy of the base weights on the CPU; null is one per GPU, or one "
-            "per `model.num_threads` cores where the base has at most 100 million parameters, else 1. Results depend "
+            "per `model.num_threads` cores where the base has at most 200 million parameters, else 1. Results depend "
             "on threads, not on this."
         ),
     )

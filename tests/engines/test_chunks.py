@@ -82,3 +82,11 @@ def test_an_interruption_is_not_a_client_without_examples():
 
     with pytest.raises(KeyboardInterrupt):
         next(cut_into_chunks(cohort_of(2), examples_of, SETTINGS, "cpu"))
+
+
+def test_passes_of_a_larger_base_are_full_with_fewer_tokens():
+    def number(num_parameters, device_type="cpu"):
+        chunks = cut_into_chunks(cohort_of(8), examples_of_length(40), SETTINGS, device_type, num_parameters)
+        return len(list(chunks))
+
+    assert (number(1_400_000), number(135_000_000), number(135_000_000, "cuda")) == (2, 4, 1)
