@@ -137,6 +137,7 @@ def _schedule(config: Config, base: float | None) -> Callable[[int], float]:
         num_rounds=config.rounds.num_rounds,
         warmup_rounds=training.warmup_rounds,
         halve_at=training.halve_at,
+        final=training.final_learning_rate,
     )
 
 
