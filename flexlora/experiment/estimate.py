@@ -1,11 +1,13 @@
 """Estimates what a run will do and cost, before any weight is loaded."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexlora.engines.process_layout import choose_processes
 from flexlora.experiment.base import check_length, load_empty, resolve_device
@@ -15,6 +17,7 @@ from flexlora.experiment.corpora import length_sample
 from flexlora.experiment.device_ranks import Affordable, Budget, exceeded, time_budget
 from flexlora.experiment.gathered import Gathered
 from flexlora.experiment.loaded import adapted_shapes
+from flexlora.experiment.measured_step import FEWEST_PARAMETERS, measured_rate
 from flexlora.experiment.participants import Participants, gather_participants
 from flexlora.experiment.run_totals import RunTotals, run_totals
 from flexlora.experiment.workload import Workload, cost_on_device, measure_workload
@@ -126,7 +129,7 @@ def estimate_experiment(config: Config) -> Estimate:
     check_length(base.config, config.data.max_length)
     shapes = adapted_shapes(workload.shapes, participants.plans.values())
     folded_ranks = _folded_ranks(config, participants, shapes)
-    num_processes, flops_per_second = _measure_machine(config, workload)
+    num_processes, flops_per_second, scoring_rate = _measure_machine(config, workload, participants, base, tokenizer)
     types = []
 
     def cost_of(own: Sequence[ClientSpec]) -> tuple[ClientCost, int]:
@@ -145,7 +148,7 @@ def estimate_experiment(config: Config) -> Estimate:
         cost, down_bytes = cost_of(own)
         return cost.train_seconds, cost.transfer_bytes, down_bytes
 
-    totals = run_totals(Gathered(config, participants, shapes), workload, traffic_of, num_processes, flops_per_second)
+    totals = run_totals(Gathered(config, participants, shapes), workload, traffic_of, num_processes, scoring_rate)
     devices = _device_estimates(config, participants, workload, shapes, folded_ranks)
     notes = participants.warnings + workload.notes + ESTIMATE_NOTES + _method_notes(config, workload, shapes)
     notes += DEVICE_NOTES if devices else ()
@@ -184,14 +187,28 @@ def _method_notes(config: Config, workload: Workload, shapes: Mapping[str, tuple
     return tuple(notes)
 
 
-def _measure_machine(config: Config, workload: Workload) -> tuple[int, float]:
-    """Return how many processes a run will use here, and how many operations a second one of them does."""
+def _measure_machine(
+    config: Config,
+    workload: Workload,
+    participants: Participants,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[int, float, float]:
+    """Return how many processes a run will use here, and the operations a second of one of them and of scoring."""
     model, shape, device = config.model, workload.base, resolve_device(config.model.device)
     children, threads = choose_processes(device, shape.num_parameters, model.num_processes, model.num_threads)
+    number = 1 + len(children)
     torch.set_num_threads(threads)
+    if device == "cpu" and shape.num_parameters >= FEWEST_PARAMETERS:
+        plans = Counter(client.plan for client in participants.clients)
+        ((plan, _),) = plans.most_common(1)
+        rate = measured_rate(base, tokenizer, workload, plan, config.lora.target_modules, number)
+        if rate is not None:
+            # One process scores, with all threads; those of a small base gain nothing from a second one.
+            return number, rate, rate if model.num_threads else rate * number
     tokens = int(workload.batch_tokens)
     rate = measure_flops_per_second(shape.hidden_size, shape.intermediate_size, tokens, device)
-    return 1 + len(children), rate
+    return number, rate, rate
 
 
 def _device_estimates(

@@ -102,7 +102,7 @@ def run_totals(run: GatheredRun, workload: Workload, cost_of: "CostOf", num_proc
         workload: What a round takes.
         cost_of: Clients that share a plan -> seconds that one of them trains in a round, and its bytes up and down.
         num_processes: That train side by side here.
-        rate: Floating point operations a second that matrix products of one process reach.
+        rate: Floating point operations a second that matrix products reach while answers are scored.
     """
     config, participants = run.config, run.participants
     clients = participants.clients
