@@ -11,7 +11,8 @@ from flexlora.experiment.result import RunResult
 from flexlora.report.comparison import comparison_notes, timed_runs
 from flexlora.report.run_folder import read_run
 from flexlora.report.score_tables import SUMMARY_COLUMNS, summary_cells, summary_table
-from flexlora.report.terminal import WIDE_COLUMNS, print_virtual_time
+from flexlora.report.shown_answers import drawn_answers
+from flexlora.report.terminal import WIDE_COLUMNS, print_answers, print_virtual_time
 from flexlora.report.whole_table import WholeTable
 from flexlora.rounds.records import EvaluationRecord, ScoreRecord
 from flexlora.text import bytes_text, count_text, describe_ranks, number_text, printable, seconds_text, signed_text
@@ -36,6 +37,7 @@ def print_summary(console: Console, result: RunResult) -> None:
     console.print(table)
     run = read_run(result.folder)
     print_virtual_time(console, *timed_runs(run), comparison_notes(run))
+    print_answers(console, *drawn_answers(run.answers))
     if result.stopped:
         console.print(f"Stopped early: {result.stopped}", highlight=False, markup=False)
     lines = [f"Report   {result.report}"]

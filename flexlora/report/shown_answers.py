@@ -78,6 +78,12 @@ def answer_groups(records: Sequence[AnswerRecord], models: Iterable[str]) -> lis
     ]
 
 
+def drawn_answers(records: Sequence[AnswerRecord]) -> tuple[Sequence[ShownExample], str]:
+    """Return the examples that a page shows by a draw, with what base and run answered, and the rule; none without."""
+    groups = answer_groups(records, ())
+    return (groups[-1].examples, groups[-1].rule) if groups else ((), "")
+
+
 def _one_a_task(ordered: Iterable[tuple[float, AnswerRecord]]) -> list[tuple[float, AnswerRecord]]:
     chosen: dict[str, tuple[float, AnswerRecord]] = {}
     for gain, record in ordered:
@@ -100,8 +106,8 @@ def _shown(gain: float, record: AnswerRecord, models: Sequence[str]) -> ShownExa
     return ShownExample(
         task=record.task,
         category=record.category,
-        prompt=_cut(record.prompt),
-        references=[_cut(reference) for reference in record.references[:3]],
+        prompt=cut(record.prompt),
+        references=[cut(reference) for reference in record.references[:3]],
         answers=[_answer(model, record.answers[model]) for model in models],
         gain=gain,
     )
@@ -109,12 +115,12 @@ def _shown(gain: float, record: AnswerRecord, models: Sequence[str]) -> ShownExa
 
 def _answer(model: str, answer: ModelAnswer) -> ShownAnswer:
     style = "fedit" if model == FEDIT else model
-    return ShownAnswer(MODELS[model], style, _cut(answer.text), finite(answer.rouge_l))
+    return ShownAnswer(MODELS[model], style, cut(answer.text), finite(answer.rouge_l))
 
 
-def _cut(text: str) -> str:
+def cut(text: str, longest: int = LONGEST_TEXT) -> str:
     """Return a text short enough for a page, its middle left out."""
-    if len(text) <= LONGEST_TEXT:
+    if len(text) <= longest:
         return text
-    half = LONGEST_TEXT // 2
+    half = longest // 2
     return f"{text[:half]} […] {text[-half:]}"

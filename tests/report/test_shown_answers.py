@@ -1,9 +1,13 @@
 """Which answers a page shows: best, worst and random by the rule that it states."""
 
 import hashlib
+import io
+
+from rich.console import Console
 
 from flexlora.report.answer_file import AnswerRecord, ModelAnswer
-from flexlora.report.shown_answers import FEDIT, answer_groups
+from flexlora.report.shown_answers import FEDIT, answer_groups, drawn_answers
+from flexlora.report.terminal import print_answers
 
 
 def example(task: str, number: int, base: float, fedit: float | None, own: float) -> AnswerRecord:
@@ -48,3 +52,18 @@ def test_without_answers_there_is_nothing_to_show_and_long_ones_are_cut() -> Non
     long = example("a", 0, 1.0, None, 2.0).model_copy(update={"prompt": "x" * 5000})
     prompt = answer_groups([long], [])[0].examples[0].prompt
     assert len(prompt) < 1300 and "[…]" in prompt
+
+
+def test_a_terminal_shows_the_drawn_ones_before_and_after_with_their_rule() -> None:
+    examples, rule = drawn_answers(EXAMPLES)
+    assert [answer.model for answer in examples[0].answers] == ["Base model", "This run"]
+    assert "SHA-256" in rule
+    assert drawn_answers([]) == ((), "")
+    long = EXAMPLES[0].model_copy(update={"prompt": "Say\n\n  it " + "x " * 250, "references": ["[bold]a[/]"]})
+    console = Console(width=60, file=io.StringIO())
+    print_answers(console, *drawn_answers([long]))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Say it x x x" in text and "[…]" in text and "Expected    [bold]a[/]" in text
+    assert max(map(len, text.splitlines())) <= 60
+    print_answers(console, (), "nothing")
+    assert console.file.getvalue() == text  # type: ignore[attr-defined]
