@@ -13,6 +13,9 @@ RUNS = ("rounds.num_rounds=30", "rounds.cohort_size=12", "training.batch_size=4"
 LONG_RUNS = ("rounds.num_rounds=40", "rounds.cohort_size=24", "training.max_steps=4")
 """Five times the examples of ``RUNS``."""
 
+RUNS_OF_SMOLLM2 = ("rounds.num_rounds=8", "rounds.cohort_size=8")
+"""Short runs of a real model, some minutes each on two cores; ``datasets/`` holds what is not ours, or links to it."""
+
 COMPENSATED = "compensated=flexlora:error_compensation=true:fold_tail=true"
 
 
@@ -164,5 +167,31 @@ STUDIES: Mapping[str, StudySpec] = {
         tuning_draws=0,
         evaluations=8,
         text=False,
+    ),
+    "smollm2_instructions": StudySpec(
+        "A real model on Super-Natural Instructions",
+        "Do mixed ranks beat FedIT at the smallest rank on a model of 135 million parameters and real tasks?",
+        "flexlora,aligned",
+        ("heavy_tail_light", "heavy_tail_strong"),
+        draws=4,
+        overrides=("data.path=datasets/natural-instructions", *RUNS_OF_SMOLLM2),
+        trials=3,
+        tune_on="heavy_tail_strong",
+        text=False,
+        evaluations=2,
+        config="configs/smollm2_natural_instructions.yaml",
+    ),
+    "smollm2_dolly": StudySpec(
+        "A real model on Dolly",
+        "And where 200 clients have rows of one file, with labels by a Dirichlet distribution?",
+        "flexlora,aligned",
+        ("heavy_tail_light", "heavy_tail_strong"),
+        draws=4,
+        overrides=("data.path=datasets/databricks-dolly-15k.jsonl", *RUNS_OF_SMOLLM2),
+        trials=3,
+        tune_on="heavy_tail_strong",
+        text=False,
+        evaluations=2,
+        config="configs/smollm2_dolly.yaml",
     ),
 }
