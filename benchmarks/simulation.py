@@ -2,6 +2,7 @@
 
     python benchmarks/simulation.py --batch-sizes 1,4,8 --repeats 5
     python benchmarks/simulation.py --base 64x2 --methods ours,swapped
+    python benchmarks/simulation.py --base smollm2 --dtype bfloat16 --batch-sizes 1,4 --methods ours,swapped,central
     python benchmarks/simulation.py --base FOLDER --device cuda --dtype bfloat16 --clients 64 --batch-sizes 4 --profile
 
 Every client of the generated corpus makes the same number of optimiser steps on the same examples from the same factors
@@ -76,6 +77,7 @@ from flexlora.training.group_passes import GroupJob
 from flexlora.training.one_client import LocalTraining
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+SMOLLM2 = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
 HEAD_WIDTH = 32
 LEARNING_RATE = 1e-3
 ALPHA = 2.0
@@ -108,8 +110,8 @@ class Setting:
 
 def folder_of(base: str) -> str | None:
     """Return the folder of a base that has one; None for a random Llama of ``hidden x layers``."""
-    if base == "embedded":
-        return str(BASE_FOLDER)
+    if base in ("embedded", "smollm2"):
+        return str(BASE_FOLDER if base == "embedded" else SMOLLM2)
     return base if Path(base).is_dir() else None
 
 
@@ -496,7 +498,11 @@ def profile(setting: Setting, names: Sequence[str]) -> None:
 def main() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="embedded", help="embedded, a folder, or HIDDENxLAYERS such as 64x2")
+    parser.add_argument(
+        "--base",
+        default="embedded",
+        help="embedded, smollm2 (after make smollm2), a folder, or HIDDENxLAYERS such as 64x2",
+    )
     parser.add_argument("--device", default="cpu", help="for example cuda")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base")
     parser.add_argument("--batch-sizes", default="1,4,8")
