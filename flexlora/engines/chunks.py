@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from flexlora.data.prompts import EncodedExample
 from flexlora.federation.clients import ClientSpec
 from flexlora.training.group_room import MOST_CLIENTS
+from flexlora.training.length_runs import LARGER, pace_of
 from flexlora.training.one_client import LocalTraining
 
 # The fewest and the most tokens in one optimiser step of a chunk's clients. Fewer would leave passes half empty; more
 # would fill no pass better, and processes would wait longer for the last chunk.
 _STEP_TOKENS = {"cpu": (768, 4096), "cuda": (32768, 65536)}
-# A base with more parameters fills its passes on a CPU with fewer tokens.
-_LARGER_BASE = 20_000_000
+# A larger base fills its passes with fewer tokens.
 _FEWEST_OF_LARGER = 256
 # A chunk takes at most one part in so many of the work that is left, so that the last chunks are small.
 _PARTS_OF_THE_REST = 4
@@ -54,7 +54,7 @@ def cut_into_chunks(
         num_parameters: Size of the base.
     """
     smallest, largest = _STEP_TOKENS.get(device_type, _STEP_TOKENS["cpu"])
-    if device_type == "cpu" and num_parameters > _LARGER_BASE:
+    if pace_of(device_type, num_parameters) == LARGER:
         smallest = min(smallest, _FEWEST_OF_LARGER)
     size = settings.batch_size * settings.gradient_accumulation_steps
     rows_left = sum(min(size, client.num_examples) for client in cohort)

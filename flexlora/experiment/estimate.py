@@ -17,7 +17,7 @@ from flexlora.experiment.corpora import length_sample
 from flexlora.experiment.device_ranks import Affordable, Budget, exceeded, time_budget
 from flexlora.experiment.gathered import Gathered
 from flexlora.experiment.loaded import adapted_shapes
-from flexlora.experiment.measured_step import FEWEST_PARAMETERS, measured_rate
+from flexlora.experiment.measured_step import measured_rate
 from flexlora.experiment.participants import Participants, gather_participants
 from flexlora.experiment.run_totals import RunTotals, run_totals
 from flexlora.experiment.workload import Workload, cost_on_device, measure_workload
@@ -25,6 +25,7 @@ from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks, lar
 from flexlora.rounds.costs import ClientCost, DeviceCost, measure_flops_per_second
 from flexlora.rounds.devices import DeviceProfile
 from flexlora.text import bytes_text
+from flexlora.training.length_runs import LARGER, pace_of
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _measure_machine(
     children, threads = choose_processes(device, shape.num_parameters, model.num_processes, model.num_threads)
     number = 1 + len(children)
     torch.set_num_threads(threads)
-    if device == "cpu" and shape.num_parameters >= FEWEST_PARAMETERS:
+    if pace_of(device, shape.num_parameters) == LARGER:
         plans = Counter(client.plan for client in participants.clients)
         ((plan, _),) = plans.most_common(1)
         rate = measured_rate(base, tokenizer, workload, plan, config.lora.target_modules, number)

@@ -26,9 +26,6 @@ from flexlora.training.group import train_group
 from flexlora.training.group_passes import GroupJob
 from flexlora.training.targets import Selection
 
-FEWEST_PARAMETERS = 20_000_000
-"""Of a base that is measured so."""
-
 # Numbers of blocks that are measured, the first that fit; more of them no more stay in the caches than the whole does.
 _BLOCKS = ((2, 8), (1, 3), (1, 2))
 _MOST_BYTES = 1_000_000_000

@@ -53,7 +53,7 @@ def print_answers(console: Console, examples: Sequence[ShownExample], rule: str)
         rows = [("Expected", " or ".join(example.references[:2])), *((one.model, one.text) for one in example.answers)]
         for name, text in rows:
             grid.add_row(Text(name, style="dim"), Text(_line(text, _LONGEST_ANSWER)))
-        console.print(Padding(grid, (0, 0, 0, 2)))
+        console.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
 def _line(text: str, longest: int) -> str:

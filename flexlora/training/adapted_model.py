@@ -22,6 +22,7 @@ from flexlora.federation.known_rows import known_rows
 from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.training.base_model import frozen
+from flexlora.training.length_runs import pace_of
 from flexlora.training.linear_modules import ModelError, features
 from flexlora.training.probes import cache_name, can_cache, can_pad_left, has_dropout, separate_head, takes_positions
 from flexlora.training.randomness import torch_seeded
@@ -100,6 +101,11 @@ class AdaptedModel:
         head = self.network.get_output_embeddings()
         own = head.get_base_layer() if isinstance(head, LoraLayer) else head
         return cast("nn.Module", head) if own is self._head else None
+
+    @property
+    def pace(self) -> str:
+        """What passes cost here: a key of tables such as ``PASS_TOKENS``."""
+        return pace_of(self.device.type, self._num_parameters)
 
     @property
     def num_parameters(self) -> int:

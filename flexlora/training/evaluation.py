@@ -179,7 +179,7 @@ def _losses(
     losses = [(0.0, 0)] * len(encoded)
     lengths = [len(example.input_ids) for example in encoded]
     for batch in batches_of_similar_length(lengths, batch_size):
-        for run in cheapest_runs([lengths[i] for i in batch], batch_size, PASS_TOKENS.get(model.device.type, 0)):
+        for run in cheapest_runs([lengths[i] for i in batch], batch_size, PASS_TOKENS.get(model.pace, 0)):
             part = batch[run]
             rows, labels = [encoded[i].input_ids for i in part], [encoded[i].labels for i in part]
             for index, nats in zip(part, answer_losses(model, rows, labels, padding).tolist(), strict=True):

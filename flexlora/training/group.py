@@ -99,7 +99,8 @@ class _Pool:
     def has_room(self, job: GroupJob) -> bool:
         """Return whether the client of ``job`` may enter now."""
         training = [client.job for client in self.clients]
-        return has_room(training, job, self._settings, self._model.device, self._most_clients)
+        model = self._model
+        return has_room(training, job, self._settings, model.device, self._most_clients, model.pace)
 
     def enter(self, index: int, job: GroupJob) -> None:
         """Store the factors of a client and let it take part in the next turn."""
@@ -180,7 +181,7 @@ class _Pool:
         for bank in self._banks:
             bank.gradients.zero_()
         losses = torch.zeros(len(self.clients), device=self._model.device)
-        for part in cut_into_passes(rows, self._model.device.type):
+        for part in cut_into_passes(rows, self._model.pace):
             losses += self._backward(part, len(self.clients))
         # A step without an answer token has no gradient; nothing moves, not even by momentum.
         moving = [client for client, count in zip(self.clients, answers, strict=True) if count]

@@ -13,18 +13,18 @@ from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
 from flexlora.training.factor_bank import FactorBank
 from flexlora.training.group_layers import BankRows, RowMasks
-from flexlora.training.length_runs import PASS_TOKENS
+from flexlora.training.length_runs import LARGER, PASS_TOKENS
 
-# A pass with more tokens no longer fits into the caches.
-_MOST_PASS_TOKENS = {"cpu": 1024, "cuda": 32768}
+# A pass with more tokens no longer fits into the caches, and keeps more activations.
+_MOST_PASS_TOKENS = {"cpu": 1024, LARGER: 512, "cuda": 32768}
 
 
 # What one more bank in a pass costs, in padded tokens.
-_BANK_TOKENS = {"cpu": 48, "cuda": 512}
+_BANK_TOKENS = {"cpu": 48, LARGER: 8, "cuda": 512}
 
 
 # What it costs, in padded tokens, to gather the factors of a client that do not lie next to those before.
-_GATHER_TOKENS = {"cpu": 8, "cuda": 32}
+_GATHER_TOKENS = {"cpu": 8, LARGER: 8, "cuda": 32}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class PassRow:
         return len(self.example.input_ids)
 
 
-def cut_into_passes(rows: Sequence[PassRow], kind: str) -> list[list[PassRow]]:
+def cut_into_passes(rows: Sequence[PassRow], pace: str) -> list[list[PassRow]]:
     """Return the rows cut into passes at the least cost of padded tokens, passes, banks and gathered factors.
 
     Two ways are compared: rows sorted by length whatever client they belong to, and the rows of each client together.
@@ -111,19 +111,19 @@ def cut_into_passes(rows: Sequence[PassRow], kind: str) -> list[list[PassRow]]:
     by_client = []
     for _, own in itertools.groupby(sorted(rows, key=_banks_and_slots), key=lambda row: row.pool_index):
         together = sorted(own, key=lambda row: row.length)
-        most = max(1, _MOST_PASS_TOKENS.get(kind, 1024) // together[-1].length)
+        most = max(1, _MOST_PASS_TOKENS.get(pace, 1024) // together[-1].length)
         by_client += [together[start : start + most] for start in range(0, len(together), most)]
-    candidates = [_cheapest_cuts(units, kind) for units in (by_length, by_client)]
-    return min(candidates, key=lambda parts: sum(_cost(part, kind) for part in parts))
+    candidates = [_cheapest_cuts(units, pace) for units in (by_length, by_client)]
+    return min(candidates, key=lambda parts: sum(_cost(part, pace) for part in parts))
 
 
 def _banks_and_slots(row: PassRow) -> tuple[tuple[int, ...], ...]:
     return row.client.bank_numbers, row.client.slots
 
 
-def _cheapest_cuts(units: Sequence[Sequence[PassRow]], kind: str) -> list[list[PassRow]]:
+def _cheapest_cuts(units: Sequence[Sequence[PassRow]], pace: str) -> list[list[PassRow]]:
     """Return runs of units as passes, at the least cost of padded tokens, passes and banks."""
-    most = _MOST_PASS_TOKENS.get(kind, 1024)
+    most = _MOST_PASS_TOKENS.get(pace, 1024)
     sizes = [(len(unit), max(row.length for row in unit), unit[0].client.bank_numbers) for unit in units]
     cheapest: list[tuple[float, int]] = [(0.0, 0)]
     for end in range(1, len(units) + 1):
@@ -136,7 +136,7 @@ def _cheapest_cuts(units: Sequence[Sequence[PassRow]], kind: str) -> list[list[P
             tokens = num_rows * longest
             if start < end - 1 and tokens > most:
                 break
-            cost = cheapest[start][0] + tokens + PASS_TOKENS.get(kind, 0) + num_banks * _BANK_TOKENS.get(kind, 0)
+            cost = cheapest[start][0] + tokens + PASS_TOKENS.get(pace, 0) + num_banks * _BANK_TOKENS.get(pace, 0)
             best = min(best, (cost, start))
         cheapest.append(best)
     parts, end = [], len(units)
@@ -147,13 +147,13 @@ def _cheapest_cuts(units: Sequence[Sequence[PassRow]], kind: str) -> list[list[P
     return parts
 
 
-def _cost(rows: Sequence[PassRow], kind: str) -> float:
+def _cost(rows: Sequence[PassRow], pace: str) -> float:
     """Return what a pass costs, in tokens."""
-    cost = float(len(rows) * max(row.length for row in rows) + PASS_TOKENS.get(kind, 0))
+    cost = float(len(rows) * max(row.length for row in rows) + PASS_TOKENS.get(pace, 0))
     for _, own in itertools.groupby(rows, key=lambda row: row.client.bank_numbers):
         slots, num_segments = _cut_into_segments([row.client.slots[0] for row in own], torch.device("cpu"))
-        gathered = 0 if isinstance(slots, slice) else num_segments * _GATHER_TOKENS.get(kind, 0)
-        cost += _BANK_TOKENS.get(kind, 0) + gathered
+        gathered = 0 if isinstance(slots, slice) else num_segments * _GATHER_TOKENS.get(pace, 0)
+        cost += _BANK_TOKENS.get(pace, 0) + gathered
     return cost
 
 

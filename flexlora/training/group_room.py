@@ -6,13 +6,15 @@ import torch
 
 from flexlora.limits import memory_bytes
 from flexlora.training.group_passes import GroupJob
+from flexlora.training.length_runs import LARGER
 from flexlora.training.one_client import LocalTraining
 
 MOST_CLIENTS = 256
 """Most clients of a group, unless the caller sets a number."""
 
-# Clients enter while a step of all of them has fewer tokens than this, and while there is memory.
-_POOL_TOKENS = {"cpu": 4096, "cuda": 65536}
+# Clients enter while a step of all of them has fewer tokens than this, and while there is memory. A larger base has
+# full passes with fewer, and the factors of each client take more memory.
+_POOL_TOKENS = {"cpu": 4096, LARGER: 512, "cuda": 65536}
 _MEMORY_SHARE = 0.25
 # Weights, gradients and two moments.
 _BYTES_PER_FACTOR = 16
@@ -24,6 +26,7 @@ def has_room(
     settings: LocalTraining,
     device: torch.device,
     most_clients: int | None,
+    pace: str | None = None,
 ) -> bool:
     """Return whether ``job`` may enter beside those that train; one always may.
 
@@ -33,13 +36,14 @@ def has_room(
         settings: How clients train.
         device: Where the base is.
         most_clients: Largest group; None decides by tokens and memory.
+        pace: What passes cost with this base; None is that of a small one.
     """
     if not training or most_clients is not None:
         return len(training) < (most_clients or 1)
     jobs = [job, *training]
     return (
         len(jobs) <= MOST_CLIENTS
-        and sum(_step_tokens(job, settings) for job in jobs) <= _POOL_TOKENS.get(device.type, 0)
+        and sum(_step_tokens(job, settings) for job in jobs) <= _POOL_TOKENS.get(pace or device.type, 0)
         and sum(map(_factor_bytes, jobs)) <= _MEMORY_SHARE * _memory_bytes(device)
     )
 

@@ -2,11 +2,21 @@
 
 from collections.abc import Sequence
 
-PASS_TOKENS = {"cpu": 96, "cuda": 1024}
+LARGER_BASE = 20_000_000
+"""From so many parameters on, a base counts as a larger one where it is on a CPU: a token there takes milliseconds."""
+
+LARGER = "cpu, larger base"
+
+PASS_TOKENS = {"cpu": 96, LARGER: 24, "cuda": 1024}
 """What one more pass costs before its first token, in tokens.
 
-Measured with a small model on a CPU, estimated for GPUs, where launching kernels takes longer and a token less time.
+Measured with two models on a CPU, estimated for GPUs, where launching kernels takes longer and a token less time.
 """
+
+
+def pace_of(device_type: str, num_parameters: int) -> str:
+    """Return the key of ``PASS_TOKENS``, and of other tables of what passes cost, for a base on a device."""
+    return LARGER if device_type == "cpu" and num_parameters >= LARGER_BASE else device_type
 
 
 def cheapest_runs(lengths: Sequence[int], most: int, pass_tokens: int) -> list[slice]:

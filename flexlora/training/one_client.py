@@ -210,7 +210,7 @@ def _backward(
 ) -> Float[Tensor, ""]:
     """Add the gradient of the mean loss over ``answer_tokens`` and return that loss."""
     total = torch.zeros((), device=model.device)
-    for part in cut_by_length(batch, most_per_pass, PASS_TOKENS.get(model.device.type, 0)):
+    for part in cut_by_length(batch, most_per_pass, PASS_TOKENS.get(model.pace, 0)):
         if not num_answer_tokens(part):
             continue
         rows, labels = [example.input_ids for example in part], [example.labels for example in part]

@@ -30,7 +30,7 @@ def read_prompts(
         mask: 0 at padding, 1 elsewhere.
     """
     lengths = mask.sum(1).tolist()
-    parts = cheapest_runs(lengths, len(lengths), PASS_TOKENS.get(model.device.type, 0))
+    parts = cheapest_runs(lengths, len(lengths), PASS_TOKENS.get(model.pace, 0))
     # Positions are counted from each prompt's own first token, or a row's padding would matter.
     if len(parts) == 1 or not (model.can_cache and model.can_pad_left and model.takes_positions):
         return next_logits(model, input_ids, mask, None)

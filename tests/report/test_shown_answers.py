@@ -65,5 +65,8 @@ def test_a_terminal_shows_the_drawn_ones_before_and_after_with_their_rule() -> N
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "Say it x x x" in text and "[…]" in text and "Expected    [bold]a[/]" in text
     assert max(map(len, text.splitlines())) <= 60
+    pipe = Console(width=10_000, file=io.StringIO())
+    print_answers(pipe, *drawn_answers([long]))
+    assert max(map(len, pipe.file.getvalue().splitlines())) < 300  # type: ignore[attr-defined]
     print_answers(console, (), "nothing")
     assert console.file.getvalue() == text  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ import torch
 
 from flexlora.data.prompts import EncodedExample
 from flexlora.training.group_passes import PassRow, _cut_into_segments, cut_into_passes
+from flexlora.training.length_runs import LARGER
 
 
 def test_rows_of_similar_length_share_a_pass_whoever_they_belong_to():
@@ -24,6 +25,8 @@ def test_rows_of_similar_length_share_a_pass_whoever_they_belong_to():
     assert [(0, 10), (0, 12), (1, 11)] in [[pair for pair in part if pair[0] < 2] for part in passes]
     assert sum(map(len, passes)) == 8
     assert all(max(part, key=lambda pair: pair[1])[1] * len(part) <= 1024 for part in passes)
+    of_larger = cut_into_passes(rows, LARGER)
+    assert all(max(row.length for row in part) * len(part) <= 512 for part in of_larger)
 
 
 @pytest.mark.parametrize(

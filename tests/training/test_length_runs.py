@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexlora.training.length_runs import cheapest_runs
+from flexlora.training.length_runs import LARGER, PASS_TOKENS, cheapest_runs, pace_of
 
 
 def cost_of(lengths, runs, pass_tokens):
@@ -38,3 +38,12 @@ def test_a_dear_pass_is_shared(pass_tokens, number):
 
 def test_nothing_needs_no_pass():
     assert cheapest_runs([], 4, 96) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "parameters", "pace"),
+    [("cpu", 1_400_000, "cpu"), ("cpu", 135_000_000, LARGER), ("cuda", 135_000_000, "cuda"), ("cuda", 1, "cuda")],
+)
+def test_size_counts_on_a_cpu_only_and_every_table_knows_the_pace(device, parameters, pace):
+    assert pace_of(device, parameters) == pace
+    assert pace in PASS_TOKENS
