@@ -10,7 +10,7 @@ from flexlora.report.chosen_rates import ChosenRate, chosen_rates
 from flexlora.report.counted_runs import counted_runs
 from flexlora.report.measures import MEASURES, Measure, Scores, scores, went_wrong
 from flexlora.report.pair_statistics import PairStatistics, holm, pair_statistics
-from flexlora.report.run_costs import Costs, mean_costs
+from flexlora.report.run_costs import Costs, typical_costs
 from flexlora.report.study_flags import Flag, study_flags
 from flexlora.report.study_rows import DEFAULT_REFERENCE, ROWS_FILE, Row, StudyError, read_rows
 from flexlora.report.verdicts import Verdict, differences, verdicts
@@ -65,7 +65,7 @@ class Summary:
         cells: (measure, distribution, arm) -> its numbers.
         verdicts: (measure, distribution) -> who is first.
         rates: (arm, distribution) -> the learning rate that was chosen.
-        costs: (distribution, arm) -> mean cost of a run.
+        costs: (distribution, arm) -> cost of a run.
         runs: The test rows that count, at the learning rates chosen.
     """
 
@@ -145,7 +145,7 @@ def summary(rows: Iterable[Row], reference: str = DEFAULT_REFERENCE) -> Summary:
         cells=cells,
         verdicts=found_verdicts,
         rates=rates,
-        costs=mean_costs(runs),
+        costs=typical_costs(runs),
         flags=tuple(study_flags(rows, runs, rates, reference)),
         runs=tuple(runs),
     )

@@ -194,7 +194,7 @@ def _costs(found: Summary) -> Iterator[str]:
         for row in cost_rows(found, where)
     ]
     if rows:
-        yield from ("", f"Mean cost of a run on {where}:", "")
+        yield from ("", f"Cost of a run on {where}, bytes as means, times as medians:", "")
         yield from _table(("arm", "up", "down", "both, to reference", "server", "clients"), rows)
 
 

@@ -164,8 +164,10 @@ def test_edges_and_other_rates_are_flagged(study_row: MakeRow) -> None:
     }
 
 
-def test_costs_are_means_over_runs_that_did_not_fail(study_row: MakeRow) -> None:
+def test_costs_are_mean_bytes_and_median_times_of_runs_that_did_not_fail(study_row: MakeRow) -> None:
     rows = [study_row("a", 0, up_bytes=100), study_row("a", 1, up_bytes=300), study_row("a", 2, failure="x")]
+    # A run that was stopped for hours has as many bytes as others.
+    rows += [study_row("a", 3, up_bytes=200, server_seconds=9000.0)]
     costs = summary(rows).costs["uniform", "a"]
     assert (costs.up_bytes, costs.server_seconds) == (200, 0.5)
 
