@@ -46,7 +46,10 @@ def read_prompts(
 
 def _grows_plainly(cache: Cache) -> bool:
     """Return whether a cache is nothing but keys and values of all columns, as [rows, heads, columns, features]."""
-    return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
+    return all(
+        type(layer) is DynamicLayer and layer.keys is not None and layer.keys.ndim == 4
+        for layer in getattr(cache, "layers", [None])
+    )
 
 
 def _joined(caches: Sequence[Cache], width: int) -> Cache:
