@@ -22,6 +22,7 @@ from flexlora.experiment.participants import Participants, gather_participants
 from flexlora.experiment.run_totals import RunTotals, run_totals
 from flexlora.experiment.workload import Workload, cost_on_device, measure_workload
 from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks, largest_ranks
+from flexlora.limits import num_cores
 from flexlora.rounds.costs import ClientCost, DeviceCost, measure_flops_per_second
 from flexlora.rounds.devices import DeviceProfile
 from flexlora.text import bytes_text
@@ -105,6 +106,10 @@ class Estimate:
             ],
             "notes": list(self.notes),
         }
+
+
+# Further ones are taken to gain nothing.
+_MOST_SCORING_THREADS = 8
 
 
 ESTIMATE_NOTES = (
@@ -203,10 +208,11 @@ def _measure_machine(
     if pace_of(device, shape.num_parameters) == LARGER:
         plans = Counter(client.plan for client in participants.clients)
         ((plan, _),) = plans.most_common(1)
-        rate = measured_rate(base, tokenizer, workload, plan, config.lora.target_modules, number)
+        rate = measured_rate(config, base, tokenizer, workload, plan, number)
         if rate is not None:
-            # One process scores, with all threads; those of a small base gain nothing from a second one.
-            return number, rate, rate if model.num_threads else rate * number
+            # One process scores, with all threads unless their number is set.
+            more = 1.0 if model.num_threads else max(1.0, min(num_cores(), _MOST_SCORING_THREADS) / threads)
+            return number, rate, rate * more
     tokens = int(workload.batch_tokens)
     rate = measure_flops_per_second(shape.hidden_size, shape.intermediate_size, tokens, device)
     return number, rate, rate

@@ -5,18 +5,21 @@ import threading
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.experiment import measured_step
+from flexlora.experiment.config_file import parse_config
 from flexlora.experiment.measured_step import measured_rate
 from flexlora.experiment.workload import Workload
 from flexlora.federation.clients import RankPlan
 from flexlora.rounds.costs import BaseShape
 from flexlora.training.base_model import load_empty_model, target_modules
+from flexlora.training.group_passes import GroupJob
 from flexlora.training.one_client import LocalTraining
 
 PLAN = RankPlan("any", (("", 4),))
+CONFIG = parse_config({"data": {"name": "generated"}}, "test")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def workload(empty: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Workload
 
 
 def rate_of(empty: tuple[PreTrainedModel, PreTrainedTokenizerBase], workload: Workload, processes: int = 1) -> float:
-    rate = measured_rate(*empty, workload, PLAN, "all-linear", processes)
+    rate = measured_rate(CONFIG, *empty, workload, PLAN, processes)
     assert rate is not None
     return rate
 
@@ -41,7 +44,7 @@ def rate_of(empty: tuple[PreTrainedModel, PreTrainedTokenizerBase], workload: Wo
 def test_what_a_block_takes_is_carried_on_to_all(
     empty: tuple[PreTrainedModel, PreTrainedTokenizerBase], workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measured_step, "_seconds", lambda base, number, *rest: 0.5 + 0.1 * number)
+    monkeypatch.setattr(measured_step, "_seconds", lambda config, base, number, *rest: 0.5 + 0.1 * number)
     trained = sum(4 * sum(shape) for shape in workload.shapes.values())
     # One step of a batch of 40 tokens takes 0.5 s and 0.1 s for each of 10 blocks, at 35 % of the rate of products.
     expected = 40 * (4 * 1_000_000 + 6 * trained) / 0.35 / 1.5
@@ -62,12 +65,45 @@ def test_where_no_few_blocks_can_be_had_there_is_no_rate(
     empty: tuple[PreTrainedModel, PreTrainedTokenizerBase], workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_layer = dataclasses.replace(workload.base, num_layers=1)
-    assert measured_rate(*empty, dataclasses.replace(workload, base=one_layer), PLAN, "all-linear", 1) is None
+    assert measured_rate(CONFIG, *empty, dataclasses.replace(workload, base=one_layer), PLAN, 1) is None
     large = dataclasses.replace(workload.base, num_parameters=10**11)
-    assert measured_rate(*empty, dataclasses.replace(workload, base=large), PLAN, "all-linear", 1) is None
+    assert measured_rate(CONFIG, *empty, dataclasses.replace(workload, base=large), PLAN, 1) is None
+
+    # Outcomes of clients that failed are no measurement.
+    with monkeypatch.context() as patch:
+        patch.setattr(measured_step, "train_group", lambda *arguments: iter([ArithmeticError()]))
+        assert measured_rate(CONFIG, *empty, workload, PLAN, 1) is None
 
     def cannot(*arguments: object) -> float:
         raise NotImplementedError
 
     monkeypatch.setattr(measured_step, "_seconds", cannot)
-    assert measured_rate(*empty, workload, PLAN, "all-linear", 1) is None
+    assert measured_rate(CONFIG, *empty, workload, PLAN, 1) is None
+
+
+def test_a_base_whose_clients_train_one_by_one_is_not_measured_in_groups(
+    empty: tuple[PreTrainedModel, PreTrainedTokenizerBase], workload: Workload
+) -> None:
+    own = GPT2Config(n_embd=32, n_head=2, n_layer=4, vocab_size=259, n_positions=64, attn_pdrop=0.0)
+    with torch.device("meta"):
+        network = GPT2LMHeadModel(own)
+    shapes = target_modules(network, "all-linear")
+    small = dataclasses.replace(workload.base, num_layers=4, hidden_size=32, intermediate_size=128, vocab_size=259)
+    step = dataclasses.replace(workload, base=small, shapes=shapes)
+    assert measured_rate(CONFIG, network, empty[1], step, PLAN, 1) is None
+
+
+def test_long_steps_are_measured_on_some_of_their_rows(
+    empty: tuple[PreTrainedModel, PreTrainedTokenizerBase], workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = measured_step.train_group
+
+    def noted(model: object, jobs: list[GroupJob], training: LocalTraining) -> object:
+        seen.append(sum(len(example.input_ids) for job in jobs for example in job.examples))
+        return real(model, jobs, training)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measured_step, "train_group", noted)
+    long = dataclasses.replace(workload, batch_tokens=64 * 150.0, training=LocalTraining(batch_size=64))
+    assert rate_of(empty, long) > 0
+    assert set(seen) == {3 * 150}
