@@ -24,7 +24,15 @@ from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.training.base_model import frozen
 from flexlora.training.length_runs import pace_of
 from flexlora.training.linear_modules import ModelError, features
-from flexlora.training.probes import cache_name, can_cache, can_pad_left, has_dropout, separate_head, takes_positions
+from flexlora.training.probes import (
+    cache_name,
+    can_cache,
+    can_pad_left,
+    grows_plainly,
+    has_dropout,
+    separate_head,
+    takes_positions,
+)
 from flexlora.training.randomness import torch_seeded
 
 _TRAINABLE, _FROZEN = "trainable", "frozen"
@@ -86,6 +94,14 @@ class AdaptedModel:
         The state of a state-space model would see what is in front of the shorter ones.
         """
         return self.cache_name == "past_key_values" and can_pad_left(self.network, with_cache=self.can_cache)
+
+    @cached_property
+    def can_join_caches(self) -> bool:
+        """Whether prompts that were read in several passes can be decoded as one batch.
+
+        Positions are counted from each prompt's own first token, or the padding between passes would matter.
+        """
+        return self.can_cache and self.can_pad_left and self.takes_positions and grows_plainly(self.network)
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 _PROBE_LENGTH = 4
 
@@ -86,6 +87,17 @@ def can_pad_left(network: PreTrainedModel, *, with_cache: bool) -> bool:
         except Exception:  # Whatever an architecture makes of a mask that it does not take.
             return False
     return _are_near(found, expected)
+
+
+def grows_plainly(network: PreTrainedModel) -> bool:
+    """Return whether its cache is nothing but keys and values of all columns, as [rows, heads, columns, features]."""
+    tokens = torch.arange(_PROBE_LENGTH, device=network.device)[None]
+    with torch.no_grad():
+        cache = getattr(network(input_ids=tokens, use_cache=True), cache_name(network))
+    layers = cache.layers if type(cache) is DynamicCache else []
+    return bool(layers) and all(
+        type(layer) is DynamicLayer and layer.keys is not None and layer.keys.ndim == 4 for layer in layers
+    )
 
 
 def is_causal(network: PreTrainedModel) -> bool:

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.length_runs import PASS_TOKENS, cheapest_runs
@@ -31,25 +30,15 @@ def read_prompts(
     """
     lengths = mask.sum(1).tolist()
     parts = cheapest_runs(lengths, len(lengths), PASS_TOKENS.get(model.pace, 0))
-    # Positions are counted from each prompt's own first token, or a row's padding would matter.
-    if len(parts) == 1 or not (model.can_cache and model.can_pad_left and model.takes_positions):
+    if len(parts) == 1 or not model.can_join_caches:
         return next_logits(model, input_ids, mask, None)
     read: list[tuple[Tensor, Cache]] = []
     for rows in parts:
         width = max(lengths[rows])
         logits, cache = next_logits(model, input_ids[rows, -width:], mask[rows, -width:], None)
-        if cache is None or not _grows_plainly(cache):
-            return next_logits(model, input_ids, mask, None)
+        assert cache is not None
         read.append((logits, cache))
     return torch.cat([logits for logits, _ in read]), _joined([cache for _, cache in read], input_ids.shape[1])
-
-
-def _grows_plainly(cache: Cache) -> bool:
-    """Return whether a cache is nothing but keys and values of all columns, as [rows, heads, columns, features]."""
-    return all(
-        type(layer) is DynamicLayer and layer.keys is not None and layer.keys.ndim == 4
-        for layer in getattr(cache, "layers", [None])
-    )
 
 
 def _joined(caches: Sequence[Cache], width: int) -> Cache:

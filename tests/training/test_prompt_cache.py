@@ -1,8 +1,9 @@
 import pytest
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers import MistralConfig, MistralForCausalLM
 
 from flexlora.training import prompt_cache
+from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.logits import next_logits
 from flexlora.training.prompt_cache import read_prompts
 
@@ -49,25 +50,28 @@ def test_parts_give_the_logits_and_the_cache_of_the_whole(talkative, batch, widt
     assert cache.get_seq_length() == whole.get_seq_length() == max(LENGTHS) + 1
 
 
-@pytest.mark.parametrize("lack", ["can_cache", "can_pad_left", "takes_positions"])
-def test_models_that_see_their_padding_read_all_at_once(talkative, batch, widths, monkeypatch, lack):
-    monkeypatch.setattr(talkative, lack, False)
+def test_models_that_cannot_join_caches_read_all_at_once(talkative, batch, widths, monkeypatch):
+    monkeypatch.setattr(talkative, "can_join_caches", False)
     with torch.no_grad():
         read_prompts(talkative, *batch)
     assert widths == [(len(LENGTHS), max(LENGTHS))]
 
 
-def test_a_cache_of_another_kind_is_left_as_it_is(talkative, batch, widths, monkeypatch):
-    plain = prompt_cache.next_logits
+@pytest.mark.parametrize("lack", ["can_cache", "can_pad_left", "takes_positions"])
+def test_without_positions_cache_or_padding_nothing_is_joined(talkative, monkeypatch, lack):
+    monkeypatch.setattr(talkative, lack, False)
+    assert not talkative.can_join_caches
 
-    def sliding(model, input_ids, mask, cache):
-        logits, cache = plain(model, input_ids, mask, cache)
-        assert cache is not None
-        cache.layers[0] = DynamicSlidingWindowLayer(sliding_window=8)
-        return logits, cache
 
-    monkeypatch.setattr(prompt_cache, "next_logits", sliding)
-    with torch.no_grad():
-        logits, _ = read_prompts(talkative, *batch)
-    assert widths == [(2, 60), (len(LENGTHS), max(LENGTHS))]
-    assert logits.shape[0] == len(LENGTHS)
+def test_a_plain_cache_can_be_joined_and_one_with_a_window_cannot(talkative, tokenizer):
+    assert talkative.can_join_caches
+    config = MistralConfig(
+        vocab_size=259,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        sliding_window=4,
+    )
+    assert not AdaptedModel(MistralForCausalLM(config).eval(), tokenizer).can_join_caches
