@@ -11,7 +11,6 @@ must be the same tokens, but for ties that rounding decides: the share of equal 
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from flexlora.data.pretraining import BASE_FOLDER
 from flexlora.data.prompts import encode_prompts, padding_token
 from flexlora.experiment.config_file import load_config
 from flexlora.experiment.participants import gather_participants
+from flexlora.limits import num_cores
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.base_model import load_base_model
 from flexlora.training.generation import generate
@@ -37,7 +37,7 @@ def examples_of(tasks: Path | None, number: int) -> list[Example]:
     """Return one example each of so many tasks, spread over a folder or over the generated corpus."""
     if tasks is None:
         corpus = gather_participants(load_config(ROOT / "configs" / "demo.yaml", [])).corpus
-        return [examples[0] for _, examples in sorted(corpus.unseen.items())][:number]
+        return [own.test[0] for _, own in sorted(corpus.unseen.items())][:number]
     files = sorted(tasks.glob("*.json"))
     found = []
     for file in files[:: max(1, len(files) // number)][:number]:
@@ -64,6 +64,7 @@ def stock(
                 attention_mask=torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch]),
                 max_new_tokens=new_tokens,
                 do_sample=False,
+                repetition_penalty=1.0,
                 pad_token_id=padding,
             )
         for index, tokens in zip(order[start : start + rows], whole[:, width:].tolist(), strict=True):
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="prompts in a batch of generate; ours takes 64")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(num_cores())
     model = AdaptedModel(
         *load_base_model(str(BASES.get(options.base, options.base)), dtype=options.dtype, device="cpu")
     )

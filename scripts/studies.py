@@ -14,7 +14,10 @@ LONG_RUNS = ("rounds.num_rounds=40", "rounds.cohort_size=24", "training.max_step
 """Five times the examples of ``RUNS``."""
 
 RUNS_OF_SMOLLM2 = ("rounds.num_rounds=8", "rounds.cohort_size=8")
-"""Short runs of a real model, some minutes each on two cores; ``datasets/`` holds what is not ours, or links to it."""
+"""Shorter runs of a real model than its configurations, some minutes each on two cores.
+
+``datasets/`` holds what is not ours, or links to it.
+"""
 
 COMPENSATED = "compensated=flexlora:error_compensation=true:fold_tail=true"
 

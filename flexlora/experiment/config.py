@@ -122,7 +122,9 @@ class TrainingConfig(Section):
         default="constant", description="Learning rate over rounds; `halve` divides by two at each of `halve_at`."
     )
     final_learning_rate: float = Field(
-        default=0.0, ge=0, description="What `linear` and `cosine` would reach one round after the last."
+        default=0.0,
+        ge=0,
+        description="What `linear` and `cosine` would reach one round after the last.",
     )
     halve_at: tuple[int, ...] = Field(default=(15,), description="Rounds at which `schedule: halve` divides by two.")
     warmup_rounds: int = Field(default=0, ge=0, description="Rounds over which the learning rate rises linearly.")

@@ -28,6 +28,17 @@ def disagreements(config: Config) -> Iterator[str]:
             f"training.momentum is {config.training.momentum} but only training.optimizer=sgd has momentum; "
             "set training.momentum=0 or training.optimizer=sgd"
         )
+    final, training = config.training.final_learning_rate, config.training
+    if final and training.schedule not in ("linear", "cosine"):
+        yield (
+            f"training.final_learning_rate is {final} but only training.schedule=linear and cosine fall to it; set "
+            f"training.final_learning_rate=0, or a schedule that falls; got {training.schedule}"
+        )
+    elif final > training.learning_rate:
+        yield (
+            f"training.final_learning_rate={final} is above training.learning_rate={training.learning_rate}, from "
+            "which rates fall; set it to at most that"
+        )
     if config.rounds.patience is not None and config.data.validation_examples == 0:
         yield "rounds.patience needs a validation set; set data.validation_examples above 0 or rounds.patience=null"
     if config.rounds.patience is not None and config.method.traits().personal:

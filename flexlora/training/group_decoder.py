@@ -23,6 +23,8 @@ _PROBE = (2, 5)
 
 # Type of the base -> largest error of a probe, as a share of its norm.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+# The same against the network as it is, which rounds everything to its type.
+_TOLERANCES_AS_IT_IS = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -132,7 +134,10 @@ def written_out(network: PreTrainedModel) -> GroupDecoder | None:
         decoder = GroupDecoder(network, layers)
         with torch.no_grad():
             tokens = torch.arange(_PROBE[0] * _PROBE[1], device=network.device).view(_PROBE)
+            as_it_is = base(input_ids=tokens, use_cache=False).last_hidden_state.float()
             expected = _expected(network, decoder.paths, tokens)
+            if not _is_near(expected, as_it_is, _TOLERANCES_AS_IT_IS[network.dtype]):
+                return None
             for columns in (_PROBE[1], 2):
                 chosen = torch.arange(_PROBE[1], device=network.device)[-columns:].expand(_PROBE[0], -1)
                 hidden, _ = decoder.forward(tokens, chosen, ())

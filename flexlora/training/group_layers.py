@@ -98,7 +98,7 @@ class GroupLinear(nn.Module):
     """Takes the place of a linear module while a group trains."""
 
     def __init__(self, path: str, base: nn.Linear, current: CurrentPass) -> None:
-        """BankRows the weights of ``base``, which is left as it is."""
+        """Use the weights of ``base``, which is left as it is."""
         super().__init__()
         self.path, self._current = path, current
         # In a tuple, so that the weights are not registered as parameters of this module.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flexlora.limits import memory_bytes
+from flexlora.limits import memory_bytes, num_cores
 from flexlora.training.group_passes import GroupJob
 from flexlora.training.length_runs import LARGER
 from flexlora.training.one_client import LocalTraining
@@ -61,7 +61,8 @@ def _factor_bytes(job: GroupJob) -> int:
     )
 
 
-def _memory_bytes(device: torch.device) -> int:
+def _memory_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return memory_bytes()
+    # There may be a process a core.
+    return memory_bytes() / num_cores()

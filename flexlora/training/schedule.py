@@ -27,12 +27,13 @@ def learning_rate_at(
         num_rounds: Rounds of the whole run.
         warmup_rounds: First rounds, in which the rate rises to ``base`` in equal steps.
         halve_at: Rounds of ``halve``.
-        final: Rate that ``linear`` and ``cosine`` fall to.
+        final: Rate that ``linear`` and ``cosine`` fall to, if it is below ``base``.
     """
     if server_round <= warmup_rounds:
         return base * server_round / warmup_rounds
     if schedule == "halve":
         return base * 0.5 ** sum(server_round > halved for halved in halve_at)
+    final = min(final, base)
     progress = (server_round - warmup_rounds - 1) / max(1, num_rounds - warmup_rounds)
     if schedule == "linear":
         return final + (base - final) * (1.0 - progress)

@@ -277,3 +277,15 @@ def test_a_phone_book_needs_a_fact_for_each_client_and_one_way_to_deal_them() ->
     assert "data.facts_per_client: Input should be greater than or equal to 1; got 0" in (
         problems({"data": {**book, "facts_per_client": 0}})
     )
+
+
+@pytest.mark.parametrize(
+    ("training", "fault"),
+    [
+        ({"schedule": "constant", "final_learning_rate": 1e-4}, "only training.schedule=linear and cosine fall"),
+        ({"schedule": "cosine", "learning_rate": 1e-4, "final_learning_rate": 1e-3}, "is above training.learning_rate"),
+    ],
+)
+def test_a_final_learning_rate_is_one_that_rates_fall_to(training: dict[str, object], fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        parse_config({"data": {"name": "generated"}, "training": training}, "test")

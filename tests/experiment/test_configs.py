@@ -1,4 +1,4 @@
-"""Every configuration that comes with the project can be read, and its head says how to launch it and what to expect."""
+"""Every configuration of the project can be read, and its head says how to launch it and what to expect."""
 
 import re
 import shlex

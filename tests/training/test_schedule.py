@@ -31,3 +31,5 @@ def test_rates_fall_to_the_final_one_where_they_fall():
     expected = [0.2 + 0.8 * math.cos(math.pi * number / 16) ** 2 for number in range(8)]
     assert rates(schedule="cosine", final=0.2) == pytest.approx(expected)
     assert rates(schedule="constant", final=0.2) == [1.0] * 8
+    # An arm with a lower rate than the final one stays where it is.
+    assert rates(schedule="linear", final=3.0) == [1.0] * 8
