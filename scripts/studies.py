@@ -63,6 +63,23 @@ class StudySpec:
     in_verdict: bool = False
 
 
+def _of_smollm2(title: str, question: str, data: str, config: str) -> StudySpec:
+    """Return a study of a real model; its data lie below ``datasets/``."""
+    return StudySpec(
+        title,
+        question,
+        "flexlora,aligned",
+        ("heavy_tail_light", "heavy_tail_strong"),
+        draws=4,
+        overrides=(f"data.path={data}", *RUNS_OF_SMOLLM2),
+        trials=3,
+        tune_on="heavy_tail_strong",
+        text=False,
+        evaluations=2,
+        config=config,
+    )
+
+
 STUDIES: Mapping[str, StudySpec] = {
     "main": StudySpec(
         "The paper's methods, plain and with FlexLoRA, and ours",
@@ -171,30 +188,16 @@ STUDIES: Mapping[str, StudySpec] = {
         evaluations=8,
         text=False,
     ),
-    "smollm2_instructions": StudySpec(
+    "smollm2_instructions": _of_smollm2(
         "A real model on Super-Natural Instructions",
         "Do mixed ranks beat FedIT at the smallest rank on a model of 135 million parameters and real tasks?",
-        "flexlora,aligned",
-        ("heavy_tail_light", "heavy_tail_strong"),
-        draws=4,
-        overrides=("data.path=datasets/natural-instructions", *RUNS_OF_SMOLLM2),
-        trials=3,
-        tune_on="heavy_tail_strong",
-        text=False,
-        evaluations=2,
-        config="configs/smollm2_natural_instructions.yaml",
+        "datasets/natural-instructions",
+        "configs/smollm2_natural_instructions.yaml",
     ),
-    "smollm2_dolly": StudySpec(
+    "smollm2_dolly": _of_smollm2(
         "A real model on Dolly",
         "And where 200 clients have rows of one file, with labels by a Dirichlet distribution?",
-        "flexlora,aligned",
-        ("heavy_tail_light", "heavy_tail_strong"),
-        draws=4,
-        overrides=("data.path=datasets/databricks-dolly-15k.jsonl", *RUNS_OF_SMOLLM2),
-        trials=3,
-        tune_on="heavy_tail_strong",
-        text=False,
-        evaluations=2,
-        config="configs/smollm2_dolly.yaml",
+        "datasets/databricks-dolly-15k.jsonl",
+        "configs/smollm2_dolly.yaml",
     ),
 }
