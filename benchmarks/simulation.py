@@ -140,7 +140,16 @@ def make_network(
 
 def make_setting(arguments: argparse.Namespace, batch_size: int) -> Setting:
     """Return as many clients of the demo as asked for, with as many examples as their steps need."""
-    config = load_config(CONFIG, [f"clients.distribution={arguments.distribution}"])
+    small, middle, large = arguments.ranks.split(",")
+    types = {
+        "type1": {"attention": small, "ffn": small},
+        "type2": {"attention": middle, "ffn": middle},
+        "type3": {"attention": middle, "ffn": large},
+        "type4": {"attention": large, "ffn": large},
+    }
+    config = load_config(
+        CONFIG, [f"clients.distribution={arguments.distribution}", f"clients.types={json.dumps(types)}"]
+    )
     participants = gather_participants(config)
     tokenizer = AutoTokenizer.from_pretrained(folder_of(arguments.base) or BASE_FOLDER)
     of_base = partial(make_network, arguments.base, arguments.attention, arguments.device, arguments.dtype)
@@ -509,6 +518,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps of each client")
     parser.add_argument("--distribution", default="uniform", help="of the four small device types")
+    parser.add_argument("--ranks", default="1,4,16", help="SMALLEST,MIDDLE,LARGEST of the device types")
     parser.add_argument("--methods", default="ours,ours-1,swapped,swapped-1,central,central-1")
     parser.add_argument("--flower-python", default=sys.executable, help="of an environment with flwr[simulation]")
     parser.add_argument("--central-batch", type=int, default=32)

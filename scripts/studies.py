@@ -13,11 +13,12 @@ RUNS = ("rounds.num_rounds=30", "rounds.cohort_size=12", "training.batch_size=4"
 LONG_RUNS = ("rounds.num_rounds=40", "rounds.cohort_size=24", "training.max_steps=4")
 """Five times the examples of ``RUNS``."""
 
-RUNS_OF_SMOLLM2 = ("rounds.num_rounds=8", "rounds.cohort_size=8")
-"""Shorter runs of a real model than its configurations, some minutes each on two cores.
-
-``datasets/`` holds what is not ours, or links to it.
-"""
+RUNS_OF_SMOLLM2 = (
+    "rounds.num_rounds=12",
+    "rounds.cohort_size=12",
+    "data.validation_examples=128",
+)
+"""A real model, some minutes a run on two cores. ``datasets/`` holds what is not ours, or links to it."""
 
 COMPENSATED = "compensated=flexlora:error_compensation=true:fold_tail=true"
 
@@ -63,7 +64,7 @@ class StudySpec:
     in_verdict: bool = False
 
 
-def _of_smollm2(title: str, question: str, data: str, config: str) -> StudySpec:
+def _of_smollm2(title: str, question: str, data: str, config: str, *overrides: str) -> StudySpec:
     """Return a study of a real model; its data lie below ``datasets/``."""
     return StudySpec(
         title,
@@ -71,11 +72,9 @@ def _of_smollm2(title: str, question: str, data: str, config: str) -> StudySpec:
         "flexlora,aligned",
         ("heavy_tail_light", "heavy_tail_strong"),
         draws=4,
-        overrides=(f"data.path={data}", *RUNS_OF_SMOLLM2),
-        trials=3,
+        overrides=(f"data.path={data}", *RUNS_OF_SMOLLM2, *overrides),
         tune_on="heavy_tail_strong",
-        text=False,
-        evaluations=2,
+        evaluations=3,
         config=config,
     )
 
@@ -193,6 +192,7 @@ STUDIES: Mapping[str, StudySpec] = {
         "Do mixed ranks beat FedIT at the smallest rank on a model of 135 million parameters and real tasks?",
         "datasets/natural-instructions",
         "configs/smollm2_natural_instructions.yaml",
+        "data.num_unseen_tasks=60",
     ),
     "smollm2_dolly": _of_smollm2(
         "A real model on Dolly",

@@ -102,7 +102,7 @@ class SimulationEngine:
         sent = [order.parcels[key].broadcast for key in map(order.key_of, order.cohort) if key in order.parcels]
         in_groups = train_one is None and not any(trains_alone(broadcast) for broadcast in sent)
         if in_groups and self._objection(order) is None:
-            return train_group(self.model, jobs, self.settings, self.clients_per_group)
+            return train_group(self.model, jobs, self.settings, self.clients_per_group, sent)
         return (self._train_alone(train_one or train_client, job) for job in jobs)
 
     def _objection(self, order: RoundOrder) -> str | None:

@@ -18,6 +18,8 @@ from flexlora.orphans import call_watched, packed_call
 
 SCRATCH_FOLDER = "scratch"
 MOST_ATTEMPTS = 2
+# Of the memory of a GPU, for all processes together; the rest is for what each needs besides tensors.
+_GPU_SHARE = 0.85
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class JobPool:
     def _start(self, one: _Running) -> None:
         if one.place not in self._places:
             context = multiprocessing.get_context("spawn")
-            call = os.getpid(), packed_call(_begin, self._study)
+            call = os.getpid(), packed_call(_begin, self._study, self._size)
             self._places[one.place] = ProcessPoolExecutor(1, context, initializer=call_watched, initargs=call)
         scratch = self._folder / SCRATCH_FOLDER / _name_of(one.job)
         with _without_interrupts():
@@ -113,8 +115,8 @@ _draws: Any = None
 _study: Study | None = None
 
 
-def _begin(study: Study) -> None:
-    """Prepare a process of the pool: one thread, and a place for the draw it works on."""
+def _begin(study: Study, num_processes: int) -> None:
+    """Prepare a process of the pool: one thread, its share of a GPU, and a place for the draw it works on."""
     global _draws, _study
     import torch
     from transformers.utils import logging as transformers_logging
@@ -123,6 +125,8 @@ def _begin(study: Study) -> None:
 
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
+    if torch.cuda.is_available():  # Kept for whatever runs there; a study on the CPU never asks.
+        torch.cuda.set_per_process_memory_fraction(_GPU_SHARE / num_processes)
     _draws, _study = Draws(study), study
 
 

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexlora.federation.messages import Broadcast
 from flexlora.lora.factors import AdapterState
 from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.common_ranks import CommonRanks, common_ranks
 from flexlora.training.factor_bank import FactorBank, Trained
 from flexlora.training.group_backward import GroupBackward
 from flexlora.training.group_optimizer import clip_gradients, num_moments, update_factors
 from flexlora.training.group_passes import GroupJob, PassRow, PooledClient, cut_into_passes
-from flexlora.training.group_room import has_room
+from flexlora.training.group_room import has_room, most_pass_tokens
 from flexlora.training.group_terms import add_terms
 from flexlora.training.one_client import (
     DivergedError,
@@ -34,10 +36,6 @@ from flexlora.training.one_client import (
 
 # Clients share a bank while padding makes their factors at most this many times as large.
 _MOST_PADDING = 1.5
-
-# On a GPU, factors of smaller ranks are padded to this one: kernels of so few numbers take as long, and fewer are
-# launched the fewer banks there are.
-_LEAST_RANK = {"cuda": 16}
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,11 @@ class TrainedClient:
 
 
 def train_group(
-    model: AdaptedModel, jobs: Iterable[GroupJob], settings: LocalTraining, clients_per_group: int | None = None
+    model: AdaptedModel,
+    jobs: Iterable[GroupJob],
+    settings: LocalTraining,
+    clients_per_group: int | None = None,
+    broadcasts: Iterable[Broadcast] = (),
 ) -> Iterator[TrainedClient | Exception]:
     """Yield one outcome per job, in the order of the jobs.
 
@@ -70,8 +72,11 @@ def train_group(
         jobs: What to train.
         settings: How to train; passes are cut here, whatever ``batch_size`` is.
         clients_per_group: Most clients at a time; None decides by tokens and memory.
+        broadcasts: What jobs still to come may start from, as far as it is known; on a GPU it decides to which ranks
+            factors are padded.
     """
-    pool, queue = _Pool(model, settings, clients_per_group), enumerate(jobs)
+    ranks = common_ranks(model.device.type, model.num_parameters, broadcasts)
+    pool, queue = _Pool(model, settings, clients_per_group, ranks), enumerate(jobs)
     done: dict[int, TrainedClient | Exception] = {}
     waiting = next(queue, None)
     for index in itertools.count():
@@ -91,16 +96,19 @@ def train_group(
 class _Pool:
     """The clients that train at present."""
 
-    def __init__(self, model: AdaptedModel, settings: LocalTraining, most_clients: int | None) -> None:
+    def __init__(
+        self, model: AdaptedModel, settings: LocalTraining, most_clients: int | None, ranks: CommonRanks
+    ) -> None:
         self.clients: list[PooledClient] = []
-        self._model, self._settings, self._most_clients = model, settings, most_clients
+        self._model, self._settings, self._most_clients, self._ranks = model, settings, most_clients, ranks
+        self._most_tokens = most_pass_tokens(model)
         self._backward, self._banks = GroupBackward(model), list[FactorBank]()
 
     def has_room(self, job: GroupJob) -> bool:
         """Return whether the client of ``job`` may enter now."""
         training = [client.job for client in self.clients]
         model = self._model
-        return has_room(training, job, self._settings, model.device, self._most_clients, model.pace)
+        return has_room(training, job, self._settings, model.device, self._most_clients, model.pace, self._ranks)
 
     def enter(self, index: int, job: GroupJob) -> None:
         """Store the factors of a client and let it take part in the next turn."""
@@ -129,8 +137,7 @@ class _Pool:
         )
 
     def _enter_bank(self, adapter: AdapterState, trained: Trained) -> tuple[FactorBank, int]:
-        least = _LEAST_RANK.get(self._model.device.type, 1)
-        ranks = {path: max(factors.rank, least) for path, factors in adapter.items()}
+        ranks = self._ranks.stored(adapter, is_trained=trained != "none")
         fitting = [bank for bank in self._banks if bank.fits(ranks, trained, _MOST_PADDING)]
         if fitting:
             bank = min(fitting, key=lambda bank: bank.num_columns)
@@ -181,7 +188,7 @@ class _Pool:
         for bank in self._banks:
             bank.gradients.zero_()
         losses = torch.zeros(len(self.clients), device=self._model.device)
-        for part in cut_into_passes(rows, self._model.pace):
+        for part in cut_into_passes(rows, self._model.pace, self._most_tokens):
             losses += self._backward(part, len(self.clients))
         # A step without an answer token has no gradient; nothing moves, not even by momentum.
         moving = [client for client, count in zip(self.clients, answers, strict=True) if count]

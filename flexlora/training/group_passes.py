@@ -15,10 +15,6 @@ from flexlora.training.factor_bank import FactorBank
 from flexlora.training.group_layers import BankRows, RowMasks
 from flexlora.training.length_runs import LARGER, PASS_TOKENS
 
-# A pass with more tokens no longer fits into the caches, and keeps more activations.
-_MOST_PASS_TOKENS = {"cpu": 1024, LARGER: 512, "cuda": 32768}
-
-
 # What one more bank in a pass costs, in padded tokens.
 _BANK_TOKENS = {"cpu": 48, LARGER: 8, "cuda": 512}
 
@@ -101,19 +97,24 @@ class PassRow:
         return len(self.example.input_ids)
 
 
-def cut_into_passes(rows: Sequence[PassRow], pace: str) -> list[list[PassRow]]:
+def cut_into_passes(rows: Sequence[PassRow], pace: str, most_tokens: int) -> list[list[PassRow]]:
     """Return the rows cut into passes at the least cost of padded tokens, passes, banks and gathered factors.
 
     Two ways are compared: rows sorted by length whatever client they belong to, and the rows of each client together.
     Rows with the same banks are neighbours and, within a pass, rows of one client.
+
+    Args:
+        rows: Of one optimiser step.
+        pace: What passes cost.
+        most_tokens: Most tokens of a pass, padding included; a single row may have more.
     """
     by_length = [[row] for row in sorted(rows, key=lambda row: (row.client.bank_numbers, row.length))]
     by_client = []
     for _, own in itertools.groupby(sorted(rows, key=_banks_and_slots), key=lambda row: row.pool_index):
         together = sorted(own, key=lambda row: row.length)
-        most = max(1, _MOST_PASS_TOKENS.get(pace, 1024) // together[-1].length)
+        most = max(1, most_tokens // together[-1].length)
         by_client += [together[start : start + most] for start in range(0, len(together), most)]
-    candidates = [_cheapest_cuts(units, pace) for units in (by_length, by_client)]
+    candidates = [_cheapest_cuts(units, pace, most_tokens) for units in (by_length, by_client)]
     return min(candidates, key=lambda parts: sum(_cost(part, pace) for part in parts))
 
 
@@ -121,9 +122,8 @@ def _banks_and_slots(row: PassRow) -> tuple[tuple[int, ...], ...]:
     return row.client.bank_numbers, row.client.slots
 
 
-def _cheapest_cuts(units: Sequence[Sequence[PassRow]], pace: str) -> list[list[PassRow]]:
+def _cheapest_cuts(units: Sequence[Sequence[PassRow]], pace: str, most_tokens: int) -> list[list[PassRow]]:
     """Return runs of units as passes, at the least cost of padded tokens, passes and banks."""
-    most = _MOST_PASS_TOKENS.get(pace, 1024)
     sizes = [(len(unit), max(row.length for row in unit), unit[0].client.bank_numbers) for unit in units]
     cheapest: list[tuple[float, int]] = [(0.0, 0)]
     for end in range(1, len(units) + 1):
@@ -134,7 +134,7 @@ def _cheapest_cuts(units: Sequence[Sequence[PassRow]], pace: str) -> list[list[P
             num_rows, longest = num_rows + own_rows, max(longest, own_length)
             num_banks, banks = num_banks + (own_banks != banks), own_banks
             tokens = num_rows * longest
-            if start < end - 1 and tokens > most:
+            if start < end - 1 and tokens > most_tokens:
                 break
             cost = cheapest[start][0] + tokens + PASS_TOKENS.get(pace, 0) + num_banks * _BANK_TOKENS.get(pace, 0)
             best = min(best, (cost, start))

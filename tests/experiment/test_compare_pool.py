@@ -15,7 +15,7 @@ from flexlora.experiment.compare_pool import JobPool
 JOBS = """
 import errno, os, signal
 
-def begin(study):
+def begin(study, num_processes):
     pass
 
 def run(job, scratch):

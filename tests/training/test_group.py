@@ -19,6 +19,7 @@ from flexlora.federation.messages import Broadcast, TailPenalty
 from flexlora.lora.factors import LoraFactors, Scaling
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.base_model import target_modules
+from flexlora.training.common_ranks import common_ranks
 from flexlora.training.group import TrainedClient, train_group
 from flexlora.training.group_decoder import written_out
 from flexlora.training.group_layers import reason_against_groups
@@ -67,9 +68,17 @@ def test_clients_train_in_a_group_as_they_do_alone(model, jobs, settings):
 
 
 def test_clients_whose_factors_are_padded_as_on_a_gpu_train_as_they_do_alone(model, jobs, monkeypatch):
-    monkeypatch.setattr("flexlora.training.group._LEAST_RANK", {"cpu": 16})
+    made = []
+
+    def as_on_a_gpu(_, num_parameters, broadcasts):
+        made.append(common_ranks("cuda", num_parameters, broadcasts))
+        return made[-1]
+
+    monkeypatch.setattr("flexlora.training.group.common_ranks", as_on_a_gpu)
     settings = LocalTraining("sgd", batch_size=2, momentum=0.9, max_grad_norm=0.5)
-    assert_as_alone(model, jobs, list(train_group(model, jobs, settings)), settings)
+    for broadcasts in ((), [job.broadcast for job in jobs]):
+        assert_as_alone(model, jobs, list(train_group(model, jobs, settings, broadcasts=broadcasts)), settings)
+    assert not made[0].trained and made[-1].trained
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -21,11 +21,11 @@ def test_rows_of_similar_length_share_a_pass_whoever_they_belong_to():
         for member, own in lengths.items()
         for length in own
     ]
-    passes = [sorted((row.pool_index, row.length) for row in part) for part in cut_into_passes(rows, "cpu")]
+    passes = [sorted((row.pool_index, row.length) for row in part) for part in cut_into_passes(rows, "cpu", 1024)]
     assert [(0, 10), (0, 12), (1, 11)] in [[pair for pair in part if pair[0] < 2] for part in passes]
     assert sum(map(len, passes)) == 8
     assert all(max(part, key=lambda pair: pair[1])[1] * len(part) <= 1024 for part in passes)
-    of_larger = cut_into_passes(rows, LARGER)
+    of_larger = cut_into_passes(rows, LARGER, 512)
     assert all(max(row.length for row in part) * len(part) <= 512 for part in of_larger)
 
 

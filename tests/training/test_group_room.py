@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from flexlora.data.prompts import EncodedExample
-from flexlora.training.group_room import MOST_CLIENTS, has_room
+from flexlora.training import group_room
+from flexlora.training.common_ranks import CommonRanks
+from flexlora.training.group_room import MOST_CLIENTS, has_room, most_pass_tokens
 from flexlora.training.length_runs import LARGER
 from flexlora.training.one_client import LocalTraining
 
@@ -41,3 +43,33 @@ def test_a_larger_base_has_fewer_clients_at_once(jobs):
         False,
     ]
     assert has_room([sized] * 4, sized, SETTINGS, CPU, None, "cpu")
+
+
+def test_factors_take_the_memory_of_the_ranks_that_they_are_stored_at(jobs, monkeypatch):
+    tiny = dataclasses.replace(jobs[1], examples=jobs[1].examples[:1])
+    padded = CommonRanks(64)
+    numbers = sum(64 * sum(factors.shape) for factors in tiny.broadcast.trainable.values())
+    # Weights, gradients and two moments of float32; a quarter of the memory is for them.
+    monkeypatch.setattr(group_room, "memory_bytes", lambda: 4 * 3 * 16 * numbers)
+    monkeypatch.setattr(group_room, "num_cores", lambda: 1)
+    assert [has_room([tiny] * number, tiny, SETTINGS, CPU, None, None, padded) for number in (2, 3)] == [True, False]
+    assert has_room([tiny] * 3, tiny, SETTINGS, CPU, None)
+
+
+def test_on_a_gpu_a_pass_has_as_many_tokens_as_there_is_memory_for(model, monkeypatch):
+    assert most_pass_tokens(model) == 1024
+
+    class OnGpu:
+        device, pace = torch.device("cuda"), "cuda"
+        network, num_parameters = model.network, model.num_parameters
+
+    def most(num_bytes):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, num_bytes))
+        return most_pass_tokens(OnGpu())
+
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
+    assert most(10**15) == 32768
+    assert most(1) == 1
+    # The more memory, the more tokens: what is left beside the base is divided by what a token needs.
+    base = 2 * 4 * model.num_parameters
+    assert most(base + 2 * 10**8) == pytest.approx(2 * most(base + 10**8), rel=0.01)
