@@ -13,11 +13,7 @@ RUNS = ("rounds.num_rounds=30", "rounds.cohort_size=12", "training.batch_size=4"
 LONG_RUNS = ("rounds.num_rounds=40", "rounds.cohort_size=24", "training.max_steps=4")
 """Five times the examples of ``RUNS``."""
 
-RUNS_OF_SMOLLM2 = (
-    "rounds.num_rounds=12",
-    "rounds.cohort_size=12",
-    "data.validation_examples=128",
-)
+RUNS_OF_SMOLLM2 = ("data.validation_examples=128",)
 """A real model, some minutes a run on two cores. ``datasets/`` holds what is not ours, or links to it."""
 
 COMPENSATED = "compensated=flexlora:error_compensation=true:fold_tail=true"
@@ -74,7 +70,7 @@ def _of_smollm2(title: str, question: str, data: str, config: str, *overrides: s
         draws=4,
         overrides=(f"data.path={data}", *RUNS_OF_SMOLLM2, *overrides),
         tune_on="heavy_tail_strong",
-        evaluations=3,
+        evaluations=2,
         config=config,
     )
 

@@ -8,6 +8,7 @@ that has made its last step leaves, and the next one enters.
 
 import itertools
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from flexlora.training.factor_bank import FactorBank, Trained
 from flexlora.training.group_backward import GroupBackward
 from flexlora.training.group_optimizer import clip_gradients, num_moments, update_factors
 from flexlora.training.group_passes import GroupJob, PassRow, PooledClient, cut_into_passes
-from flexlora.training.group_room import has_room, most_pass_tokens
+from flexlora.training.group_room import has_room, tokens_with_memory
 from flexlora.training.group_terms import add_terms
 from flexlora.training.one_client import (
     DivergedError,
@@ -61,6 +62,7 @@ def train_group(
     settings: LocalTraining,
     clients_per_group: int | None = None,
     broadcasts: Iterable[Broadcast] = (),
+    most_pass_tokens: int | None = None,
 ) -> Iterator[TrainedClient | Exception]:
     """Yield one outcome per job, in the order of the jobs.
 
@@ -74,9 +76,12 @@ def train_group(
         clients_per_group: Most clients at a time; None decides by tokens and memory.
         broadcasts: What jobs still to come may start from, as far as it is known; on a GPU it decides to which ranks
             factors are padded.
+        most_pass_tokens: Most tokens of a pass, padding included; None means as many as there is memory for. Where
+            memory runs out all the same, clients train again, half as many at a time on passes of half as many.
     """
     ranks = common_ranks(model.device.type, model.num_parameters, broadcasts)
-    pool, queue = _Pool(model, settings, clients_per_group, ranks), enumerate(jobs)
+    most_tokens = most_pass_tokens or tokens_with_memory(model)
+    pool, queue = _Pool(model, settings, clients_per_group, ranks, most_tokens), enumerate(jobs)
     done: dict[int, TrainedClient | Exception] = {}
     waiting = next(queue, None)
     for index in itertools.count():
@@ -97,11 +102,16 @@ class _Pool:
     """The clients that train at present."""
 
     def __init__(
-        self, model: AdaptedModel, settings: LocalTraining, most_clients: int | None, ranks: CommonRanks
+        self,
+        model: AdaptedModel,
+        settings: LocalTraining,
+        most_clients: int | None,
+        ranks: CommonRanks,
+        most_tokens: int,
     ) -> None:
         self.clients: list[PooledClient] = []
         self._model, self._settings, self._most_clients, self._ranks = model, settings, most_clients, ranks
-        self._most_tokens = most_pass_tokens(model)
+        self._most_tokens = most_tokens
         self._backward, self._banks = GroupBackward(model), list[FactorBank]()
 
     def has_room(self, job: GroupJob) -> bool:
@@ -154,7 +164,7 @@ class _Pool:
         try:
             self._step()
         except Exception as error:
-            return self._one_by_one(error)
+            return self._trained_again(error)
         seconds = time.perf_counter() - start
         tokens = [client.num_tokens - before for client, before in zip(self.clients, tokens_before, strict=True)]
         for client, own in zip(self.clients, tokens, strict=True):
@@ -163,14 +173,23 @@ class _Pool:
         self.clients = [client for client in self.clients if client.steps_left]
         return {client.job_index: _outcome(client) for client in leaving}
 
-    def _one_by_one(self, error: Exception) -> dict[int, TrainedClient | Exception]:
-        """Train each client again, alone, to find the one that failed."""
-        clients, self.clients = self.clients, []
-        for client in clients:
+    def _trained_again(self, error: Exception) -> dict[int, TrainedClient | Exception]:
+        """Train the clients again: fewer at a time if memory ran out, else each alone, to find the one that failed."""
+        jobs, indices = [client.job for client in self.clients], [client.job_index for client in self.clients]
+        ran_out = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        most_tokens = self._most_tokens // 2 if ran_out else self._most_tokens
+        longest = max(len(example.input_ids) for job in jobs for example in job.examples)
+        for client in self.clients:
             _leave(client)
-        if len(clients) == 1:
-            return {clients[0].job_index: error}
-        return {client.job_index: next(train_group(self._model, [client.job], self._settings, 1)) for client in clients}
+        if len(jobs) == 1 and (not ran_out or self._most_tokens < longest):
+            self.clients = []
+            return {indices[0]: error}
+        # What the failed pass computed must not stay in memory, nor the banks.
+        self.clients, self._banks = [], []
+        _forget_frames(error)
+        most_clients = max(1, len(jobs) // 2) if ran_out else 1
+        again = train_group(self._model, jobs, self._settings, most_clients, most_pass_tokens=most_tokens)
+        return dict(zip(indices, again, strict=True))
 
     def _step(self) -> None:
         rows, answers = [], []
@@ -198,6 +217,14 @@ class _Pool:
             client.losses.append(loss)
             client.norms.append(norm)
         update_factors(moving, self._settings)
+
+
+def _forget_frames(error: Exception) -> None:
+    """Free what the functions that an error left keep alive."""
+    traceback.clear_frames(error.__traceback__)
+    error.__traceback__ = None
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _leave(client: PooledClient) -> AdapterState:

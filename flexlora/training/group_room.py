@@ -17,14 +17,16 @@ MOST_CLIENTS = 256
 # Clients enter while a step of all of them has fewer tokens than this, and while there is memory. A larger base has
 # full passes with fewer, and the factors of each client take more memory.
 _POOL_TOKENS = {"cpu": 4096, LARGER: 512, "cuda": 65536}
-_MEMORY_SHARE = 0.25
-# Weights, gradients and two moments.
-_BYTES_PER_FACTOR = 16
+_MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.4}
+# Two moments and, in banks that are at most half empty, weights and gradients; a frozen branch has weights alone.
+_BYTES_PER_FACTOR = {True: 24, False: 8}
 # A pass with more tokens no longer fits into the caches, and keeps more activations.
 _MOST_PASS_TOKENS = {"cpu": 1024, LARGER: 512, "cuda": 32768}
 # What a block keeps of a token for the backward pass: so many times its width and its inner width.
 _KEPT_WIDTHS, _KEPT_INNER_WIDTHS = 12, 4
-_ACTIVATION_SHARE = 0.5
+# Bytes for each entry of the vocabulary kept at a token of an answer, and the share of such tokens.
+_BYTES_PER_LOGIT, _ANSWER_SHARE = 10, 0.2
+_ACTIVATION_SHARE = 0.4
 
 
 def has_room(
@@ -53,7 +55,8 @@ def has_room(
     return (
         len(jobs) <= MOST_CLIENTS
         and sum(_step_tokens(job, settings) for job in jobs) <= _POOL_TOKENS.get(pace or device.type, 0)
-        and sum(_factor_bytes(job, ranks) for job in jobs) <= _MEMORY_SHARE * _memory_bytes(device)
+        and sum(_factor_bytes(job, ranks) for job in jobs)
+        <= _MEMORY_SHARE.get(device.type, 0.25) * _memory_bytes(device)
     )
 
 
@@ -65,14 +68,14 @@ def _step_tokens(job: GroupJob, settings: LocalTraining) -> float:
 
 def _factor_bytes(job: GroupJob, ranks: CommonRanks) -> int:
     branches = ((job.broadcast.trainable, True), (job.broadcast.frozen or {}, False))
-    return _BYTES_PER_FACTOR * sum(
-        rank * sum(adapter[path].shape)
+    return sum(
+        _BYTES_PER_FACTOR[is_trained] * rank * sum(adapter[path].shape)
         for adapter, is_trained in branches
         for path, rank in ranks.stored(adapter, is_trained=is_trained).items()
     )
 
 
-def most_pass_tokens(model: AdaptedModel) -> int:
+def tokens_with_memory(model: AdaptedModel) -> int:
     """Return how many tokens a pass through ``model`` may have: on a GPU, as many as it has memory for."""
     most = _MOST_PASS_TOKENS.get(model.pace, 1024)
     if model.device.type != "cuda":
@@ -82,6 +85,7 @@ def most_pass_tokens(model: AdaptedModel) -> int:
     inner = getattr(config, "intermediate_size", None) or 4 * width
     size = torch.empty((), dtype=model.network.dtype).element_size()
     per_token = size * config.num_hidden_layers * (_KEPT_WIDTHS * width + _KEPT_INNER_WIDTHS * inner)
+    per_token += _ANSWER_SHARE * _BYTES_PER_LOGIT * config.vocab_size
     left = _memory_bytes(model.device) - size * model.num_parameters
     return min(most, max(1, int(_ACTIVATION_SHARE * left / per_token)))
 

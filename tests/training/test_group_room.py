@@ -6,7 +6,7 @@ import torch
 from flexlora.data.prompts import EncodedExample
 from flexlora.training import group_room
 from flexlora.training.common_ranks import CommonRanks
-from flexlora.training.group_room import MOST_CLIENTS, has_room, most_pass_tokens
+from flexlora.training.group_room import MOST_CLIENTS, has_room, tokens_with_memory
 from flexlora.training.length_runs import LARGER
 from flexlora.training.one_client import LocalTraining
 
@@ -49,15 +49,15 @@ def test_factors_take_the_memory_of_the_ranks_that_they_are_stored_at(jobs, monk
     tiny = dataclasses.replace(jobs[1], examples=jobs[1].examples[:1])
     padded = CommonRanks(64)
     numbers = sum(64 * sum(factors.shape) for factors in tiny.broadcast.trainable.values())
-    # Weights, gradients and two moments of float32; a quarter of the memory is for them.
-    monkeypatch.setattr(group_room, "memory_bytes", lambda: 4 * 3 * 16 * numbers)
+    # Two moments, and weights and gradients of twice as many slots, in float32; a quarter of the memory is for them.
+    monkeypatch.setattr(group_room, "memory_bytes", lambda: 4 * 3 * 24 * numbers)
     monkeypatch.setattr(group_room, "num_cores", lambda: 1)
     assert [has_room([tiny] * number, tiny, SETTINGS, CPU, None, None, padded) for number in (2, 3)] == [True, False]
     assert has_room([tiny] * 3, tiny, SETTINGS, CPU, None)
 
 
 def test_on_a_gpu_a_pass_has_as_many_tokens_as_there_is_memory_for(model, monkeypatch):
-    assert most_pass_tokens(model) == 1024
+    assert tokens_with_memory(model) == 1024
 
     class OnGpu:
         device, pace = torch.device("cuda"), "cuda"
@@ -65,7 +65,7 @@ def test_on_a_gpu_a_pass_has_as_many_tokens_as_there_is_memory_for(model, monkey
 
     def most(num_bytes):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, num_bytes))
-        return most_pass_tokens(OnGpu())
+        return tokens_with_memory(OnGpu())
 
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
     assert most(10**15) == 32768
