@@ -6,8 +6,9 @@ from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import Broadcast, ClientFailure, KeptFactors, Update
+from flexlora.federation.messages import Broadcast, ClientFailure, KeptFactors, Reply, Update
 from flexlora.uplink.base import UplinkStep
+from flexlora.uplink.phases import ClientPhases
 from flexlora.uplink.wire import WireDtype, decode_broadcast, encode_broadcast
 
 ParcelKey = RankPlan | str
@@ -52,6 +53,8 @@ class RoundOrder:
         cohort: Who trains.
         parcels: What clients are sent: one for each rank plan, or one for each client if all get their own.
         kept: Client id -> the factor that it kept of an earlier round; those that have none are missing.
+        phases: What clients do in the further phases of the round; they hold what they train and send word of it only.
+            None sends updates.
     """
 
     server_round: int
@@ -62,6 +65,7 @@ class RoundOrder:
     cohort: Sequence[ClientSpec]
     parcels: Mapping[ParcelKey, Parcel]
     kept: Mapping[str, KeptFactors] = field(default_factory=dict)
+    phases: ClientPhases | None = None
 
     def key_of(self, client: ClientSpec) -> ParcelKey:
         """Return the key of the parcel that a client is sent."""
@@ -78,4 +82,26 @@ class Engine(Protocol):
 
     def train(self, order: RoundOrder) -> Iterator[Update | ClientFailure]:
         """Yield one outcome per client of the order's cohort, in cohort order."""
+        ...
+
+
+@runtime_checkable
+class PhasedEngine(Protocol):
+    """An engine whose rounds can have further phases; clients hold what they trained under ``RoundOrder.phases``."""
+
+    def train(self, order: RoundOrder) -> Iterator[Update | ClientFailure]:
+        """Yield one outcome per client of the order's cohort, in cohort order; under ``phases`` updates are held."""
+        ...
+
+    def ask(self, kind: str, requests: Mapping[str, bytes]) -> Iterator[Reply | ClientFailure]:
+        """Yield one reply or failure per request, in their order.
+
+        Args:
+            kind: The phase; it becomes the stage of a failure.
+            requests: Client id -> what it is asked; each client has trained in this round and holds its update.
+        """
+        ...
+
+    def forget(self) -> None:
+        """End the round: clients drop what they hold, at the latest before they train again."""
         ...

@@ -24,6 +24,8 @@ from flexlora.uplink.wire import decode_broadcast
 # Fields of an engine that a trainer fills in itself.
 _OWN_FIELDS = ("model", "examples_of")
 
+_REPLACED = "the process that trained this client was replaced, and with it what the client held is lost"
+
 
 @dataclass(frozen=True)
 class Start:
@@ -65,6 +67,19 @@ class TrainTask:
     order: bytes
     engine: bytes
     kept: Mapping[str, KeptFactors] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AskTask:
+    """Requests of a further phase to clients that this trainer has trained.
+
+    Attributes:
+        kind: The phase; None ends the round, and clients drop what they hold.
+        requests: Client id -> what it is asked.
+    """
+
+    kind: str | None
+    requests: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def start_like_here(description: bytes, device: str, num_threads: int) -> Start:
@@ -141,6 +156,17 @@ class ChunkTrainer:
         self._task: TrainTask | None = None
         self._engine: SimulationEngine | None = None
         self._parcels: dict[ParcelKey, Parcel] = {}
+
+    def answers(self, task: AskTask) -> Iterator[bytes]:
+        """Return the pickled replies of the clients of a task, each answered when it is asked for."""
+        if task.kind is None:
+            if self._engine is not None:
+                self._engine.forget()
+        elif self._engine is None:
+            for client_id, request in task.requests.items():
+                yield pickle.dumps(ClientFailure(client_id, task.kind, _REPLACED, len(request)))
+        else:
+            yield from map(pickle.dumps, self._engine.ask(task.kind, task.requests))
 
     def begin(self, task: TrainTask) -> Iterator[bytes]:
         """Prepare a task and return the packed outcomes of its clients, each trained when it is asked for."""

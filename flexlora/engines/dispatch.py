@@ -8,7 +8,8 @@ a trainer. A chunk that a trainer loses becomes failures of its clients, or is t
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,12 +19,12 @@ import torch
 
 from flexlora.data.prompts import EncodedExample
 from flexlora.engines.base import RoundOrder
-from flexlora.engines.chunk_trainer import TrainTask
+from flexlora.engines.chunk_trainer import AskTask, TrainTask
 from flexlora.engines.chunks import Chunk
 from flexlora.engines.open_round import OpenChunk, OpenRound
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.errors import FlexLoraError
-from flexlora.federation.messages import ClientFailure, Update
+from flexlora.federation.messages import ClientFailure, Reply, Update
 
 # Chunks that are being trained or wait for an earlier one, per process.
 _OPEN_CHUNKS = 2
@@ -63,8 +64,16 @@ class RemoteTrainer(Protocol):
         """
         ...
 
+    def ask(self, task: AskTask) -> Iterator[Reply | ClientFailure]:
+        """Yield one reply or failure per request, in their order.
+
+        Raises:
+            ChunkLostError: If the replies end early.
+        """
+        ...
+
     def stop(self) -> None:
-        """Drop the task that another thread is having trained."""
+        """Drop the task that another thread is having trained or asked."""
         ...
 
     def close(self) -> None:
@@ -78,6 +87,7 @@ class TrainerPool:
     Attributes:
         condition: Guards everything here and in the rounds; every change notifies it.
         trainers: Those that can be used.
+        holders: Client id -> the trainer where it holds what it trained in this round.
         resources: Closed with this pool.
         seconds_here: Time that training has taken in this process.
         has_given_up: Whether a trainer could not be started.
@@ -88,6 +98,7 @@ class TrainerPool:
         """Start without trainers."""
         self.condition = threading.Condition()
         self.trainers: list[RemoteTrainer] = []
+        self.holders: dict[str, RemoteTrainer] = {}
         self.resources = ExitStack()
         self.seconds_here = 0.0
         self.has_given_up = self.is_closed = False
@@ -167,6 +178,8 @@ class TrainerPool:
         try:
             for outcome in trainer.train(work.task(chunk.chunk)):
                 with self.condition:
+                    if isinstance(outcome, Update) and outcome.is_held:
+                        self.holders[str(outcome.client_id)] = trainer
                     work.put(chunk, outcome)
         except Exception as error:
             is_lost = isinstance(error, ChunkLostError)
@@ -242,6 +255,39 @@ class Dispatcher:
                 elif steps is not None and not next(steps, False):
                     steps = None
 
+    def ask(self, kind: str, requests: Mapping[str, bytes]) -> Iterator[Reply | ClientFailure]:
+        """Yield one reply or failure per request, in their order; each is answered where its client trained.
+
+        A caller that is interrupted stops the trainers that are at work.
+        """
+        parts: dict[RemoteTrainer | None, dict[str, bytes]] = {}
+        for client_id, request in requests.items():
+            parts.setdefault(self.pool.holders.get(client_id), {})[client_id] = request
+        here = self._engine_here.ask(kind, parts.pop(None, {}))
+        replies: dict[str, Reply | ClientFailure] = {}
+        with ThreadPoolExecutor(max(1, len(parts))) as threads:
+            there = {
+                trainer: threads.submit(_replies_of, trainer, AskTask(kind, part))
+                for trainer, part in parts.items()
+                if trainer is not None
+            }
+            try:
+                replies |= {reply.client_id: reply for reply in here}
+                for future in there.values():
+                    replies |= {reply.client_id: reply for reply in future.result()}
+            finally:
+                for trainer, future in there.items():
+                    if not future.done():
+                        trainer.stop()
+        yield from (replies[client_id] for client_id in requests)
+
+    def forget(self) -> None:
+        """Let all clients drop what they hold."""
+        holders, self.pool.holders = set(self.pool.holders.values()), {}
+        self._engine_here.forget()
+        for trainer in holders:
+            _replies_of(trainer, AskTask(None))
+
     def _train_here(self, work: OpenRound, chunk: OpenChunk) -> Iterator[bool]:
         """Train a chunk in this process, one client at each step of this iterator."""
         self._examples.loaded.update(chunk.chunk.examples)
@@ -266,6 +312,17 @@ class Dispatcher:
     @cached_property
     def _examples(self) -> "_Examples":
         return _Examples(self.engine.examples_of, self.pool.condition)
+
+
+def _replies_of(trainer: RemoteTrainer, task: AskTask) -> list[Reply | ClientFailure]:
+    """Return the replies of a trainer to a task; those that it loses are failures."""
+    replies: list[Reply | ClientFailure] = []
+    try:
+        replies.extend(trainer.ask(task))
+    except ChunkLostError as error:
+        lost = list(task.requests.items())[len(replies) :]
+        replies += [ClientFailure(one, str(task.kind), str(error), len(request)) for one, request in lost]
+    return replies
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Runs a child process: trains chunks for the process that started it, and ends when that process does.
 
 Started as ``python -m flexlora.engines.process_child SOCKET MEMORY PARENT``: two inherited file descriptors, and the
-number of the process that started it. It receives one ``Start`` and then one ``TrainTask`` after another, over a socket
-that only the process that started it has. It answers ``READY`` to the start; it answers a task with ``READY`` when it
-begins, then with the outcome of each client.
+number of the process that started it. It receives one ``Start`` and then one ``TrainTask`` or ``AskTask`` after the
+other, over a socket that only the process that started it has. It answers ``READY`` to the start; it answers a task
+with ``READY`` when it begins, then with the outcome or the reply of each client.
 """
 
 import os
@@ -23,7 +23,7 @@ def main() -> None:
     """Train what comes over the socket until it is closed."""
     end_with_parent(int(sys.argv[3]))
     # Only now: importing torch takes longer than this process may outlive the other one.
-    from flexlora.engines.chunk_trainer import ChunkTrainer
+    from flexlora.engines.chunk_trainer import AskTask, ChunkTrainer
 
     # Ctrl-C reaches both processes; the one that started this one decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -32,7 +32,8 @@ def main() -> None:
     trainer = ChunkTrainer(int(sys.argv[2]), pickle.loads(inbox.get()))
     connection.send_bytes(READY)
     while True:
-        outcomes = trainer.begin(pickle.loads(inbox.get()))
+        task = pickle.loads(inbox.get())
+        outcomes = trainer.answers(task) if isinstance(task, AskTask) else trainer.begin(task)
         connection.send_bytes(READY)
         for outcome in outcomes:
             connection.send_bytes(outcome)

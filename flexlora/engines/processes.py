@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,13 +23,13 @@ from multiprocessing.connection import Connection
 from typing import IO
 
 from flexlora.engines.base import ParcelKey, RoundOrder
-from flexlora.engines.chunk_trainer import Start, TrainTask, start_like_here, unpacked
+from flexlora.engines.chunk_trainer import AskTask, Start, TrainTask, start_like_here, unpacked
 from flexlora.engines.dispatch import ChunkLostError, Dispatcher, TrainerPool
 from flexlora.engines.process_child import READY
 from flexlora.engines.shared_model import SharedModel, SharingError, share
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.errors import FlexLoraError
-from flexlora.federation.messages import ClientFailure, Update
+from flexlora.federation.messages import ClientFailure, Reply, Update
 from flexlora.training.adapted_model import AdaptedModel
 
 # Starting a child costs a core some seconds; a run that ends sooner needs no child.
@@ -116,6 +116,14 @@ class ProcessEngine:
             before_chunk=lambda: self.children.start(len(order.cohort) - 1),
         )
 
+    def ask(self, kind: str, requests: Mapping[str, bytes]) -> Iterator[Reply | ClientFailure]:
+        """Yield one reply or failure per request, in their order; what a child that died held is lost."""
+        return self._dispatcher.ask(kind, requests)
+
+    def forget(self) -> None:
+        """Let all clients drop what they hold."""
+        self._dispatcher.forget()
+
     @cached_property
     def _dispatcher(self) -> Dispatcher:
         return Dispatcher(self.engine, self.children.pool, self.children.num_threads)
@@ -164,6 +172,8 @@ class ChildTrainer:
             ChunkLostError: If the child ends first.
             ChildError: If it ends before it has ever begun to train.
         """
+        # The child that was prepared may have died since, while it answered.
+        self.prepare()
         child, has_begun = self._child, False
         assert child is not None
         try:
@@ -178,6 +188,22 @@ class ChildTrainer:
             if not (child.has_trained or child.is_stopped):
                 raise ChildError(reason) from error
             raise ChunkLostError(f"{reason} while it trained this client", has_begun=has_begun) from error
+
+    def ask(self, task: AskTask) -> Iterator[Reply | ClientFailure]:
+        """Yield one reply or failure per request of a task, in their order.
+
+        Raises:
+            ChunkLostError: If the child ends first, or has ended.
+        """
+        child = self._child
+        if child is None:
+            raise ChunkLostError("the child process that held what this client trained has ended", has_begun=True)
+        try:
+            child.send(task)
+            for _ in task.requests:
+                yield pickle.loads(child.connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise ChunkLostError(f"{self._end(child)} while it answered", has_begun=True) from error
 
     def stop(self) -> None:
         """Kill the child; the next chunk gets a new one."""
@@ -236,7 +262,7 @@ class _Child:
             self.connection = Connection(ours.detach())
             stack.pop_all()
 
-    def send(self, message: Start | TrainTask) -> None:
+    def send(self, message: Start | TrainTask | AskTask) -> None:
         """Send a message and wait until the child is ready for what follows."""
         # Not with the connection's own pickling, which torch teaches to send tensors as open files.
         self.connection.send_bytes(pickle.dumps(message))

@@ -12,7 +12,7 @@ import pickle
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from flexlora.engines.base import ParcelKey, RoundOrder
-from flexlora.engines.chunk_trainer import ChunkTrainer, Start, TrainTask, start_like_here, unpacked
+from flexlora.engines.chunk_trainer import AskTask, ChunkTrainer, Start, TrainTask, start_like_here, unpacked
 from flexlora.engines.dispatch import ChunkLostError, Dispatcher, TrainerPool
 from flexlora.engines.shared_model import share
 from flexlora.engines.simulation import SimulationEngine, reason_of
 from flexlora.errors import FlexLoraError
-from flexlora.federation.messages import ClientFailure, Update
+from flexlora.federation.messages import ClientFailure, Reply, Update
 from flexlora.training.adapted_model import AdaptedModel
 
 # Chunks that an actor has, so that it does not idle while the next one travels.
@@ -73,6 +73,10 @@ class Actor:
         """Return the packed outcome of each client of a task."""
         packets_of = dict(zip(keys, packets, strict=True))
         return list(self._trainer.begin(replace(pickle.loads(task), packets=packets_of)))
+
+    def ask(self, task: bytes) -> list[bytes]:
+        """Return the pickled reply of each client of a task."""
+        return list(self._trainer.answers(pickle.loads(task)))
 
 
 class RayActors:
@@ -176,6 +180,14 @@ class RayEngine:
         num_processes = len(self.actors.started())
         return self._dispatcher.train(order, num_processes=num_processes, shares_work=False, before_chunk=lambda: None)
 
+    def ask(self, kind: str, requests: Mapping[str, bytes]) -> Iterator[Reply | ClientFailure]:
+        """Yield one reply or failure per request, in their order; what an actor that died held is lost."""
+        return self._dispatcher.ask(kind, requests)
+
+    def forget(self) -> None:
+        """Let all clients drop what they hold."""
+        self._dispatcher.forget()
+
     @cached_property
     def _dispatcher(self) -> Dispatcher:
         return Dispatcher(self.engine, self.actors.pool, self.actors.settings.cpus)
@@ -190,6 +202,7 @@ class _Queues:
         self._loads = [0] * len(handles)
         self._lock, self._is_closed = threading.Lock(), False
         self._call, self._packets = -1, dict[ParcelKey, Any]()
+        self._holders: dict[str, Any] = {}
 
     def submit(self, task: TrainTask) -> tuple[int, Any, Any]:
         """Give a task to the actor that has the fewest; return its number, its handle and the future."""
@@ -210,8 +223,30 @@ class _Queues:
         """Count a task of an actor as done; replace an actor that is lost and not replaced yet."""
         with self._lock:
             self._loads[index] -= 1
-            if is_lost and self._handles[index] is handle and not self._is_closed:
-                self._handles[index] = self._make()
+        if is_lost:
+            self.replace(handle)
+
+    def replace(self, handle: Any) -> None:
+        """Start an actor in the place of one that is lost, unless that has been done."""
+        with self._lock:
+            if handle in self._handles and not self._is_closed:
+                self._handles[self._handles.index(handle)] = self._make()
+
+    def hold(self, client_ids: Iterable[str], handle: Any) -> None:
+        """Note which actor holds what these clients trained."""
+        with self._lock:
+            self._holders |= dict.fromkeys(client_ids, handle)
+
+    def parts_of(self, task: AskTask) -> list[tuple[Any, AskTask]]:
+        """Return a task in parts, one for each actor that is concerned; the end of a round concerns all that hold."""
+        with self._lock:
+            if task.kind is None:
+                handles, self._holders = set(self._holders.values()), {}
+                return [(handle, task) for handle in handles]
+            parts: dict[Any, dict[str, bytes]] = {}
+            for client_id, request in task.requests.items():
+                parts.setdefault(self._holders[client_id], {})[client_id] = request
+            return [(handle, AskTask(task.kind, part)) for handle, part in parts.items()]
 
     def close(self) -> None:
         """Replace no more actors."""
@@ -250,7 +285,27 @@ class _RayTrainer:
             raise ChunkLostError(reason, has_begun=True) from error
         finally:
             self._queues.finish(index, handle, is_lost=is_lost)
-        yield from map(unpacked, outcomes)
+        for outcome in map(unpacked, outcomes):
+            if isinstance(outcome, Update) and outcome.is_held:
+                self._queues.hold([str(outcome.client_id)], handle)
+            yield outcome
+
+    def ask(self, task: AskTask) -> Iterator[Reply | ClientFailure]:
+        """Yield one reply or failure per request of a task, in their order; those of an actor that is lost fail."""
+        ray, replies = self._queues.ray, dict[str, Reply | ClientFailure]()
+        futures = [
+            (handle, part, handle.ask.remote(pickle.dumps(part))) for handle, part in self._queues.parts_of(task)
+        ]
+        for handle, part, self._future in futures:
+            try:
+                found = [pickle.loads(data) for data in ray.get(self._future)]
+            except ray.exceptions.RayError as error:
+                if isinstance(error, ray.exceptions.RayActorError):
+                    self._queues.replace(handle)
+                reason = f"the actor that held what this client trained was lost: {type(error).__name__}"
+                found = [ClientFailure(one, str(task.kind), reason, len(data)) for one, data in part.requests.items()]
+            replies |= {reply.client_id: reply for reply in found}
+        yield from (replies[client_id] for client_id in task.requests)
 
     def stop(self) -> None:
         """Cancel the task, unless its actor has begun."""

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from flexlora.engines.base import RoundOrder
 from flexlora.errors import FlexLoraError
 from flexlora.federation.clients import ClientSpec
 from flexlora.federation.kept_factors import kept_of, with_kept, without_kept
-from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.messages import Broadcast, ClientFailure, Reply, Update
 from flexlora.federation.streams import stream_seed
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.group import TrainedClient, train_group
@@ -23,6 +23,7 @@ from flexlora.training.group_layers import reason_against_groups, trains_alone
 from flexlora.training.group_passes import GroupJob
 from flexlora.training.one_client import LocalTraining, TrainClient, train_client
 from flexlora.uplink.base import send
+from flexlora.uplink.phases import Holding, HoldingClient
 from flexlora.uplink.wire import received_update
 
 _LONGEST_REASON = 300
@@ -80,6 +81,29 @@ class SimulationEngine:
             yield self._send(order, first, outcome)
         # No client is left to train, so all of these have failed.
         yield from (failure for failure in waiting if isinstance(failure, ClientFailure))
+
+    def ask(self, kind: str, requests: Mapping[str, bytes]) -> Iterator[Reply | ClientFailure]:
+        """Yield one reply or failure per request, in their order, each answered when it is asked for."""
+        for client_id, request in requests.items():
+            holder = self._holders.get(client_id)
+            if holder is None:
+                reason = "this client holds nothing; it has not trained in this round, or its process was replaced"
+                yield ClientFailure(client_id, kind, reason, len(request))
+                continue
+            try:
+                reply = Reply(client_id, holder.answer(kind, request))
+            except Exception as error:
+                yield ClientFailure(client_id, kind, reason_of(error), len(request))
+            else:
+                yield reply
+
+    def forget(self) -> None:
+        """Drop what clients hold."""
+        self._holders.clear()
+
+    @cached_property
+    def _holders(self) -> dict[str, HoldingClient]:
+        return {}
 
     def _receive(self, order: RoundOrder, client: ClientSpec) -> _Received | ClientFailure:
         stage, down_bytes = "broadcast", 0
@@ -143,7 +167,14 @@ class SimulationEngine:
             rng = torch.Generator().manual_seed(stream_seed(order.seed, "uplink", order.server_round, client.client_id))
             sent, weight = arrival.sent, float(client.num_examples)
             own = Update(client.client_id, without_kept(outcome.adapter, sent), weight, told, cores=outcome.cores)
-            update = received_update(send(order.uplink, own, rng), sent, order.wire_dtype)
+            own = send(order.uplink, own, rng)
+            if order.phases is None:
+                update = received_update(own, sent, order.wire_dtype)
+            else:
+                seed = stream_seed(order.seed, "phases", order.server_round, client.client_id)
+                holding = Holding(own, sent, order.server_round, seed)
+                self._holders[client.client_id] = order.phases.begin(holding)
+                update = Update(client.client_id, {}, weight, is_held=True)
             kept = kept_of(outcome.adapter, sent.kept)
         except Exception as error:
             return ClientFailure(client.client_id, "upload", reason_of(error), arrival.down_bytes)

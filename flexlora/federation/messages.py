@@ -1,4 +1,4 @@
-"""Defines what server and clients exchange: broadcasts, updates, changes and failures."""
+"""Defines what server and clients exchange: broadcasts, updates, changes, replies and failures."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -115,6 +115,8 @@ class Update:
         cores: The trained cores, if ``train_factors`` was ``core``.
         kept: Module -> the factor that the client keeps for its next round (``Broadcast.kept``). It never reaches a
             server: whoever simulates clients stores it for them. Not part of ``up_bytes``.
+        is_held: Whether the client holds what it trained for the further phases of the round, and has sent only word of
+            it: ``payload`` and ``metrics`` are empty.
     """
 
     client_id: str | None
@@ -126,6 +128,20 @@ class Update:
     train_seconds: float = 0.0
     cores: Mapping[str, Float[Tensor, "rank rank"]] | None = None
     kept: KeptFactors | None = None
+    is_held: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers in a further phase of a round.
+
+    Attributes:
+        client_id: The sender.
+        data: What travelled.
+    """
+
+    client_id: str
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -153,7 +169,7 @@ class ClientFailure:
     Attributes:
         client_id: The client that failed.
         stage: Where it failed: ``broadcast``, ``train``, ``upload`` or ``validate``; ``stale`` if its update came too
-            late to count.
+            late to count; the kind of a further phase that it did not answer.
         reason: One line for a person.
         down_bytes: Bytes that it had received by then.
         up_bytes: Bytes of its update that had travelled before it was refused.

@@ -9,11 +9,11 @@ import torch
 
 from flexlora.data.prompts import EncodedExample
 from flexlora.engines import chunks
-from flexlora.engines.chunk_trainer import TrainTask
+from flexlora.engines.chunk_trainer import AskTask, TrainTask
 from flexlora.engines.dispatch import ChunkLostError, Dispatcher, RemoteTrainer, TrainerPool
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.messages import Broadcast, ClientFailure, Reply, Update
 from flexlora.lora.factors import LoraFactors
 from flexlora.training.one_client import LocalTraining
 
@@ -29,6 +29,7 @@ class Fake:
     def __init__(self, answer: Callable[[TrainTask], Iterator[Update | ClientFailure]], error: Exception | None = None):
         self.answer, self.error = answer, error
         self.tasks: list[TrainTask] = []
+        self.asked: list[AskTask] = []
         self.stopped, self.closed = threading.Event(), threading.Event()
 
     def prepare(self) -> None:
@@ -38,6 +39,13 @@ class Fake:
     def train(self, task: TrainTask) -> Iterator[Update | ClientFailure]:
         self.tasks.append(task)
         yield from self.answer(task)
+
+    def ask(self, task: AskTask) -> Iterator[Reply | ClientFailure]:
+        self.asked.append(task)
+        for client_id, request in task.requests.items():
+            if request == b"die":
+                raise ChunkLostError("it died", has_begun=True)
+            yield Reply(client_id, b"there " + request)
 
     def stop(self) -> None:
         self.stopped.set()
@@ -237,3 +245,69 @@ def test_closing_a_pool_closes_its_trainers_and_then_what_they_use(pool):
     pool.resources.callback(order.append, "resource")
     pool.close()
     assert order[:2] == ["trainer", "resource"]
+
+
+def held(task: TrainTask) -> Iterator[Update]:
+    for client in task.clients:
+        yield Update(client.client_id, {}, 1.0, is_held=True)
+
+
+class Here:
+    """A client of this process in the phases of a round."""
+
+    def begin(self, holding):
+        return self
+
+    def answer(self, kind, request):
+        return b"here " + request
+
+
+@pytest.fixture
+def dispatcher(model, pool, order_of):
+    """Returns a dispatcher of which a trainer and this process have trained, and the trainer."""
+    engine = SimulationEngine(model, examples_of, LocalTraining(batch_size=1, max_steps=1), train_one=train_here)
+
+    has_begun = threading.Event()
+
+    def answer(task):
+        has_begun.set()
+        while not pool.seconds_here:
+            time.sleep(0.01)
+        yield from held(task)
+
+    trainer, dispatcher = Fake(answer), Dispatcher(engine, pool, 1)
+    pool.add(trainer)
+    order = order_of(1, COHORT, BROADCASTS, phases=Here())
+    outcomes = dispatcher.train(order, num_processes=2, shares_work=True, before_chunk=lambda: has_begun.wait(SECONDS))
+    assert all(outcome.is_held for outcome in outcomes)
+    return dispatcher, trainer
+
+
+def test_clients_are_asked_where_they_trained_and_answers_come_in_order(dispatcher, pool):
+    asked, trainer = dispatcher
+    there = set(pool.holders)
+    assert 0 < len(there) < len(COHORT)
+    requests = {client.client_id: client.client_id.encode() for client in reversed(COHORT)}
+    replies = list(asked.ask("keys", requests))
+    assert ids(replies) == list(requests)
+    for reply in replies:
+        where = b"there " if reply.client_id in there else b"here "
+        assert reply == Reply(reply.client_id, where + requests[reply.client_id])
+    assert [(task.kind, set(task.requests)) for task in trainer.asked] == [("keys", there)]
+
+
+def test_clients_of_a_trainer_that_dies_while_it_answers_fail(dispatcher, pool):
+    asked, _ = dispatcher
+    first, *others = pool.holders
+    here = next(client.client_id for client in COHORT if client.client_id not in pool.holders)
+    replies = list(asked.ask("keys", {first: b"1", here: b"2", **dict.fromkeys(others, b"die")}))
+    assert replies[:2] == [Reply(first, b"there 1"), Reply(here, b"here 2")]
+    assert replies[2:] == [ClientFailure(one, "keys", "it died", 3) for one in others]
+
+
+def test_at_the_end_of_a_round_all_forget(dispatcher, pool):
+    asked, trainer = dispatcher
+    asked.forget()
+    assert trainer.asked[-1] == AskTask(None) and not pool.holders
+    assert all(isinstance(one, ClientFailure) for one in asked.ask("keys", {"client 0": b"", "client 5": b""}))
+    assert asked.forget() is None and len(trainer.asked) == 1

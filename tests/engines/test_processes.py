@@ -17,7 +17,7 @@ from flexlora.engines.base import Engine
 from flexlora.engines.processes import ChildProcesses, ProcessEngine
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.messages import Broadcast, ClientFailure, Reply, Update
 from flexlora.lora.factors import Scaling
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.base_model import load_base_model, target_modules
@@ -45,6 +45,20 @@ class Stamp:
         return dataclasses.replace(update, metrics={**update.metrics, "process": os.getpid()})
     def receive(self, updates, rng):
         yield from updates
+
+class Phases:
+    "Says in which process a client answers, what it holds, and what it was asked so far; dies when told to."
+    def begin(self, holding):
+        return Holder(holding)
+
+class Holder:
+    def __init__(self, holding):
+        self.holding, self.asked = holding, []
+    def answer(self, kind, request):
+        if request == b"die":
+            os._exit(3)
+        self.asked.append(request)
+        return repr((os.getpid(), float(self.holding.update.payload["MODULE"].B.sum()), self.asked)).encode()
 
 @dataclasses.dataclass(frozen=True)
 class Stuck:
@@ -93,7 +107,9 @@ def broadcasts(embedded):
 @pytest.fixture(scope="module")
 def client_side(tmp_path_factory):
     folder = tmp_path_factory.mktemp("modules")
-    (folder / "client_side_of_the_processes_test.py").write_text(CLIENT_SIDE, encoding="utf-8")
+    (folder / "client_side_of_the_processes_test.py").write_text(
+        CLIENT_SIDE.replace("MODULE", MODULE), encoding="utf-8"
+    )
     sys.path.append(str(folder))
     yield importlib.import_module("client_side_of_the_processes_test")
     sys.path.remove(str(folder))
@@ -307,3 +323,34 @@ def test_children_end_when_they_are_no_longer_referred_to(simulation, embedded, 
     process = child_of(passing).process
     del passing
     assert process.returncode == -signal.SIGKILL
+
+
+def test_clients_answer_in_the_process_where_they_trained_and_are_lost_with_it(
+    engine, simulation, broadcasts, order_of, client_side
+):
+    expected = {
+        one.client_id: float(one.payload[MODULE].B.sum()) for one in simulation.train(order_of(1, COHORT, broadcasts))
+    }
+    order = order_of(1, COHORT, broadcasts, phases=client_side.Phases())
+    for _ in range(PATIENCE_SECONDS):
+        assert all(outcome.is_held for outcome in engine.train(order))
+        if 0 < len(engine.children.pool.holders) < len(COHORT):
+            break
+        engine.forget()
+    there = list(engine.children.pool.holders)
+    for asked in ([b"1"], [b"1", b"2"]):
+        for reply in engine.ask("keys", {client.client_id: asked[-1] for client in COHORT}):
+            process, total, heard = eval(reply.data)
+            assert process == (child_of(engine).process.pid if reply.client_id in there else os.getpid())
+            assert heard == asked and total == pytest.approx(expected[reply.client_id], abs=1e-3)
+    here = next(client.client_id for client in COHORT if client.client_id not in there)
+    lost, kept = engine.ask("keys", {there[0]: b"die", here: b"3"})
+    assert isinstance(kept, Reply)
+    assert (lost.client_id, lost.stage) == (there[0], "keys")
+    assert "ended with exit status 3" in lost.reason and "while it answered" in lost.reason
+    (lost,) = engine.ask("keys", {there[0]: b"4"})
+    assert "has ended" in lost.reason
+    wait_for_children(engine, broadcasts, order_of)
+    (lost,) = engine.ask("keys", {there[0]: b"5"})
+    assert "holds nothing" in lost.reason or "was replaced" in lost.reason
+    engine.forget()

@@ -5,14 +5,15 @@ import pytest
 import torch
 
 from flexlora.data.prompts import EncodedExample
-from flexlora.engines.base import Engine
+from flexlora.engines.base import Engine, PhasedEngine
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.messages import Broadcast, ClientFailure, Reply, Update
 from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import LoraFactors
 from flexlora.training.base_model import target_modules
 from flexlora.training.one_client import LocalTraining, train_client
+from flexlora.uplink.phases import Holding, PhaseError
 from flexlora.uplink.wire import encode, encode_broadcast
 
 SMALL = RankPlan("small", (("self_attn", 2),))
@@ -56,7 +57,7 @@ def failing_for(client_id, error):
 
 
 def test_it_is_an_engine(engine):
-    assert isinstance(engine, Engine)
+    assert isinstance(engine, Engine) and isinstance(engine, PhasedEngine)
 
 
 def test_updates_have_the_ranks_of_the_plans_and_the_bytes_that_travelled(engine, broadcasts, order_of, model):
@@ -222,3 +223,61 @@ def test_a_base_that_does_not_allow_groups_trains_one_by_one_and_says_so_once(
     assert [record.getMessage() for record in caplog.records] == [
         "Clients train one at a time, which is slower: the base model has dropout of its own."
     ]
+
+
+@dataclasses.dataclass
+class Remembering:
+    """Answers with what it holds and what it was asked before; refuses what is no question."""
+
+    holding: Holding
+    asked: list
+
+    def answer(self, kind, request):
+        if request == b"no question":
+            raise PhaseError("this is no question")
+        self.asked.append((kind, request))
+        return repr((self.holding.server_round, sorted(self.holding.update.payload)[0], self.asked)).encode()
+
+
+class Phases:
+    def begin(self, holding):
+        return Remembering(holding, [])
+
+
+def test_under_phases_updates_stay_with_the_clients(engine, broadcasts, order_of):
+    (plain, *_) = engine.train(order_of(1, COHORT, broadcasts))
+    outcomes = list(engine.train(order_of(1, COHORT, broadcasts, phases=Phases())))
+    assert [outcome.client_id for outcome in outcomes] == ["ann", "bob", "cyd", "dan"]
+    for outcome in outcomes:
+        assert outcome.is_held and not outcome.payload and not outcome.metrics and outcome.up_bytes == 0
+    held = engine._holders["ann"].holding
+    assert held.sent.trainable.keys() == broadcasts[LARGE].trainable.keys()
+    for path, factors in plain.payload.items():
+        assert torch.equal(held.update.payload[path].B, factors.B)
+    assert len({holder.holding.seed for holder in engine._holders.values()}) == 4
+
+
+def test_clients_answer_in_the_order_in_which_they_are_asked_and_remember(engine, broadcasts, order_of):
+    list(engine.train(order_of(2, COHORT, broadcasts, phases=Phases())))
+    first = "model.layers.0.mlp.down_proj"
+    assert list(engine.ask("keys", {"cyd": b"1", "ann": b"2"})) == [
+        Reply("cyd", repr((2, first, [("keys", b"1")])).encode()),
+        Reply("ann", repr((2, first, [("keys", b"2")])).encode()),
+    ]
+    (reply,) = engine.ask("shares", {"ann": b"3"})
+    assert reply.data == repr((2, first, [("keys", b"2"), ("shares", b"3")])).encode()
+
+
+def test_a_client_that_does_not_answer_is_a_failure_of_that_phase(engine, broadcasts, order_of):
+    list(engine.train(order_of(2, COHORT[:2], broadcasts, phases=Phases())))
+    replies = list(engine.ask("keys", {"ann": b"no question", "cyd": b"who?", "bob": b"1"}))
+    assert isinstance(replies[2], Reply)
+    assert replies[0] == ClientFailure("ann", "keys", "this is no question", 11)
+    assert (replies[1].client_id, replies[1].stage, replies[1].down_bytes) == ("cyd", "keys", 4)
+    assert "holds nothing" in replies[1].reason
+
+
+def test_at_the_end_of_a_round_clients_forget(engine, broadcasts, order_of):
+    list(engine.train(order_of(2, COHORT, broadcasts, phases=Phases())))
+    engine.forget()
+    assert all(isinstance(reply, ClientFailure) for reply in engine.ask("keys", {"ann": b"", "bob": b""}))
