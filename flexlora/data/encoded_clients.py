@@ -20,8 +20,11 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from flexlora.data.examples import Example
 from flexlora.data.mapped_file import MappedFile
-from flexlora.data.prompts import IGNORED, EncodedExample
+from flexlora.data.prompt_templates import Template
+from flexlora.data.prompts import IGNORED, EncodedExample, LossOn, encode_many
+from flexlora.federation.streams import stream
 
 # Magic, client, examples, tokens, bytes of a token, checksum of those and of what follows.
 _HEADER = struct.Struct("<4sIIIII")
@@ -120,6 +123,28 @@ class EncodedClients:
             except OSError as error:
                 _log.warning("Tokens are not kept for later runs: %s.", error)
         return MappedFile()
+
+
+def encode_client(
+    client_id: str,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    template: Template,
+    max_length: int,
+    loss_on: LossOn,
+) -> list[EncodedExample]:
+    """Return the training examples of a client as tokens; ``seed`` picks among their accepted answers."""
+    rng = stream(seed, "answers", client_id)
+    return encode_many(
+        examples,
+        tokenizer,
+        template,
+        max_length,
+        loss_on=loss_on,
+        answer_indices=[int(rng.integers(len(example.outputs))) for example in examples],
+    )
 
 
 def encoding_name(tokenizer: PreTrainedTokenizerBase, settings: Sequence[object]) -> str | None:

@@ -7,8 +7,8 @@ from functools import cached_property
 
 import torch
 
-from flexlora.data.encoded_clients import EncodedClients, encoding_name
-from flexlora.data.prompts import EncodedExample, encode_many
+from flexlora.data.encoded_clients import EncodedClients, encode_client, encoding_name
+from flexlora.data.prompts import EncodedExample
 from flexlora.engines.base import Engine
 from flexlora.engines.process_layout import choose_processes
 from flexlora.engines.processes import ChildProcesses, ProcessEngine
@@ -20,7 +20,6 @@ from flexlora.experiment.participants import Participants
 from flexlora.experiment.stages import Notify, Stage, ignore
 from flexlora.experiment.target_patterns import check_patterns
 from flexlora.federation.clients import RankPlan
-from flexlora.federation.streams import stream
 from flexlora.lora.factors import Scaling
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.one_client import TrainClient
@@ -113,16 +112,15 @@ class LoadedRun:
         )
 
         def encode(client_id: str) -> Sequence[EncodedExample]:
-            """Return the training examples of a client as tokens; the seed picks among their answers."""
-            examples = corpus.clients[client_id].train
-            rng = stream(seed, "answers", client_id)
-            return encode_many(
-                examples,
+            """Return the training examples of a client as tokens."""
+            return encode_client(
+                client_id,
+                corpus.clients[client_id].train,
                 tokenizer,
-                data.template,
-                data.max_length,
+                seed,
+                template=data.template,
+                max_length=data.max_length,
                 loss_on=data.loss_on,
-                answer_indices=[int(rng.integers(len(example.outputs))) for example in examples],
             )
 
         folder = None
