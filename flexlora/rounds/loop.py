@@ -125,21 +125,22 @@ def _refuse_to_forget(loop: Loop) -> None:
 
 
 def _started(loop: Loop) -> tuple[int, Any, Progress]:
-    """Evaluate the base model as round 0 and return that round, the first state and the first progress."""
+    """Evaluate the base model as round 0, if anything is, and return round, first state and first progress."""
     loop.folder.mkdir(parents=True, exist_ok=True)
     (loop.folder / RECORDS_FILE).unlink(missing_ok=True)
     state = loop.aggregator.init(loop.federation.initial_adapter)
     # Before any work is done: what cannot be saved could not be resumed.
     check_state(state, loop.state_types)
-    watch = Stopwatch()
-    loop.notify(RoundEvent("evaluating", 0))
-    with watch.stage("evaluate"):
-        scores = loop.evaluator.scores(None)
+    watch, scores = Stopwatch(), None
+    if loop.evaluator is not None:
+        loop.notify(RoundEvent("evaluating", 0))
+        with watch.stage("evaluate"):
+            scores = loop.evaluator.scores(None)
     started = None if loop.clock is None else 0.0
     record = RoundRecord(
         server_round=0, evaluation=scores, seconds=watch.seconds, virtual_seconds=started, virtual_clock_seconds=started
     )
-    loss = scores.validation_loss
+    loss = None if scores is None else scores.validation_loss
     progress = Progress(best_validation_loss=loss, best_round=None if loss is None else 0)
     _save(loop, state, progress, record)
     progress = _recorded(loop, progress, record)
@@ -188,6 +189,8 @@ def _is_last(loop: Loop, server_round: int, progress: Progress) -> bool:
 
 
 def _is_scored(loop: Loop, server_round: int, progress: Progress) -> bool:
+    if loop.evaluator is None:
+        return False
     return _is_last(loop, server_round, progress) or server_round % loop.settings.evaluate_every == 0
 
 
@@ -209,6 +212,7 @@ def _remembered(loop: Loop, progress: Progress, record: RoundRecord) -> dict[str
 def _score_round(loop: Loop, state: Any, progress: Progress, record: RoundRecord) -> tuple[Progress, RoundRecord]:
     """Return progress and record of a trained round with the scores of its global adapter."""
     settings, federation, server_round = loop.settings, loop.federation, record.server_round
+    assert loop.evaluator is not None, "only rounds that are scored come here"
     watch = Stopwatch(dict(record.seconds))
     loop.notify(RoundEvent("evaluating", server_round, len(record.clients)))
     with watch.stage("total"), watch.stage("evaluate"):

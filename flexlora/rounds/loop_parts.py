@@ -192,7 +192,7 @@ class Loop:
         federation: Who takes part.
         settings: How long it runs and what it keeps.
         learning_rate: Round -> learning rate.
-        evaluator: Scores the global adapter.
+        evaluator: Scores the global adapter; None where the server has nothing to score it on.
         folder: Where ``records.jsonl`` and ``checkpoints/`` are.
         notify: Called at each step, for progress displays.
         uplink: The steps between clients and server; the engine runs the client ends, the loop the server ends.
@@ -206,7 +206,7 @@ class Loop:
     federation: Federation
     settings: RoundSettings
     learning_rate: Callable[[int], float]
-    evaluator: Evaluator
+    evaluator: Evaluator | None
     folder: Path
     notify: Callable[[RoundEvent], None] = lambda event: None
     uplink: Sequence[UplinkStep] = ()

@@ -138,12 +138,7 @@ class AdaptedModel:
             scaling: The rule that gives the scaling of a rank.
             seed: The only source of randomness.
         """
-        adapter: dict[str, LoraFactors] = {}
-        for path, rank in sorted(ranks.items()):
-            out_features, in_features = self._shape(path)
-            A = known_rows(seed, path, rank, in_features)
-            adapter[path] = LoraFactors(A, torch.zeros(out_features, rank), scaling(rank))
-        return adapter
+        return initial_adapter({path: self._shape(path) for path in ranks}, ranks, scaling, seed)
 
     def load(self, broadcast: Broadcast) -> None:
         """Make the factors of ``broadcast`` active, as float32 copies, and no others.
@@ -313,6 +308,25 @@ class AdaptedModel:
                 f"and adapted {', '.join(extra[:5]) or 'none'} besides: leave these out of lora.target_modules, or use "
                 "another version of peft"
             )
+
+
+def initial_adapter(
+    shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], scaling: Scaling, seed: int
+) -> AdapterState:
+    """Return PEFT's initial factors as ``AdaptedModel.initial_adapter`` does, from shapes alone.
+
+    Args:
+        shapes: Module path -> (out_features, in_features).
+        ranks: Rank of each module to adapt.
+        scaling: The rule that gives the scaling of a rank.
+        seed: The only source of randomness.
+    """
+    adapter: dict[str, LoraFactors] = {}
+    for path, rank in sorted(ranks.items()):
+        out_features, in_features = shapes[path]
+        A = known_rows(seed, path, rank, in_features)
+        adapter[path] = LoraFactors(A, torch.zeros(out_features, rank), scaling(rank))
+    return adapter
 
 
 def _linear(layer: LoraLayer, name: str, branch: str) -> nn.Linear:

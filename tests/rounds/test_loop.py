@@ -95,6 +95,16 @@ def test_patience_stops_after_so_many_evaluations_without_gain(tmp_path, drift, 
     assert run_rounds(loop_in(tmp_path, drift, num_rounds=10, patience=2)).server_round == 3
 
 
+def test_a_loop_without_an_evaluator_records_no_scores_and_resumes_to_the_same_state(tmp_path, drift, loop_in):
+    whole = run_rounds(loop_in(tmp_path / "whole", drift, num_rounds=3, evaluator=None))
+    for num_rounds in (0, 1, 3):
+        parts = run_rounds(loop_in(tmp_path / "parts", drift, num_rounds=num_rounds, evaluator=None))
+    records = read_records(tmp_path / "parts" / "records.jsonl")
+    assert [(record.server_round, record.evaluation) for record in records] == [(n, None) for n in range(4)]
+    assert parts.has_progress and parts.server_round == 3
+    assert all(torch.equal(whole.state.spectra[name].S, own.S) for name, own in parts.state.spectra.items())
+
+
 def test_evaluations_come_as_often_as_asked_and_always_at_the_end(tmp_path, loop_in):
     run_rounds(loop_in(tmp_path, num_rounds=5, evaluate_every=2))
     records = read_records(tmp_path / "records.jsonl")

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import LoraFactors, Scaling
-from flexlora.training.adapted_model import AdaptedModel
+from flexlora.training.adapted_model import AdaptedModel, initial_adapter
 from flexlora.training.base_model import target_modules
 from flexlora.training.linear_modules import ModelError
 
@@ -153,6 +153,14 @@ def test_initial_factors_are_those_of_peft_and_leave_the_global_generator_alone(
         assert torch.equal(factors.B, stock.lora_B["default"].weight)
         assert factors.A.abs().max() <= 1 / math.sqrt(shapes[path][1])
         assert factors.scaling == scaling(factors.rank)
+
+
+def test_initial_factors_need_no_model_but_its_shapes(model, scaling):
+    shapes = target_modules(model.network, "all-linear")
+    ranks = mixed_ranks(shapes)
+    bare, loaded = initial_adapter(shapes, ranks, scaling, seed=7), model.initial_adapter(ranks, scaling, seed=7)
+    assert list(bare) == list(loaded)
+    assert all(torch.equal(bare[path].A, own.A) and bare[path].scaling == own.scaling for path, own in loaded.items())
 
 
 def test_initial_factors_depend_on_seed_and_module_only(model, scaling):
