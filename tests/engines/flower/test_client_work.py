@@ -1,6 +1,7 @@
 """A client's work gives what a simulation gives, and refuses what its user has not chosen."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,19 +9,15 @@ import torch
 
 from flexlora.data.encoded_clients import encode_client
 from flexlora.data.instructions import load_instructions
-from flexlora.data.pretraining import EMBEDDED_BASE
 from flexlora.engines.base import Parcel, RoundOrder
 from flexlora.engines.flower.client_settings import ClientSettings, uniform_plan
 from flexlora.engines.flower.client_work import ClientWork
 from flexlora.engines.flower.envelope import Envelope, from_bytes, to_bytes
-from flexlora.engines.flower.run_settings import RunSettings, training_record
+from flexlora.engines.flower.run_settings import RunSettings
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.federation.clients import ClientSpec
 from flexlora.federation.messages import Broadcast, Update
-from flexlora.lora.factors import Scaling
 from flexlora.training.adapted_model import AdaptedModel
-from flexlora.training.base_digest import base_digest
-from flexlora.training.base_model import load_base_model, target_modules
 from flexlora.training.one_client import LocalTraining
 from flexlora.uplink.wire import decode_update, encode_broadcast
 
@@ -29,80 +26,42 @@ SEED, RANK = 7, 3
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a file of rows for each of two clients."""
-    folder = tmp_path_factory.mktemp("silos")
-    for name in ("north", "south"):
-        lines = [
-            json.dumps({"instruction": f"Say {name} {number}", "response": f"{name} {number % 7}"})
-            for number in range(24)
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    return folder
+def broadcast(first_broadcast: Callable[[int], Broadcast]) -> Broadcast:
+    return first_broadcast(RANK)
 
 
-@pytest.fixture(scope="module")
-def run() -> RunSettings:
-    return RunSettings(
-        run_id="run-1",
-        seed=SEED,
-        base_model=EMBEDDED_BASE,
-        base_sha256=base_digest("embedded"),
-        dtype="float32",
-        dropout=0.0,
-        largest_rank=8,
-        target_modules="all-linear",
-        scaling="constant_alpha",
-        lora_alpha=16.0,
-        template="alpaca",
-        max_length=128,
-        loss_on="answers",
-        wire_dtype="bfloat16",
-        training=training_record(TRAINING),
+def settings_of(silos: Path, **changes: object) -> ClientSettings:
+    return ClientSettings(
+        **{"client_id": "north", "data": silos / "north.jsonl", "plan": uniform_plan(RANK), **changes}
     )
 
 
-@pytest.fixture(scope="module")
-def model() -> AdaptedModel:
-    return AdaptedModel(*load_base_model("embedded", dtype="float32", device="cpu"))
-
-
-@pytest.fixture(scope="module")
-def broadcast(model: AdaptedModel) -> Broadcast:
-    ranks = dict.fromkeys(target_modules(model.network, "all-linear"), RANK)
-    return Broadcast(model.initial_adapter(ranks, Scaling("constant_alpha", 16.0), 1))
-
-
-def settings_of(rows: Path, **changes: object) -> ClientSettings:
-    return ClientSettings(**{"client_id": "north", "data": rows / "north.jsonl", "plan": uniform_plan(RANK), **changes})
-
-
-def asked(work: ClientWork, kind: str, run: RunSettings, payload: bytes = b"", **fields: object) -> Envelope:
-    fields = {"run": run.model_dump(mode="json"), "client_id": "north", "server_round": 2, **fields}
+def asked(work: ClientWork, kind: str, flower_run: RunSettings, payload: bytes = b"", **fields: object) -> Envelope:
+    fields = {"run": flower_run.model_dump(mode="json"), "client_id": "north", "server_round": 2, **fields}
     return from_bytes(work.answer(to_bytes(Envelope(kind, fields, payload))))
 
 
-def test_a_client_is_described_without_its_data(rows: Path, run: RunSettings) -> None:
-    described = asked(ClientWork(settings_of(rows)), "describe", run)
+def test_a_client_is_described_without_its_data(silos: Path, flower_run: RunSettings) -> None:
+    described = asked(ClientWork(settings_of(silos)), "describe", flower_run)
     assert described.kind == "description"
     # 80 % of 24 rows.
     assert described.fields["num_examples"] == 20
     assert described.fields["plan"] == {"name": "rank-3", "patterns": [list(one) for one in uniform_plan(3).patterns]}
-    assert described.fields["base_sha256"] == run.base_sha256
+    assert described.fields["base_sha256"] == flower_run.base_sha256
     assert "north 3" not in json.dumps(dict(described.fields)) and described.payload == b""
 
 
 def test_training_gives_what_the_simulation_of_the_same_folder_gives(
-    rows: Path, run: RunSettings, model: AdaptedModel, broadcast: Broadcast
+    silos: Path, flower_run: RunSettings, embedded: AdaptedModel, broadcast: Broadcast
 ) -> None:
     packet = encode_broadcast(broadcast, "bfloat16")
-    reply = asked(ClientWork(settings_of(rows)), "train", run, packet, learning_rate=0.01)
+    reply = asked(ClientWork(settings_of(silos)), "train", flower_run, packet, learning_rate=0.01)
     assert reply.kind == "update"
-    corpus, _ = load_instructions(rows, SEED, partition="natural", client_from="file")
+    corpus, _ = load_instructions(silos, SEED, partition="natural", client_from="file")
     sequences = encode_client(
         "north",
         corpus.clients["north"].train,
-        model.tokenizer,
+        embedded.tokenizer,
         SEED,
         template="alpaca",
         max_length=128,
@@ -110,7 +69,7 @@ def test_training_gives_what_the_simulation_of_the_same_folder_gives(
     )
     client = ClientSpec("north", uniform_plan(RANK), len(sequences))
     order = RoundOrder(2, SEED, 0.01, "bfloat16", (), (client,), {client.plan: Parcel(broadcast, "bfloat16")})
-    (expected,) = SimulationEngine(model, lambda _: sequences, TRAINING).train(order)
+    (expected,) = SimulationEngine(embedded, lambda _: sequences, TRAINING).train(order)
     assert isinstance(expected, Update)
     got = decode_update(reply.payload, Update("north", {}, 1.0), broadcast)
     assert reply.fields["num_examples"] == expected.weight
@@ -130,15 +89,15 @@ def test_training_gives_what_the_simulation_of_the_same_folder_gives(
     ],
 )
 def test_a_run_that_does_not_suit_the_client_is_refused(
-    rows: Path, run: RunSettings, change: dict[str, object], reason: str
+    silos: Path, flower_run: RunSettings, change: dict[str, object], reason: str
 ) -> None:
-    reply = asked(ClientWork(settings_of(rows)), "describe", run.model_copy(update=change))
+    reply = asked(ClientWork(settings_of(silos)), "describe", flower_run.model_copy(update=change))
     assert (reply.kind, reply.fields["stage"]) == ("failure", "refused")
     assert reason in reply.fields["reason"]
 
 
 def test_a_model_in_a_folder_of_its_own_is_known_by_its_weights(
-    rows: Path, run: RunSettings, tmp_path: Path, model: AdaptedModel
+    silos: Path, flower_run: RunSettings, tmp_path: Path, embedded: AdaptedModel
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -146,44 +105,44 @@ def test_a_model_in_a_folder_of_its_own_is_known_by_its_weights(
 
     network = AutoModelForCausalLM.from_pretrained(BASE_FOLDER, dtype=torch.float32)
     network.save_pretrained(tmp_path / "copy", max_shard_size="1MB")
-    model.tokenizer.save_pretrained(tmp_path / "copy")
+    embedded.tokenizer.save_pretrained(tmp_path / "copy")
     assert len(list((tmp_path / "copy").glob("*.safetensors"))) > 1
-    described = asked(ClientWork(settings_of(rows, model=str(tmp_path / "copy"))), "describe", run)
+    described = asked(ClientWork(settings_of(silos, model=str(tmp_path / "copy"))), "describe", flower_run)
     assert described.kind == "description", described.fields
 
 
 def test_the_server_cannot_send_more_than_the_client_has_said_it_can_train(
-    rows: Path, run: RunSettings, broadcast: Broadcast
+    silos: Path, flower_run: RunSettings, broadcast: Broadcast
 ) -> None:
-    work = ClientWork(settings_of(rows, plan=uniform_plan(RANK - 1)))
-    reply = asked(work, "train", run, encode_broadcast(broadcast, "float32"), learning_rate=0.01)
+    work = ClientWork(settings_of(silos, plan=uniform_plan(RANK - 1)))
+    reply = asked(work, "train", flower_run, encode_broadcast(broadcast, "float32"), learning_rate=0.01)
     assert reply.kind == "failure" and "trains rank 2 at most" in reply.fields["reason"]
 
 
-def test_a_request_for_another_client_is_refused(rows: Path, run: RunSettings, broadcast: Broadcast) -> None:
+def test_a_request_for_another_client_is_refused(silos: Path, flower_run: RunSettings, broadcast: Broadcast) -> None:
     packet = encode_broadcast(broadcast, "float32")
-    reply = asked(ClientWork(settings_of(rows)), "train", run, packet, learning_rate=0.01, client_id="south")
+    reply = asked(ClientWork(settings_of(silos)), "train", flower_run, packet, learning_rate=0.01, client_id="south")
     assert reply.fields["reason"] == "this client is 'north'; the request is for 'south'"
 
 
 @pytest.mark.parametrize("request_bytes", [b"", b"garbage", b"FLE1\xff\xff\xff\xff", b"FLE1\x02\x00\x00\x00[]"])
-def test_garbage_is_answered_by_a_failure(rows: Path, request_bytes: bytes) -> None:
-    reply = from_bytes(ClientWork(settings_of(rows)).answer(request_bytes))
+def test_garbage_is_answered_by_a_failure(silos: Path, request_bytes: bytes) -> None:
+    reply = from_bytes(ClientWork(settings_of(silos)).answer(request_bytes))
     assert (reply.kind, reply.fields["stage"]) == ("failure", "refused")
 
 
-def test_settings_that_no_run_has_are_refused_by_name(rows: Path, run: RunSettings) -> None:
-    fields = {**run.model_dump(mode="json"), "trust_remote_code": True}
-    reply = from_bytes(ClientWork(settings_of(rows)).answer(to_bytes(Envelope("describe", {"run": fields}))))
+def test_settings_that_no_run_has_are_refused_by_name(silos: Path, flower_run: RunSettings) -> None:
+    fields = {**flower_run.model_dump(mode="json"), "trust_remote_code": True}
+    reply = from_bytes(ClientWork(settings_of(silos)).answer(to_bytes(Envelope("describe", {"run": fields}))))
     assert "trust_remote_code" in reply.fields["reason"]
 
 
-def test_data_that_are_not_there_are_named(rows: Path, run: RunSettings) -> None:
-    reply = asked(ClientWork(settings_of(rows, data=rows / "west.jsonl")), "describe", run)
+def test_data_that_are_not_there_are_named(silos: Path, flower_run: RunSettings) -> None:
+    reply = asked(ClientWork(settings_of(silos, data=silos / "west.jsonl")), "describe", flower_run)
     assert "there is none at" in reply.fields["reason"]
 
 
-def test_the_ranks_of_a_client_without_any_are_chosen_from_the_run(rows: Path, run: RunSettings) -> None:
-    work = ClientWork(settings_of(rows, plan=None), lambda run, model: uniform_plan(run.largest_rank))
-    assert asked(work, "describe", run).fields["plan"]["name"] == "rank-8"
-    assert "needs a rank" in asked(ClientWork(settings_of(rows, plan=None)), "describe", run).fields["reason"]
+def test_the_ranks_of_a_client_without_any_are_chosen_from_the_run(silos: Path, flower_run: RunSettings) -> None:
+    work = ClientWork(settings_of(silos, plan=None), lambda run, model: uniform_plan(run.largest_rank))
+    assert asked(work, "describe", flower_run).fields["plan"]["name"] == "rank-8"
+    assert "needs a rank" in asked(ClientWork(settings_of(silos, plan=None)), "describe", flower_run).fields["reason"]
