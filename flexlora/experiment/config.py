@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from flexlora.errors import FlexLoraError
 from flexlora.experiment.config_clients import ClientsConfig, ClockConfig, DevicesConfig
 from flexlora.experiment.config_data import DataConfig, GeneratedData
+from flexlora.experiment.config_deployment import DeploymentConfig
 from flexlora.experiment.config_section import Section
 from flexlora.experiment.method_config import MethodConfig, read_method
 
@@ -166,6 +167,9 @@ class RoundsConfig(Section):
     patience: int | None = Field(
         default=None, ge=1, description="Stop after this many evaluations without a lower validation loss; null never."
     )
+    min_updates: int = Field(
+        default=1, ge=1, description="Fewest usable updates that a round steps from; with fewer its state is kept."
+    )
     max_failed_rounds: int = Field(
         default=3,
         ge=1,
@@ -251,6 +255,7 @@ class Config(Section):
     clients: ClientsConfig = Field(default_factory=ClientsConfig)
     devices: DevicesConfig = Field(default_factory=DevicesConfig)
     clock: ClockConfig = Field(default_factory=ClockConfig)
+    deployment: DeploymentConfig = Field(default_factory=DeploymentConfig)
     method: MethodSection = Field(default_factory=lambda: read_method({}))
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     rounds: RoundsConfig = Field(default_factory=RoundsConfig)

@@ -121,6 +121,7 @@ def round_settings(config: Config, size: int) -> RoundSettings:
         seed=config.seed,
         evaluate_every=config.evaluation.every,
         patience=rounds.patience,
+        min_updates=rounds.min_updates,
         max_failed_rounds=rounds.max_failed_rounds,
         keep_checkpoints=rounds.keep_checkpoints,
         checkpoint_every=rounds.checkpoint_every,

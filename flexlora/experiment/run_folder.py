@@ -35,11 +35,13 @@ log = logging.getLogger(__name__)
 ADAPTERS_FOLDER = "adapters"
 SHA256_LETTERS = 64
 CONFIG_FILE = "config.yaml"
+FEDERATION_FILE = "federation.json"
 RUN_ENTRIES = {
     ADAPTERS_FOLDER,
     ANSWERS_FILE,
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
+    FEDERATION_FILE,
     LOCK_FILE,
     REFERENCES_FOLDER,
     MANIFEST_FILE,
@@ -48,7 +50,15 @@ RUN_ENTRIES = {
     REPORT_FILE,
 }
 # A run may need to change these to get past the point where memory or disk ran out; scores move by rounding at most.
-RESUMABLE_CHANGES = ("data.cache", "evaluation.batch_size", "model.num_processes")
+RESUMABLE_CHANGES = (
+    "data.cache",
+    "evaluation.batch_size",
+    "model.num_processes",
+    "deployment.deadline_seconds",
+    "deployment.min_clients",
+    "deployment.rejoin_seconds",
+    "deployment.wait_seconds",
+)
 
 
 class ExperimentError(FlexLoraError, ValueError):

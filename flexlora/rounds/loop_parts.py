@@ -29,6 +29,7 @@ class RoundSettings:
     seed: int
     evaluate_every: int = 1
     patience: int | None = None
+    min_updates: int = 1
     max_failed_rounds: int = 3
     keep_checkpoints: int = 2
     checkpoint_every: int = 1

@@ -98,11 +98,19 @@ def aggregated(
     first = next(updates, None)
     if first is None:
         return state, "no client survived; the state was kept"
-    train_seconds, problem = watch.seconds["train"], None
+    train_seconds, problem, least = watch.seconds["train"], None, loop.settings.min_updates
+    before, num_used = state, 0
+
+    def counted() -> Iterator[Update]:
+        nonlocal num_used
+        for update in chain([first], updates):
+            num_used += 1
+            yield update
+
     rng = torch.Generator().manual_seed(stream_seed(loop.settings.seed, "uplink", server_round))
     try:
         with watch.stage("aggregate"):
-            received = receive(loop.uplink, chain([first], updates), rng)
+            received = receive(loop.uplink, counted(), rng)
             if work.adds_changes:
                 state = _add_changes(loop, server_round, work, state, received)
             else:
@@ -112,7 +120,10 @@ def aggregated(
     # The aggregator waits for clients while it folds; that time is theirs.
     watch.seconds["aggregate"] -= watch.seconds["train"] - train_seconds
     for _ in updates:
-        pass
+        num_used += 1
+    if problem is None and num_used < least:
+        state = before
+        problem = f"{num_used} clients survived, of rounds.min_updates={least} at least; the state was kept"
     return state, problem
 
 

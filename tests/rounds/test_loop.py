@@ -327,3 +327,12 @@ def test_a_run_that_was_never_better_than_its_base_knows_it(tmp_path, scores_of,
     run_rounds(loop)
     newest = load_latest(tmp_path / "checkpoints", loop.state_types)
     assert newest.progress["loop"]["best_round"] == 0
+
+
+def test_a_round_with_fewer_updates_than_asked_for_keeps_the_state(tmp_path, drift, loop_in):
+    loop = loop_in(tmp_path, drift, num_rounds=2, min_updates=1_000, max_failed_rounds=5)
+    ended = run_rounds(loop)
+    assert not ended.has_progress
+    before = loop.aggregator.init(loop.federation.initial_adapter)
+    assert all(torch.equal(before.spectra[name].S, own.S) for name, own in ended.state.spectra.items())
+    assert "of rounds.min_updates=1000 at least" in (read_records(tmp_path / "records.jsonl")[1].note or "")

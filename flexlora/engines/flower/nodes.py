@@ -29,11 +29,12 @@ class ClientNodes:
         notify: Told a line whenever a client joins, leaves or is refused.
 
     Attributes:
+        run: What every node is told.
         refused: Node id -> why it cannot take part.
     """
 
     def __init__(self, grid: Grid, run: RunSettings, notify: Callable[[str], None] = lambda line: None) -> None:
-        self._grid, self._run, self._notify = grid, run, notify
+        self._grid, self.run, self._notify = grid, run, notify
         # Message id -> the node that was asked; node id -> what it said, in the order of the answers.
         self._asked: dict[str, int] = {}
         self._described: dict[int, Description] = {}
@@ -48,7 +49,7 @@ class ClientNodes:
                 self._notify(f"{self._described[node_id].spec.client_id} has left")
         known = {*self._asked.values(), *self._described, *self.refused}
         for node_id in sorted(online - known):
-            asked = Envelope("describe", {"run": self._run.model_dump(mode="json")})
+            asked = Envelope("describe", {"run": self.run.model_dump(mode="json")})
             try:
                 self._asked[send(self._grid, node_id, asked, "describe", None)] = node_id
             except EnvelopeError as error:
@@ -61,7 +62,7 @@ class ClientNodes:
         try:
             if isinstance(reply, Fault):
                 raise EnvelopeError(reply.reason)
-            self._described[node_id] = found = read_description(reply, self._run)
+            self._described[node_id] = found = read_description(reply, self.run)
         except EnvelopeError as error:
             self.refused[node_id] = str(error)
             self._notify(f"node {node_id} cannot take part: {error}")

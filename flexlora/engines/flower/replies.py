@@ -61,10 +61,11 @@ def read_description(reply: Envelope, run: RunSettings) -> Description:
 
 def _plan(value: Any, run: RunSettings) -> RankPlan:
     """Return the rank plan in a description."""
-    name, patterns = (value.get("name"), value.get("patterns")) if isinstance(value, dict) else (None, None)
-    is_plan = isinstance(name, str) and isinstance(patterns, list) and 1 <= len(patterns) <= _MOST_PATTERNS
-    pairs = [pair for pair in patterns if _is_pair(pair)] if is_plan else []
-    if not pairs or len(pairs) != len(patterns) or not re.fullmatch(r"[^\x00-\x1f]{1,100}", name):
+    name = value.get("name") if isinstance(value, dict) else None
+    patterns = value.get("patterns") if isinstance(value, dict) else None
+    pairs = [pair for pair in patterns if _is_pair(pair)] if isinstance(patterns, list) else []
+    is_whole = isinstance(patterns, list) and 1 <= len(pairs) == len(patterns) <= _MOST_PATTERNS
+    if not is_whole or not isinstance(name, str) or not re.fullmatch(r"[^\x00-\x1f]{1,100}", name):
         raise EnvelopeError("a client's plan must have a name, and pairs of a pattern and a rank")
     for pattern, rank in pairs:
         if not 0 <= rank <= run.largest_rank:
