@@ -15,6 +15,7 @@ from flexlora.experiment.flower_run import run_on_flower
 from flexlora.experiment.run_folder import CONFIG_FILE
 from flexlora.experiment.stages import Scoring, Stage
 from flexlora.rounds.loop_parts import RoundEvent
+from flexlora.rounds.records import RECORDS_FILE
 
 _log = logging.getLogger("flwr")
 
@@ -23,7 +24,7 @@ class FlowerAppError(FlexLoraError, ValueError):
     """Settings of ``flwr run`` that are missing, or a run that learned nothing."""
 
 
-def run_app(grid: Grid, run_config: Mapping[str, Any]) -> None:
+def run_app(grid: Grid, run_config: Mapping[str, Any], folder: Path | None = None) -> None:
     """Run the federation that a run config names; one that was started before goes on.
 
     Args:
@@ -31,23 +32,26 @@ def run_app(grid: Grid, run_config: Mapping[str, Any]) -> None:
         run_config: ``config`` is the file of a configuration, ``out`` the folder of the run; both are on the machine of
             the server and absolute, or begin with ``~``. ``settings`` may hold overrides (``rounds.num_rounds=3``),
             separated by blanks.
+        folder: In which ``config`` may be, too.
 
     Raises:
         FlowerAppError: If one is missing, or no client ever sent a usable update.
         FlexLoraError: Whatever else is wrong.
     """
-    file, folder = _path(run_config, "config"), _path(run_config, "out")
+    file, out = _path(run_config, "config", folder), _path(run_config, "out", None)
     overrides = str(run_config.get("settings", "")).split()
     config = load_config(file, overrides)
-    resume = (folder / CONFIG_FILE).is_file()
-    result = run_on_flower(config, folder, lambda: nullcontext(grid), resume=resume, notify=_tell, watch=_tell_of_nodes)
+    resume = (out / CONFIG_FILE).is_file()
+    result = run_on_flower(config, out, lambda: nullcontext(grid), resume=resume, notify=_tell, watch=_tell_of_nodes)
     if not result.has_progress:
-        raise FlowerAppError(f"no client ever sent a usable update; {folder / 'records.jsonl'} says why")
+        raise FlowerAppError(f"no client ever sent a usable update; {out / RECORDS_FILE} says why")
 
 
-def _path(run_config: Mapping[str, Any], key: str) -> Path:
+def _path(run_config: Mapping[str, Any], key: str, folder: Path | None) -> Path:
     value = run_config.get(key)
     path = Path(str(value)).expanduser()
+    if folder is not None and not path.is_absolute() and (folder / path).is_file():
+        return folder / path
     if not isinstance(value, str) or not path.is_absolute():
         raise FlowerAppError(
             f"{key} must be an absolute path on the server's machine; got {value!r}: "
