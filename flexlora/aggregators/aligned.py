@@ -33,8 +33,9 @@ from torch import Tensor
 from flexlora.aggregators.nested import first_directions, folded, payloads_of, spectra_of, within_server_ranks
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import Traits, option
-from flexlora.federation.messages import Broadcast, Update
-from flexlora.lora.direction_mean import mean_directions
+from flexlora.federation.messages import Broadcast, CohortFactors, Update
+from flexlora.lora.direction_mean import mean_directions, moved_directions
+from flexlora.lora.factor_mean import FactorSums
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import Spectrum, spectrum_of
 
@@ -83,7 +84,9 @@ class Aligned:
     @property
     def traits(self) -> Traits:
         """What others must know of this method."""
-        return Traits(folds_tail=self.fold_tail, server_optimizer=self.server_learning_rate != 1.0)
+        return Traits(
+            folds_tail=self.fold_tail, server_optimizer=self.server_learning_rate != 1.0, secure_sums="factors"
+        )
 
     def init(self, adapter: AdapterState) -> AlignedState:
         """Return the initial adapter as the server's factors."""
@@ -98,6 +101,19 @@ class Aligned:
         """
         payloads = payloads_of(within_server_ranks(state.factors, updates))
         moved = mean_directions(state.factors, payloads, self.holder_exponent, self.server_learning_rate)
+        return self._decomposed(state, moved)
+
+    def aggregate_sum(self, state: AlignedState, total: CohortFactors) -> AlignedState:
+        """Return the same from the sums of the factors of a cohort and the weight that holds each direction."""
+        sums = {
+            module: FactorSums.of_totals(own, total.sums[module], total.weight_by_rank[module])
+            for module, own in state.factors.items()
+        }
+        moved = moved_directions(state.factors, sums, total.weight, self.holder_exponent, self.server_learning_rate)
+        return self._decomposed(state, moved)
+
+    def _decomposed(self, state: AlignedState, moved: dict[str, LoraFactors]) -> AlignedState:
+        """Return the moved factors as the next state, decomposed again where that is due."""
         rounds = state.rounds + 1
         if self.decompose_every is not None and rounds % self.decompose_every == 0:
             moved = {module: self._in_new_coordinates(moved[module], state.initial_rows[module]) for module in moved}

@@ -10,7 +10,7 @@ from torch import Tensor
 from flexlora.aggregators.settings import traits_of
 from flexlora.errors import FlexLoraError
 from flexlora.federation.message_checks import check_broadcast
-from flexlora.federation.messages import Broadcast, Change, Update
+from flexlora.federation.messages import Broadcast, Change, CohortFactors, CohortProducts, Update
 from flexlora.lora.factors import AdapterState, LoraFactors
 from flexlora.lora.product import Spectrum
 
@@ -63,6 +63,15 @@ class ChangeAggregator(Protocol[State]):
 
     def add_changes(self, state: State, changes: Iterable[Change]) -> State:
         """Return the state with the discounted mean of the changes (at least one) added, consumed once."""
+        ...
+
+
+@runtime_checkable
+class SumAggregator(Protocol[State]):
+    """A method with the trait ``secure_sums``: it needs no more of a cohort than its sum."""
+
+    def aggregate_sum(self, state: State, total: CohortFactors | CohortProducts) -> State:
+        """Return the state that ``aggregate`` would return from the updates of the whole cohort."""
         ...
 
 

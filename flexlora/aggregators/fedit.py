@@ -7,11 +7,12 @@ the products: it misses ``sum_i w_i (B_i - B+) (A_i - A+)``. With SGD as local o
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from flexlora.aggregators.base import require_server_ranks
 from flexlora.aggregators.one_rank import at_one_rank, at_server, whole
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import Traits
-from flexlora.federation.messages import Broadcast, Update
-from flexlora.lora.factor_mean import mean_factors
+from flexlora.federation.messages import Broadcast, CohortFactors, Update
+from flexlora.lora.factor_mean import FactorSums, mean_factors
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import Spectrum, spectrum_of
 
@@ -34,7 +35,7 @@ class FedIt:
 
     scaling: Scaling
 
-    traits = Traits(needs_one_rank=True)
+    traits = Traits(needs_one_rank=True, secure_sums="factors")
 
     def init(self, adapter: AdapterState) -> FedItState:
         """Return the initial adapter, its scalings taken over by the rule."""
@@ -47,6 +48,19 @@ class FedIt:
             AggregationError: If an update lacks a module or has another rank than the server's adapter.
         """
         return FedItState(mean_factors(state.adapter, at_one_rank(state.adapter, updates)))
+
+    def aggregate_sum(self, state: FedItState, total: CohortFactors) -> FedItState:
+        """Return the same from the sums of the factors of a cohort.
+
+        Raises:
+            AggregationError: If clients had another rank than the server's adapter.
+        """
+        means: dict[str, LoraFactors] = {}
+        for module, own in state.adapter.items():
+            require_server_ranks({module: own}, dict.fromkeys([module], min(total.weight_by_rank[module])), "a client")
+            sums = FactorSums.of_totals(own, total.sums[module], total.weight_by_rank[module])
+            means[module] = sums.mean(own, total.weight, "both")
+        return FedItState(means)
 
     def broadcast(self, state: FedItState, ranks: Mapping[str, int]) -> Broadcast:
         """Return the averaged adapter in float32; ``ranks`` must be the server's.

@@ -60,7 +60,7 @@ from torch import Tensor
 from flexlora.aggregators.base import AggregationError, weighed
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import OptionError, Traits, option
-from flexlora.federation.messages import Broadcast, Change, Update
+from flexlora.federation.messages import Broadcast, Change, CohortProducts, Update
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.global_change import branch_factors
 from flexlora.lora.product import (
@@ -153,6 +153,7 @@ class FlexLora:
         return Traits(
             adds_changes=True,
             linear_in_products=True,
+            secure_sums="products",
             folds_tail=self.fold_tail,
             server_rank=self.server_rank,
             fewer_directions=self.energy is not None,
@@ -184,11 +185,35 @@ class FlexLora:
                 sums[module] = add_product(sums[module], factors, update.weight)
                 weights = weight_by_rank[module]
                 weights[factors.rank] = weights.get(factors.rank, 0.0) + update.weight
-        if self.error_compensation:
-            for module, spectrum in state.spectra.items():
-                uncovered = total - _covered_weight(weight_by_rank[module], spectrum)
-                sums[module] = add_spectrum(sums[module], spectrum, uncovered * spectrum.S)
-        return self._decomposed(state, sums, total, weight_by_rank)
+        return self._decomposed(state, self._compensated(state, sums, total, weight_by_rank), total, weight_by_rank)
+
+    def aggregate_sum(self, state: FlexLoraState, total: CohortProducts) -> FlexLoraState:
+        """Return the same from the sum of the products of a cohort and the weight of each rank."""
+        sums = {
+            module: ProductSum(*spectrum.shape, most_directions=self.most_directions)
+            for module, spectrum in state.spectra.items()
+        }
+        for module, product in total.sums.items():
+            sums[module] = add_product(sums[module], product, 1.0)
+        weights = {module: total.weight_by_rank.get(module, {}) for module in sums}
+        return self._decomposed(state, self._compensated(state, sums, total.weight, weights), total.weight, weights)
+
+    def _compensated(
+        self,
+        state: FlexLoraState,
+        sums: Mapping[str, ProductSum],
+        total: float,
+        weight_by_rank: Mapping[str, Mapping[int, float]],
+    ) -> Mapping[str, ProductSum]:
+        """Return the sums with what the ranks of a round could not hold added back, if so configured."""
+        if not self.error_compensation:
+            return sums
+        return {
+            module: add_spectrum(
+                sums[module], spectrum, (total - _covered_weight(weight_by_rank[module], spectrum)) * spectrum.S
+            )
+            for module, spectrum in state.spectra.items()
+        }
 
     def add_changes(self, state: FlexLoraState, changes: Iterable[Change]) -> FlexLoraState:
         """Return the aggregate with the discounted mean of ``P_i - T_{r_i}(G_{v_i})`` added, decomposed.

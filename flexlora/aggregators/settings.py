@@ -48,6 +48,9 @@ class Traits:
         sends_both_factors: Both factors of all trained directions travel, each round and each way. False where one is
             known, kept or left as it was, or where cores or chosen entries travel in their place.
         least_rounds: Rounds without which a method never comes to what it is for, because its first ones prepare it.
+        secure_sums: What of a cohort must be added up, where nobody may see the single update, for the method to work
+            as it does with all of them: its ``factors``, direction by direction, or its ``products``; the method has
+            ``aggregate_sum``. None cannot do without the single update.
         takes_own_training: Clients can be trained by a function that knows factors alone. False where they train cores
             or chosen entries, or where the method adds a penalty to their loss.
     """
@@ -68,6 +71,7 @@ class Traits:
     sends_both_factors: bool = True
     takes_own_training: bool = True
     least_rounds: int = 1
+    secure_sums: Literal["factors", "products"] | None = None
 
 
 @dataclass(frozen=True)

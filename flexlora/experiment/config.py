@@ -9,6 +9,7 @@ from flexlora.errors import FlexLoraError
 from flexlora.experiment.config_clients import ClientsConfig, ClockConfig, DevicesConfig
 from flexlora.experiment.config_data import DataConfig, GeneratedData
 from flexlora.experiment.config_deployment import DeploymentConfig
+from flexlora.experiment.config_privacy import PrivacyConfig
 from flexlora.experiment.config_section import Section
 from flexlora.experiment.method_config import MethodConfig, read_method
 
@@ -259,4 +260,5 @@ class Config(Section):
     method: MethodSection = Field(default_factory=lambda: read_method({}))
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     rounds: RoundsConfig = Field(default_factory=RoundsConfig)
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

@@ -7,7 +7,7 @@ from typing import Any
 
 from flexlora.aggregators.base import Aggregator, state_types
 from flexlora.aggregators.registry import MethodError, method_class
-from flexlora.aggregators.settings import traits_of
+from flexlora.aggregators.settings import Traits, traits_of
 from flexlora.engines.simulation import SimulationEngine
 from flexlora.experiment.config import Config
 from flexlora.experiment.gathered import GatheredRun
@@ -24,6 +24,7 @@ from flexlora.rounds.clock import clients_per_round
 from flexlora.rounds.loop_parts import Federation, Loop, RoundSettings
 from flexlora.rounds.records import RECORDS_FILE, last_round
 from flexlora.training.schedule import learning_rate_at
+from flexlora.uplink.secure_total import SecureSumSettings
 
 
 def round_loop(
@@ -77,6 +78,36 @@ def round_loop(
         folder=folder,
         notify=notify,
         clock=clock_of(loaded.config, loaded.participants, traits, size),
+        secure_sum=_secure_sum(loaded, traits, clients) if method == loaded.config.method else None,
+    )
+
+
+def _secure_sum(loaded: LoadedRun, traits: Traits, clients: Sequence[ClientSpec]) -> SecureSumSettings | None:
+    """Return how updates are added up without being seen, None if they need not be.
+
+    AdamW moves an entry by at most ``(1 - beta1) / sqrt(1 - beta2)`` times the learning rate in a step
+    (arXiv:1412.6980, sec. 2.1), SGD by the clipped norm of the gradient over ``1 - momentum``.
+    """
+    config = loaded.config.privacy.secure_sum
+    if config is None or traits.secure_sums is None:
+        return None
+    training = local_training(loaded.config, traits)
+    if config.largest_change is not None:
+        largest = config.largest_change / loaded.config.training.learning_rate
+    else:
+        beta1, beta2 = training.betas
+        step = (1 - beta1) / (1 - beta2) ** 0.5
+        if training.optimizer == "sgd":
+            step = (training.max_grad_norm or 1.0) / (1 - training.momentum)
+        largest = step * max(training.num_steps(client.num_examples) for client in clients)
+    return SecureSumSettings(
+        summed=traits.secure_sums,
+        largest_change=largest,
+        threshold=config.threshold,
+        num_neighbours=config.num_neighbours,
+        word_bits=config.word_bits,
+        columns=config.sketch_columns,
+        most_bytes=config.max_bytes,
     )
 
 
@@ -107,6 +138,7 @@ def aggregator_of(method: MethodConfig, scaling: Scaling) -> Aggregator[Any]:
     traits = traits_of(made)
     required = ["init", "aggregate", "broadcast", "spectra"]
     required += ["add_changes"] * traits.adds_changes + ["broadcast_to"] * traits.per_client
+    required += ["aggregate_sum"] * (traits.secure_sums is not None)
     if missing := [name for name in required if not callable(getattr(made, name, None))]:
         raise MethodError(f"method.name: {method.name} needs {', '.join(missing)}; see docs/own-method.md")
     return made

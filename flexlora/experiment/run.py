@@ -73,6 +73,12 @@ def run_experiment(
             f"a trainer of your own moves factors alone, but clients of method.name={config.method.name} train cores "
             "or chosen entries, or under a penalty; leave trainer out or choose another method or other options"
         )
+    secure_sum = config.privacy.secure_sum
+    if trainer is not None and secure_sum is not None and secure_sum.largest_change is None:
+        raise ExperimentError(
+            "a secure sum needs a bound of what training changes, and that of a trainer of your own is not known; set "
+            "privacy.secure_sum.largest_change"
+        )
     with held_folder(config, folder, resume, overwrite):
         return _run_in(config, folder, data, train_one, overwrite and not resume, notify)
 

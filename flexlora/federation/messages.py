@@ -145,6 +145,37 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class CohortFactors:
+    """All that a secure sum says of a cohort whose factors were added up, direction by direction.
+
+    Attributes:
+        weight: Sum of the weights ``w_i``.
+        sums: Module -> ``A``: ``sum_i w_i A_i``, ``B``: ``sum_i w_i s_i B_i``, scaling 1, float64; what a client's rank
+            does not reach counts as zero.
+        weight_by_rank: Module -> rank -> weight of the clients that have this rank there.
+    """
+
+    weight: float
+    sums: AdapterState
+    weight_by_rank: Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class CohortProducts:
+    """All that a secure sum says of a cohort whose products were added up.
+
+    Attributes:
+        weight: Sum of the weights ``w_i``.
+        sums: Module -> factors of ``sum_i w_i s_i B_i A_i``, or of what a sketch tells of it, float64.
+        weight_by_rank: Module -> rank -> weight of the clients that have this rank there.
+    """
+
+    weight: float
+    sums: AdapterState
+    weight_by_rank: Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
 class Change:
     """An update together with what its client started from, so that only the difference counts.
 

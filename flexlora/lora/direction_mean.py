@@ -9,7 +9,7 @@ clients with ``r_i >= j``:
 weight that holds each direction are all that is needed of the clients.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -38,6 +38,13 @@ def mean_directions(
             than 0.
     """
     sums, total = factor_sums(start, updates)
+    return moved_directions(start, sums, total, exponent, step)
+
+
+def moved_directions(
+    start: AdapterState, sums: Mapping[str, FactorSums], total: float, exponent: float, step: float = 1.0
+) -> dict[str, LoraFactors]:
+    """Return what ``mean_directions`` does from the sums over all updates and their weight ``total``."""
     return {module: _moved(factors, sums[module], total, exponent, step) for module, factors in start.items()}
 
 

@@ -5,7 +5,7 @@ all updates, so that factors of a smaller rank than the server's are taken as pa
 direction, of those that hold it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,6 +101,30 @@ class FactorSums:
     def of_nothing(cls, start: LoraFactors) -> "FactorSums":
         """Return the sums before any update, in the shapes of ``start``."""
         return cls(torch.zeros_like(start.A), torch.zeros_like(start.B), torch.zeros_like(start.A[:, 0]))
+
+    @classmethod
+    def of_totals(cls, start: LoraFactors, sums: LoraFactors, weight_by_rank: Mapping[int, float]) -> "FactorSums":
+        """Return the sums over updates that nobody has seen one by one.
+
+        Args:
+            start: The server's factors; they decide ranks and scaling.
+            sums: ``sum_i w_i A_i`` and ``sum_i w_i s_i B_i`` with scaling 1, at the rank of ``start``.
+            weight_by_rank: Rank -> weight of the updates that have it.
+
+        Raises:
+            FactorsError: If the sums have another rank.
+        """
+        if (sums.rank, sums.shape) != (start.rank, start.shape):
+            raise FactorsError(
+                f"sums must have the rank and the shape of the server's factors, {start.rank} and {start.shape}; got "
+                f"{sums.rank} and {sums.shape}"
+            )
+        own, directions = sums.to(torch.float64).with_scaling(start.scaling), torch.arange(start.rank)
+        held = torch.zeros(start.rank, dtype=torch.float64)
+        for rank, weight in sorted(weight_by_rank.items()):
+            held += weight * (directions < rank)
+        covered = max((rank for rank, weight in weight_by_rank.items() if weight > 0), default=0)
+        return cls(own.A, own.B, held, float(sum(weight_by_rank.values())), covered)
 
     def add(self, client: LoraFactors, weight: float, averaged: str) -> None:
         """Add a client's factors, or one of them, with its weight."""

@@ -28,6 +28,7 @@ from flexlora.rounds.records import (
     lines_of,
     to_line,
 )
+from flexlora.rounds.summed import summed
 
 
 def run_rounds(loop: Loop) -> Outcome:
@@ -45,13 +46,18 @@ def run_rounds(loop: Loop) -> Outcome:
             loop.notify(RoundEvent("cohort", server_round, len(work.clients)))
             clients: list[ClientRecord] = []
             kept: dict[str, KeptFactors] = {}
-            updates = checked(loop, server_round, work, trained(loop.engine, work.orders, watch), clients, kept)
-            state, problem = aggregated(loop, server_round, work, state, updates, watch)
+            outcomes, secure_sum = trained(loop.engine, work.orders, watch), None
+            if loop.secure_sum is None:
+                updates = checked(loop, server_round, work, outcomes, clients, kept)
+                state, problem = aggregated(loop, server_round, work, state, updates, watch)
+                del updates
+            else:
+                state, problem, secure_sum = summed(loop, server_round, work, state, outcomes, clients, watch)
             num_ok = sum(client.outcome == "ok" for client in clients) if problem is None else 0
             progress = work.progress.keeping(kept).after_updates(num_ok, settings.max_failed_rounds)
             # What clients were sent is freed before the next round's broadcasts are made.
-            del work, updates
-            record = round_record(loop, server_round, state, clients, problem, watch)
+            del work, outcomes
+            record = round_record(loop, server_round, state, clients, problem, watch, secure_sum)
         record = record.model_copy(update=_end_of_round(loop, before, progress, watch))
         progress = _finish_round(loop, state, progress, record)
     has_progress = progress.num_updates > 0 and progress.failed_rounds_in_a_row < settings.max_failed_rounds

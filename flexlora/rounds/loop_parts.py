@@ -17,6 +17,7 @@ from flexlora.rounds.clock import Breakdown, Clock, ClockState, Trip
 from flexlora.rounds.records import ClientRecord, EvaluationRecord, RankGroupRecord, RoundRecord
 from flexlora.text import count_text
 from flexlora.uplink.base import UplinkStep
+from flexlora.uplink.secure_total import SecureSumSettings
 from flexlora.uplink.wire import WireDtype
 
 
@@ -197,6 +198,7 @@ class Loop:
         folder: Where ``records.jsonl`` and ``checkpoints/`` are.
         notify: Called at each step, for progress displays.
         uplink: The steps between clients and server; the engine runs the client ends, the loop the server ends.
+        secure_sum: How updates are added up without being seen; None sends them one by one.
         clock: Decides in virtual time who is available, who is late and how long a round takes; without one, every
             client is available and in time.
     """
@@ -212,6 +214,7 @@ class Loop:
     notify: Callable[[RoundEvent], None] = lambda event: None
     uplink: Sequence[UplinkStep] = ()
     clock: Clock | None = None
+    secure_sum: SecureSumSettings | None = None
 
 
 @dataclass

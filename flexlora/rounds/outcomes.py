@@ -21,7 +21,7 @@ from flexlora.lora.spectrum import share_inside
 from flexlora.rounds.clock import Policy, Trip
 from flexlora.rounds.cohort import Work
 from flexlora.rounds.loop_parts import Federation, Loop, RoundEvent, Stopwatch
-from flexlora.rounds.records import ClientRecord, RoundRecord, SpectrumRecord, rounded
+from flexlora.rounds.records import ClientRecord, RoundRecord, SecureSumRecord, SpectrumRecord, rounded
 from flexlora.uplink.base import receive
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def checked(
         if client is None:
             log.warning("round %d: dropped an outcome of %r, who is not due", server_round, outcome.client_id)
             continue
-        if isinstance(outcome, Update):
+        if isinstance(outcome, Update) and not outcome.is_held:
             outcome = _validated(outcome, order_of[client.client_id].parcel_of(client).arrived, federation)
         record(client, outcome)
         if isinstance(outcome, Update):
@@ -214,6 +214,7 @@ def round_record(
     clients: Sequence[ClientRecord],
     problem: str | None,
     watch: Stopwatch,
+    secure_sum: SecureSumRecord | None = None,
 ) -> RoundRecord:
     """Return what a round that has not been scored did; when and why the loop stopped is for the loop to add."""
     with watch.stage("spectra"):
@@ -228,7 +229,8 @@ def round_record(
         down_bytes=sum(client.down_bytes for client in clients),
         num_ok=sum(client.outcome == "ok" for client in clients),
         num_failed=sum(client.outcome == "failed" for client in clients),
-        train_loss=_mean_loss(clients),
+        train_loss=_mean_loss(clients) if secure_sum is None else secure_sum.train_loss,
+        secure_sum=secure_sum,
         spectra={
             module: SpectrumRecord(
                 singular_values=[rounded(value) for value in spectrum.S.tolist()], tail=rounded(spectrum.tail)

@@ -128,6 +128,28 @@ class SpectrumRecord(_Record):
     tail: float = Field(default=0.0, description="Frobenius norm of what the listed values leave out")
 
 
+class PhaseRecord(_Record):
+    """One phase of a secure sum, over all clients."""
+
+    kind: str
+    num_asked: int = Field(ge=0)
+    num_answered: int = Field(ge=0, description="Clients whose answer could be used")
+    down_bytes: int = Field(default=0, ge=0)
+    up_bytes: int = Field(default=0, ge=0)
+
+
+class SecureSumRecord(_Record):
+    """The secure sum of one round."""
+
+    phases: list[PhaseRecord] = []
+    num_summed: int = Field(default=0, ge=0, description="Clients whose numbers are in the sum")
+    num_clipped: int = Field(default=0, ge=0, description="Numbers beyond their public bound, over all clients")
+    sketch_error: float | None = Field(
+        default=None, description="Estimated relative error of the sketched products; null where factors are summed"
+    )
+    train_loss: float | None = Field(default=None, description="Mean over the examples of those that are summed")
+
+
 class RoundRecord(_Record):
     """One line of `records.jsonl`. Round 0 is the base model before training and has no clients."""
 
@@ -147,6 +169,7 @@ class RoundRecord(_Record):
     energy_above_smallest: float | None = Field(
         default=None, description="Share (0 to 1) of the squared singular values above the smallest plan's ranks"
     )
+    secure_sum: SecureSumRecord | None = Field(default=None, description="Null where updates travel one by one")
     evaluation: EvaluationRecord | None = None
     note: str | None = Field(default=None, description="Anything unusual about the round, for a person")
     stopped: str | None = Field(default=None, description="Why the run ends here, if it ends early")

@@ -99,10 +99,15 @@ class Layout:
         return _COUNT_BYTES * self.num_counts + self.word_bits // 8 * (self.num_words - self.num_counts)
 
 
+def num_clipped(layout: Layout, values: Mapping[str, Numbers]) -> int:
+    """Return how many values are beyond their bound and will be clipped to it."""
+    return sum(int((np.abs(values[part.name]) > (part.largest or 0.0)).sum()) for part in layout.values)
+
+
 def encoded(
     layout: Layout, counts: Mapping[str, Sequence[int]], values: Mapping[str, Numbers], rng: np.random.Generator
-) -> tuple[Words, int]:
-    """Return the words of one client, and how many of its values were clipped to their bound.
+) -> Words:
+    """Return the words of one client, values beyond their bound clipped to it.
 
     Args:
         layout: What there is.
@@ -114,7 +119,6 @@ def encoded(
         FixedPointError: If a value is not finite, a count is too large for the modulus, or a size is another one.
     """
     parts: list[Words] = []
-    num_clipped = 0
     for part in layout.counts:
         own = np.asarray(counts[part.name], dtype=np.int64).reshape(-1)
         if len(own) != part.size or (len(own) and (int(own.min()) < 0 or int(own.max()) > layout.most_counted)):
@@ -128,12 +132,10 @@ def encoded(
         numbers = np.asarray(values[part.name], dtype=np.float64).reshape(-1)
         if len(numbers) != part.size or not np.isfinite(numbers).all():
             raise FixedPointError(f"{part.name}: {part.size} finite numbers are needed; got {len(numbers)}")
-        is_outside = np.abs(numbers) > part.largest
-        num_clipped += int(is_outside.sum())
         scaled = np.clip(numbers, -part.largest, part.largest) * (layout.levels / part.largest)
         rounded = np.floor(scaled + rng.random(part.size))
         parts.append(np.clip(rounded, -layout.levels, layout.levels).astype(np.int64).astype(np.uint32))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32), num_clipped
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
 
 
 def on_the_way(layout: Layout, words: Words) -> npt.NDArray[np.uint8]:
