@@ -175,6 +175,22 @@ def test_a_server_that_was_stopped_goes_on_with_the_same_cohorts_to_the_same_end
     assert_same_end(folder, simulated, 2e-3)
 
 
+def test_secure_sums_need_no_other_transport(silos: Path, works: dict[str, ClientWork], tmp_path: Path) -> None:
+    shown: list[Envelope] = []
+
+    def look(name: str, reply: Envelope) -> Envelope:
+        shown.append(reply)
+        return reply
+
+    config = config_of(silos, privacy={"secure_sum": {}}, rounds__cohort_size=3, rounds__num_rounds=2)
+    run_experiment(config, tmp_path / "simulated")
+    result = run_on_flower(config, tmp_path / "run", lambda: nullcontext(Silos(works, look)))  # type: ignore[arg-type]
+    assert result.has_progress and not shown, "no client ever sends an update"
+    assert outcomes(tmp_path / "run") == outcomes(tmp_path / "simulated")
+    # What is left is stochastic rounding to fixed point, with the same seeds.
+    assert_same_end(tmp_path / "run", tmp_path / "simulated", 1e-3)
+
+
 def test_too_few_survivors_leave_the_state_as_it_was_and_the_record_says_so(
     silos: Path, works: dict[str, ClientWork], tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from flexlora.engines.base import Parcel, RoundOrder
 from flexlora.engines.flower.client_data import training_examples
 from flexlora.engines.flower.client_settings import ClientSettings
 from flexlora.engines.flower.envelope import Envelope, EnvelopeError, from_bytes, to_bytes
+from flexlora.engines.flower.phase_names import PHASES
 from flexlora.engines.flower.run_settings import RunSettings, read_run_settings
 from flexlora.engines.process_layout import choose_processes
 from flexlora.engines.simulation import SimulationEngine, reason_of
@@ -28,6 +29,7 @@ from flexlora.federation.messages import Broadcast, ClientFailure
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.base_digest import base_digest
 from flexlora.training.base_model import load_base_model
+from flexlora.uplink.phases import ClientPhases
 from flexlora.uplink.wire import decode_broadcast, encode_update
 
 PACKAGES = ("flexlora", "torch", "transformers", "peft")
@@ -58,6 +60,8 @@ class ClientWork:
         self._run: RunSettings | None = None
         self._examples: Sequence[EncodedExample] = ()
         self._plan: RankPlan | None = own.plan
+        # The engine that holds what was trained for the further phases of a round, and that round.
+        self._holding: tuple[SimulationEngine, int] | None = None
 
     def answer(self, request: bytes) -> bytes:
         """Return the reply to a request; anything that goes wrong is a reply of kind ``failure``, never an error.
@@ -65,7 +69,8 @@ class ClientWork:
         Kinds of request, all with ``run`` among their fields:
         ``describe`` is answered by ``description``: name, ranks, number of training examples, digest of the base,
         versions. ``train`` carries a broadcast as ``uplink.wire`` writes it, and is answered by ``update`` with the
-        trained factors in the same way.
+        trained factors in the same way; where the request names ``phases``, by ``held``: what was trained stays here
+        for the further phases of the round. ``ask`` carries a request of such a phase; ``reply`` answers it.
         """
         fields: Mapping[str, Any] = {}
         try:
@@ -78,18 +83,21 @@ class ClientWork:
             return to_bytes(Envelope("failure", {**fields, "stage": stage, "reason": reason_of(error)}))
 
     def _answered(self, asked: Envelope) -> Envelope:
-        if asked.kind not in ("describe", "train"):
+        if asked.kind not in ("describe", "train", "ask"):
             raise EnvelopeError(
-                f"a client answers describe and train; got {asked.kind!r:.60}: use the same version of flexlora on "
-                "server and clients"
+                f"a client answers describe, train and ask; got {asked.kind!r:.60}: use the same version of flexlora "
+                "on server and clients"
             )
         model = self._prepare(read_run_settings(asked.fields.get("run")))
-        return self._description(asked, model) if asked.kind == "describe" else self._trained(asked, model)
+        if asked.kind == "describe":
+            return self._description(asked, model)
+        return self._trained(asked, model) if asked.kind == "train" else self._replied(asked)
 
     def _prepare(self, run: RunSettings) -> AdaptedModel:
         """Return the base model, with everything ready for a run."""
         if self._run == run and self._model is not None:
             return self._model
+        self._holding = None
         self._check_base_name(run)
         model = self._loaded(run)
         if self._digest != run.base_sha256:
@@ -173,8 +181,10 @@ class ClientWork:
         run, client_id, server_round = self._run, asked.text("client_id"), asked.whole("server_round")
         if client_id != self._own.client_id:
             raise ClientRefusal(f"this client is {self._own.client_id!r}; the request is for {client_id!r}")
-        sent = decode_broadcast(asked.payload)
+        sent, phases = decode_broadcast(asked.payload), _phases(asked)
         _check_broadcast_ranks(sent, self._plan)
+        # Whatever was held belongs to an earlier round.
+        self._holding = None
         client = ClientSpec(client_id, self._plan, len(self._examples))
         order = RoundOrder(
             server_round=server_round,
@@ -184,19 +194,51 @@ class ClientWork:
             uplink=(),
             cohort=(client,),
             parcels={client_id: Parcel(sent, run.wire_dtype, asked.payload)},
+            phases=phases,
         )
         engine = SimulationEngine(model, lambda _: self._examples, run.training.settings())
         (outcome,) = engine.train(order)
         if isinstance(outcome, ClientFailure):
             return Envelope("failure", {**_echo(asked), "stage": outcome.stage, "reason": outcome.reason})
-        told = {
-            "client_id": client_id,
-            "num_examples": client.num_examples,
+        told: dict[str, Any] = {"client_id": client_id, "num_examples": client.num_examples}
+        if outcome.is_held:
+            self._holding = engine, server_round
+            return Envelope("held", {**_echo(asked), **told, "base_sha256": self._digest})
+        told |= {
             "metrics": dict(outcome.metrics),
             "train_seconds": outcome.train_seconds,
             "base_sha256": self._digest,
         }
         return Envelope("update", {**_echo(asked), **told}, encode_update(outcome, sent, run.wire_dtype))
+
+    def _replied(self, asked: Envelope) -> Envelope:
+        """Return the answer to a request of a further phase of the round that this client has trained in."""
+        client_id, server_round, phase = asked.text("client_id"), asked.whole("server_round"), asked.text("phase")
+        if client_id != self._own.client_id:
+            raise ClientRefusal(f"this client is {self._own.client_id!r}; the request is for {client_id!r}")
+        if self._holding is None or self._holding[1] != server_round:
+            raise ClientRefusal(
+                f"this client holds nothing of round {server_round}; it has not trained in it, or its process was "
+                "replaced: keep a resident worker running where rounds have several phases"
+            )
+        (answer,) = self._holding[0].ask(phase, {client_id: asked.payload})
+        if isinstance(answer, ClientFailure):
+            return Envelope("failure", {**_echo(asked), "phase": phase, "stage": phase, "reason": answer.reason})
+        return Envelope("reply", {**_echo(asked), "phase": phase}, answer.data)
+
+
+def _phases(asked: Envelope) -> ClientPhases | None:
+    """Return what a request says about further phases of its round, None if there are none.
+
+    Raises:
+        EnvelopeError: If this version does not know them.
+    """
+    name = asked.fields.get("phases")
+    if name is None:
+        return None
+    if name not in PHASES:
+        raise EnvelopeError(f"phases of a round must be one of {', '.join(PHASES)}; got {name!r:.60}")
+    return PHASES[name]()
 
 
 def _echo(asked: Envelope) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Trains a cohort on the SuperNodes of a Flower federation, with our own sampling and our own loop over the Grid."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
@@ -11,13 +12,14 @@ from flexlora.engines.base import ParcelKey, RoundOrder
 from flexlora.engines.flower.envelope import Envelope
 from flexlora.engines.flower.exchange import Fault, replies_as_they_come, replies_in_order, send
 from flexlora.engines.flower.nodes import ClientNodes
+from flexlora.engines.flower.phase_names import phases_name
 from flexlora.engines.flower.records import factors_record
-from flexlora.engines.flower.replies import update_of
+from flexlora.engines.flower.replies import phase_reply_of, update_of
 from flexlora.engines.flower.run_settings import RunSettings
 from flexlora.engines.simulation import reason_of
 from flexlora.errors import FlexLoraError
 from flexlora.federation.clients import ClientSpec
-from flexlora.federation.messages import ClientFailure, Update
+from flexlora.federation.messages import ClientFailure, Reply, Update
 
 _SPARE_SECONDS = 60.0
 
@@ -70,6 +72,9 @@ class FlowerEngine:
         """
         if order.uplink:
             raise FlowerEngineError("steps of the uplink cannot be sent to the clients of a Flower federation")
+        if order.phases is not None and phases_name(order.phases) is None:
+            raise FlowerEngineError(f"clients of a Flower federation know no phases of {type(order.phases).__name__}")
+        self._held[:] = [order.server_round]
         names = {client.client_id for client in order.cohort}
         self.nodes.wait_for(names.issubset, self.patience.rejoin_seconds)
         seconds = self.patience.deadline_seconds
@@ -79,6 +84,59 @@ class FlowerEngine:
             yield from self._in_order(order, sent, ends)
         else:
             yield from self._first_to_come(order, sent, ends, self.patience.num_wanted)
+
+    def ask(self, kind: str, requests: Mapping[str, bytes]) -> Iterator[Reply | ClientFailure]:
+        """Yield one reply or failure per request, in their order.
+
+        Args:
+            kind: The phase.
+            requests: Client id -> what it is asked; each has trained in the last round and holds its update.
+        """
+        (server_round,) = self._held
+        seconds = self.patience.deadline_seconds
+        ends = None if seconds is None else time.monotonic() + seconds
+        due = {"run_id": self.run.run_id, "server_round": server_round, "phase": kind}
+        sent: dict[str, str | ClientFailure] = {}
+        for client_id, payload in requests.items():
+            fields = {"run": self.run.model_dump(mode="json"), "client_id": client_id, **due}
+            request = Envelope("ask", fields, payload)
+            try:
+                node_id = self._node_of(client_id)
+                sent[client_id] = send(self.grid, node_id, request, str(server_round), self._expires)
+            except Exception as error:  # As in training: one that cannot be reached must not end the phase.
+                sent[client_id] = ClientFailure(client_id, kind, reason_of(error))
+        replies = replies_in_order(self.grid, [one for one in sent.values() if isinstance(one, str)], ends)
+        for client_id, own in sent.items():
+            if isinstance(own, ClientFailure):
+                yield own
+                continue
+            reply, size = next(replies), len(requests[client_id])
+            if isinstance(reply, Fault):
+                yield ClientFailure(client_id, kind, reply.reason, size)
+            else:
+                yield phase_reply_of(reply, client_id, {**due, "client_id": client_id}, size)
+
+    def forget(self) -> None:
+        """End the round; clients drop what they hold when they train again."""
+
+    @cached_property
+    def _held(self) -> list[int]:
+        """The round whose further phases may be asked for."""
+        return []
+
+    @property
+    def _expires(self) -> float | None:
+        """After how many seconds Flower drops a message: not so early that it is Flower that decides who is late."""
+        deadline = self.patience.deadline_seconds
+        return None if deadline is None else 2 * deadline + _SPARE_SECONDS
+
+    def _node_of(self, client_id: str) -> int:
+        node_id = self.nodes.node_of(client_id)
+        if node_id is None:
+            raise FlowerEngineError(
+                f"it was not connected when the round began, nor in the {self.patience.rejoin_seconds:g} s after that"
+            )
+        return node_id
 
     def _send_all(self, order: RoundOrder) -> dict[str, str | ClientFailure]:
         """Send every client its request; return client id -> message id, or why it could not be sent."""
@@ -92,11 +150,7 @@ class FlowerEngine:
         return sent
 
     def _send(self, order: RoundOrder, client: ClientSpec, records: dict[ParcelKey, ArrayRecord]) -> str:
-        node_id = self.nodes.node_of(client.client_id)
-        if node_id is None:
-            raise FlowerEngineError(
-                f"it was not connected when the round began, nor in the {self.patience.rejoin_seconds:g} s after that"
-            )
+        node_id = self._node_of(client.client_id)
         key, packet = order.key_of(client), order.parcel_of(client).packet
         if key not in records:
             records[key] = factors_record(packet)
@@ -105,12 +159,10 @@ class FlowerEngine:
             "client_id": client.client_id,
             "server_round": order.server_round,
             "learning_rate": order.learning_rate,
+            "phases": None if order.phases is None else phases_name(order.phases),
         }
         request = Envelope("train", fields, packet)
-        deadline = self.patience.deadline_seconds
-        # Flower drops what nobody waits for any more, but not so early that it is Flower that decides who is late.
-        expires = None if deadline is None else 2 * deadline + _SPARE_SECONDS
-        return send(self.grid, node_id, request, str(order.server_round), expires, records[key])
+        return send(self.grid, node_id, request, str(order.server_round), self._expires, records[key])
 
     def _in_order(
         self, order: RoundOrder, sent: dict[str, str | ClientFailure], ends: float | None

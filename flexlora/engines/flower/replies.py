@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from flexlora.engines.base import RoundOrder
 from flexlora.engines.flower.envelope import Envelope, EnvelopeError
 from flexlora.engines.flower.run_settings import RunSettings
 from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import ClientFailure, Update
+from flexlora.federation.messages import ClientFailure, Reply, Update
 from flexlora.patterns import PatternError, bounded_pattern
 from flexlora.uplink.wire import WireError, decode_update, update_size
 
@@ -117,6 +118,8 @@ def update_of(reply: Envelope, client: ClientSpec, order: RoundOrder, run: RunSe
     if reply.kind == "failure":
         stage = reply.fields.get("stage")
         return failed(stage if stage in _STAGES else "train", _reason(reply))
+    if order.phases is not None:
+        return _held(reply, client, run, down_bytes)
     sent = order.parcel_of(client).arrived
     most = update_size(None, sent, order.wire_dtype) + _SPARE_BYTES
     try:
@@ -136,6 +139,38 @@ def update_of(reply: Envelope, client: ClientSpec, order: RoundOrder, run: RunSe
         return decode_update(reply.payload, own, sent)
     except (EnvelopeError, WireError) as error:
         return failed("validate", str(error))
+
+
+def _held(reply: Envelope, client: ClientSpec, run: RunSettings, down_bytes: int) -> Update | ClientFailure:
+    """Return word of an update that its client holds for the further phases of the round."""
+    try:
+        if reply.kind != "held" or reply.payload:
+            raise EnvelopeError(f"word of a held update was expected; the client answered {reply.kind!r:.60}")
+        _check_base(reply, run)
+    except EnvelopeError as error:
+        return ClientFailure(client.client_id, "validate", str(error), down_bytes, len(reply.payload))
+    return Update(client.client_id, {}, float(client.num_examples), down_bytes=down_bytes, is_held=True)
+
+
+def phase_reply_of(
+    reply: Envelope, client_id: str, due: Mapping[str, Any], request_bytes: int
+) -> Reply | ClientFailure:
+    """Return what a client answered in a further phase of a round, or why it did not.
+
+    Args:
+        reply: What came back.
+        client_id: Who was asked.
+        due: What a reply has to repeat of its request; ``phase`` is the stage of a failure.
+        request_bytes: Size of the request.
+    """
+    phase = str(due["phase"])
+    wrong = [name for name, value in due.items() if reply.fields.get(name) != value]
+    if reply.kind == "failure":
+        return ClientFailure(client_id, phase, _reason(reply), request_bytes)
+    if wrong or reply.kind != "reply":
+        reason = f"its reply belongs to another request: {reply.kind!r:.60}, other {', '.join(wrong) or 'kind'}"
+        return ClientFailure(client_id, phase, reason, request_bytes, len(reply.payload))
+    return Reply(client_id, reply.payload)
 
 
 def _metrics(value: Any) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Error, RecordDict
 
-from flexlora.engines.base import Engine, RoundOrder
+from flexlora.engines.base import Engine, PhasedEngine, RoundOrder
 from flexlora.engines.flower.engine import FlowerEngine, FlowerEngineError, Patience
 from flexlora.engines.flower.envelope import Envelope
 from flexlora.engines.flower.exchange import MOST_HELD
@@ -16,7 +16,9 @@ from flexlora.engines.flower.nodes import ClientNodes
 from flexlora.engines.flower.records import FACTORS, to_records
 from flexlora.engines.flower.run_settings import RunSettings
 from flexlora.federation.clients import ClientSpec
-from flexlora.federation.messages import Broadcast, ClientFailure, Update
+from flexlora.federation.messages import Broadcast, ClientFailure, Reply, Update
+from flexlora.uplink.phase_messages import message
+from flexlora.uplink.secure_sum import SecureSum
 from flexlora.uplink.wire import decode_broadcast, encode_update
 
 
@@ -255,3 +257,42 @@ def test_steps_of_the_uplink_are_refused(engine: FlowerEngine, order: RoundOrder
 
     with pytest.raises(FlowerEngineError, match="cannot be sent to the clients"):
         next(engine.train(dataclasses.replace(order, uplink=(Step(),))))
+
+
+def keys_request(num_sums: int) -> bytes:
+    return message({"session": "ab" * 16, "sums": num_sums})
+
+
+def test_clients_hold_what_they_trained_and_answer_further_phases(engine: FlowerEngine, order: RoundOrder) -> None:
+    assert isinstance(engine, PhasedEngine)
+    outcomes = list(engine.train(dataclasses.replace(order, phases=SecureSum())))
+    assert [(one.client_id, isinstance(one, Update) and one.is_held) for one in outcomes] == [
+        ("north", True),
+        ("south", True),
+    ]
+    assert all(isinstance(one, Update) and not one.payload and not one.metrics for one in outcomes)
+    keys = list(engine.ask("keys", {"south": keys_request(2), "north": keys_request(2)}))
+    assert [one.client_id for one in keys] == ["south", "north"]
+    assert all(isinstance(one, Reply) and one.data for one in keys)
+    (failed,) = engine.ask("odd", {"north": b""})
+    assert isinstance(failed, ClientFailure) and failed.stage == "odd" and "knows no phase" in failed.reason
+
+
+def test_a_client_that_holds_nothing_says_so(engine: FlowerEngine, grid: Any, order: RoundOrder) -> None:
+    list(engine.train(dataclasses.replace(order, phases=SecureSum())))
+    list(engine.train(dataclasses.replace(order, server_round=2)))
+    (failed,) = engine.ask("keys", {"north": keys_request(2)})
+    assert isinstance(failed, ClientFailure) and "holds nothing of round 2" in failed.reason
+    del grid.nodes[12]
+    engine.nodes.look()
+    (failed,) = engine.ask("keys", {"south": keys_request(2)})
+    assert isinstance(failed, ClientFailure) and "not connected" in failed.reason
+
+
+def test_phases_that_clients_do_not_know_are_refused(engine: FlowerEngine, order: RoundOrder) -> None:
+    class Odd:
+        def begin(self, holding: Any) -> Any:
+            return holding
+
+    with pytest.raises(FlowerEngineError, match="know no phases of Odd"):
+        next(engine.train(dataclasses.replace(order, phases=Odd())))
