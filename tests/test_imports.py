@@ -44,6 +44,7 @@ RANKS = {
     "cli": 10,
     "testing": 9,
     "trainers": 9,
+    "flower": 9,
     "verbs": 9,
 }
 # What rooms may see of lower rooms, where that is less than all of it.
