@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -81,6 +82,21 @@ class Certificates:
     def public_keys(self) -> list[Path]:
         """Return the public keys of all clients, by name."""
         return sorted((self.folder / CLIENT_FOLDER).glob("*.pub"))
+
+    @staticmethod
+    def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
+        """Return the public key in a file in OpenSSH format.
+
+        Raises:
+            CertificateError: If there is none.
+        """
+        try:
+            key = serialization.load_ssh_public_key(path.read_bytes())
+        except (ValueError, OSError, UnsupportedAlgorithm) as error:
+            raise CertificateError(f"{path} must be a public key in OpenSSH format: {error}") from error
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise CertificateError(f"{path} must be a key on an elliptic curve, as ecdsa-sha2-nistp384")
+        return key
 
     def check_server_files(self) -> None:
         """Refuse a folder that a server cannot start with.
@@ -145,6 +161,33 @@ def make_client_key(path: Path) -> list[Path]:
     _write_new(path, private, private=True)
     _write_new(path.with_suffix(".pub"), public + b" " + path.stem.encode() + b"\n")
     return [path, path.with_suffix(".pub")]
+
+
+def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Return the private key of a client.
+
+    Raises:
+        CertificateError: If there is none, or others may read it.
+    """
+    try:
+        content, mode = path.read_bytes(), path.stat().st_mode
+    except OSError as error:
+        raise CertificateError(
+            f"--key must be the private key of this client; {path}: {error.strerror}. The owner of the server makes "
+            "one by: flexlora certificates --client NAME"
+        ) from error
+    try:
+        key = serialization.load_ssh_private_key(content, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise CertificateError(
+            f"--key must be a private key in OpenSSH format without a password, as flexlora certificates makes it; "
+            f"{path}: {error}"
+        ) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise CertificateError(f"--key must be a key on an elliptic curve, as ecdsa-sha2-nistp384; {path} is another")
+    if os.name == "posix" and mode & 0o077:
+        raise CertificateError(f"{path} must be readable for its owner alone; run: chmod 600 {path}")
+    return key
 
 
 def check_client_name(name: str) -> None:

@@ -1,0 +1,182 @@
+"""Opens a run on a SuperLink for this process, which then talks to all clients through Flower's ``Grid``.
+
+Flower starts a new process for a ServerApp, from an app that is uploaded first. Here the process that the user started
+takes the place of that one: it can show progress, it ends with the exit code of the run, and nothing is unpacked.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import httpx
+from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import SubStatus
+from flwr.common.serde import fab_to_proto, run_from_proto
+from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.serverapp import Grid
+from flwr.supercore.constant import TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.interceptors.http.utils import add_headers
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid import HttpGrid
+
+from flexlora.engines.flower.certificates import CertificateError, Certificates
+from flexlora.engines.flower.superlink import LinkError, SuperLink
+from flexlora.engines.flower.superlink_process import SECRET_HEADER
+
+_SECONDS_BETWEEN_HEARTBEATS = 5.0
+_SECONDS_BETWEEN_KEY_LOOKS = 0.5
+_SECONDS_FOR_A_TASK = 15.0
+
+# What a stock SuperNode that connects is told to run for messages of this run.
+_APP = """\
+[project]
+name = "flexlora"
+version = "1.0.0"
+description = "Federated fine-tuning across clients of different LoRA ranks"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "flexlora"
+
+[tool.flwr.app.components]
+serverapp = "flexlora.engines.flower.server_app:app"
+clientapp = "flexlora.engines.flower.client_app:app"
+
+[tool.flwr.app.config]
+"""
+
+
+@contextmanager
+def open_run(link: SuperLink) -> Iterator[Grid]:
+    """Open a run for a ``with`` block, and register the keys of clients as they appear.
+
+    The run ends as completed or, if the block raises, as failed.
+
+    Args:
+        link: Ready to answer.
+
+    Raises:
+        LinkError: If the SuperLink refuses it.
+    """
+    control = ControlHttpClient.from_server_address(
+        link.address,
+        link.certificates is None,
+        link.authority,
+        [RuntimeVersionHttpInterceptor("flwr"), _Secret(link.control_secret)],
+        retry_invoker=make_simple_http_retry_invoker(),
+    )
+    over = threading.Event()
+    with control:
+        known: set[str] = set()
+        if link.certificates is not None:
+            register_keys(control, link.certificates, known)
+        grid = HttpGrid(link.address, link.certificates is None, link.authority, token=_task_token(link, control))
+        threads = [threading.Thread(target=_beat, args=(link, grid, over), daemon=True)]
+        if link.certificates is not None:
+            arguments = (control, link.certificates, known, over)
+            threads.append(threading.Thread(target=_keep_registering, args=arguments, daemon=True))
+        status = SubStatus.FAILED
+        try:
+            task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
+            grid.set_run(run_from_proto(task.run))
+            for thread in threads:
+                thread.start()
+            yield grid
+            status = SubStatus.COMPLETED
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+            # The server process may be gone; what the run came to is in its records.
+            grid._retry_invoker.max_tries = 1
+            with suppress(httpx.HTTPError):
+                grid._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
+            grid.close()
+
+
+def register_keys(control: ControlHttpClient, certificates: Certificates, known: set[str]) -> list[str]:
+    """Let the clients in whose public keys are in the folder and not in ``known``, and return their names.
+
+    Raises:
+        CertificateError: If a file is no public key, or two hold the same key.
+    """
+    new = []
+    for path in certificates.public_keys():
+        if path.stem in known:
+            continue
+        key = certificates.read_public_key(path)
+        try:
+            control.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key), name=path.stem))
+        except httpx.HTTPStatusError as error:
+            if "already in use" not in error.response.text:
+                raise LinkError(f"the SuperLink refused the key {path}: {error.response.text[:300]}") from error
+        known.add(path.stem)
+        new.append(path.stem)
+    return new
+
+
+class _Secret:
+    """Adds the secret of a deployment to requests to Control."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Send a request with the secret."""
+        add_headers(context.request, {SECRET_HEADER: self._secret})
+        return call_next(context)
+
+
+def _task_token(link: SuperLink, control: ControlHttpClient) -> str:
+    """Start a run and return the token of its task, as the process that Flower would start has it."""
+    content, _ = build_fab_from_files({"pyproject.toml": _APP.encode()})
+    try:
+        started = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab("", content, {}))))
+    except httpx.HTTPStatusError as error:
+        raise LinkError(f"the SuperLink refused the run: {error.response.text[:300]}") from error
+    runtime = RuntimeHttpClient.from_server_address(
+        link.address,
+        link.certificates is None,
+        link.authority,
+        [RuntimeVersionHttpInterceptor("SuperExec"), _Secret(link.control_secret)],
+        retry_invoker=make_simple_http_retry_invoker(),
+    )
+    until = time.monotonic() + _SECONDS_FOR_A_TASK
+    with runtime:
+        while time.monotonic() < until:
+            answer = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+            if answer.token and answer.task.run_id == started.run_id:
+                return answer.token
+            time.sleep(0.05)
+    raise LinkError("the SuperLink accepted the run and offers no task for it; its log says more")
+
+
+def _beat(link: SuperLink, grid: HttpGrid, over: threading.Event) -> None:
+    """Tell the SuperLink that the run is alive; one that is started again takes it up where it was."""
+    while not over.wait(_SECONDS_BETWEEN_HEARTBEATS):
+        with suppress(httpx.HTTPError):
+            grid._runtime_client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+
+
+def _keep_registering(
+    control: ControlHttpClient, certificates: Certificates, known: set[str], over: threading.Event
+) -> None:
+    """Register keys that appear in the folder while the server runs."""
+    while not over.wait(_SECONDS_BETWEEN_KEY_LOOKS):
+        # A file that is being copied is whole the next time.
+        with suppress(httpx.HTTPError, LinkError, CertificateError):
+            register_keys(control, certificates, known)

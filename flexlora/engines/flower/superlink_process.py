@@ -1,0 +1,127 @@
+"""Runs a SuperLink, Flower's server process, on a socket that is bound already; ends with the process that started it.
+
+Started as ``python -m flexlora.engines.flower.superlink_process SOCKET PARENT``: an inherited file descriptor, and the
+number of the process that started it. What it needs to know comes as one line of JSON over stdin, for it holds secrets:
+``LinkSettings`` as a mapping.
+
+Flower serves three interfaces on one port: Fleet for clients, Control and Runtime for whoever starts runs. Without
+accounts, which are not in its open version, everybody who reaches the port can register nodes and start runs through
+Control. So here, Control answers only who knows the secret of this deployment, and so does the one call of Runtime that
+needs no token of a run.
+"""
+
+import hmac
+import json
+import socket
+import sys
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from flexlora.orphans import end_with_parent
+
+SECRET_HEADER = "x-flexlora-control"
+
+_GUARDED = ("/v1/control/", "/v1/runtime/acquire-task", "/docs", "/openapi.json")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class LinkSettings:
+    """What a SuperLink is started with.
+
+    Attributes:
+        database: File that its state is in, so that it survives a kill.
+        control_secret: What requests to Control must carry.
+        authority: Certificate that clients trust; None serves without TLS and lets every client in.
+        certificate: Of the server.
+        key: Of the server.
+    """
+
+    database: str
+    control_secret: str
+    authority: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+
+class Guard:
+    """An ASGI application that lets requests to Control through only if they carry the secret."""
+
+    def __init__(self, app: App, secret: str) -> None:
+        """Guard ``app``."""
+        self._app, self._secret = app, secret.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._knows_secret(scope):
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"Runs of this server are started by flexlora alone.\n"})
+            return
+        await self._app(scope, receive, send)
+
+    def _knows_secret(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == SECRET_HEADER.encode()]
+        return len(given) == 1 and hmac.compare_digest(given[0], self._secret)
+
+
+def main() -> None:
+    """Serve until this process is ended."""
+    end_with_parent(int(sys.argv[2]))
+    settings = LinkSettings(**json.loads(sys.stdin.readline()))
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    import uvicorn
+
+    uvicorn.Server(
+        uvicorn.Config(
+            Guard(_flower_app(settings), settings.control_secret),
+            access_log=False,
+            ws="none",
+            # The address of a client is that of its connection: nobody stands before this server.
+            proxy_headers=False,
+            ssl_certfile=settings.certificate,
+            ssl_keyfile=settings.key,
+        )
+    ).run(sockets=[listening])
+
+
+def _flower_app(settings: LinkSettings) -> App:
+    """Return Flower's own application: no process of its own, no second port."""
+    from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+    from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
+    from flwr.superlink.main import create_app
+
+    config = SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host="",
+        port=0,
+        insecure=settings.authority is None,
+        certificates=None,
+        superexec_auth_secret=None,
+        authn_plugin=load_control_authn_plugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=settings.authority is not None,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=settings.authority,
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.key,
+        database=settings.database,
+        isolation=ISOLATION_MODE_PROCESS,
+        runtime_dependency_install=False,
+    )
+    return create_app(config, SuperLinkLifespan)
+
+
+if __name__ == "__main__":
+    main()
