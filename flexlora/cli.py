@@ -15,6 +15,8 @@ try:
     import typer
     from rich.logging import RichHandler
 
+    from flexlora.verbs.certificates import certificates
+    from flexlora.verbs.client import client
     from flexlora.verbs.compare import compare
     from flexlora.verbs.doctor import doctor
     from flexlora.verbs.evaluate import evaluate
@@ -53,6 +55,8 @@ VERBS = (
     ("init", init, "flexlora init own-data my-federation"),
     ("methods", methods, "flexlora methods flexlora"),
     ("doctor", doctor, "flexlora doctor"),
+    ("client", client, "flexlora client --server fed.example.org:9440 --data rows.jsonl --certificates alpha"),
+    ("certificates", certificates, "flexlora certificates --host fed.example.org --client alpha --client beta"),
 )
 
 app = typer.Typer(

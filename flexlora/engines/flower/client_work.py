@@ -34,8 +34,8 @@ from flexlora.uplink.wire import decode_broadcast, encode_update
 
 PACKAGES = ("flexlora", "torch", "transformers", "peft")
 
-ChoosePlan = Callable[[RunSettings, AdaptedModel], RankPlan]
-"""Decides the ranks of a client whose user left them open, from the run and the loaded base model."""
+ChoosePlan = Callable[[RunSettings, AdaptedModel, Sequence[EncodedExample]], RankPlan]
+"""Decides the ranks of a client whose user left them open, from the run, the loaded base model and the examples."""
 
 _log = logging.getLogger(__name__)
 
@@ -106,10 +106,7 @@ class ClientWork:
                 f"SHA-256 {run.base_sha256[:12]}..., {self._own.model} here has {self._digest[:12]}...: use the same "
                 "model and revision"
             )
-        plan = self._plan if self._plan is not None else self._chosen(run, model)
-        _check_ranks(plan, run)
-        self._plan = plan
-        self._examples = encode_client(
+        examples = encode_client(
             self._own.client_id,
             training_examples(self._own.data, self._own.client_id, run),
             model.tokenizer,
@@ -118,13 +115,15 @@ class ClientWork:
             max_length=run.max_length,
             loss_on=run.loss_on,
         )
-        self._run = run
+        plan = self._plan if self._plan is not None else self._chosen(run, model, examples)
+        _check_ranks(plan, run)
+        self._plan, self._examples, self._run = plan, examples, run
         return model
 
-    def _chosen(self, run: RunSettings, model: AdaptedModel) -> RankPlan:
+    def _chosen(self, run: RunSettings, model: AdaptedModel, examples: Sequence[EncodedExample]) -> RankPlan:
         if self._choose_plan is None:
             raise ClientRefusal("a client needs a rank; its user has named none: choose one")
-        return self._choose_plan(run, model)
+        return self._choose_plan(run, model, examples)
 
     def _check_base_name(self, run: RunSettings) -> None:
         own = self._own.model

@@ -1,0 +1,89 @@
+"""Writes and reads what a running server tells programs on its machine: where it is and who is connected."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flexlora.errors import FlexLoraError
+from flexlora.files import write_whole
+from flexlora.foreign import ForeignError, read_json
+
+DEPLOYMENT_FILE = "deployment.json"
+
+DEMO_FOLDER = Path("runs/federation")
+"""Run folder of ``flexlora server --demo``."""
+
+
+class DeploymentError(FlexLoraError, ValueError):
+    """A folder without a running server."""
+
+
+@dataclass(frozen=True)
+class ConnectedClient:
+    """A client that is connected.
+
+    Attributes:
+        client_id: Its name.
+        plan: Name of its rank plan.
+        num_examples: That it trains on.
+        device: Where it trains.
+    """
+
+    client_id: str
+    plan: str
+    num_examples: int
+    device: str
+
+
+@dataclass(frozen=True)
+class DeploymentFile:
+    """What a running server says about itself.
+
+    Attributes:
+        address: Where clients on this machine reach it, as HOST:PORT.
+        process: Number of the server's process.
+        certificates: Folder of certificates; None without TLS.
+        num_rounds: That the run has.
+        clients: Who is connected.
+        refused: Why others cannot take part.
+    """
+
+    address: str
+    process: int
+    certificates: str | None
+    num_rounds: int
+    clients: tuple[ConnectedClient, ...] = ()
+    refused: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Write it into a run folder."""
+        write_whole(folder / DEPLOYMENT_FILE, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_deployment(folder: Path) -> DeploymentFile:
+    """Return what the server of a run folder says about itself.
+
+    Raises:
+        DeploymentError: If no server runs there.
+    """
+    path = folder / DEPLOYMENT_FILE
+    try:
+        content: Any = read_json(path.read_bytes(), path)
+        clients = content.pop("clients")
+        return DeploymentFile(
+            **content
+            | {"refused": tuple(content["refused"]), "clients": tuple(ConnectedClient(**one) for one in clients)}
+        )
+    except OSError as error:
+        raise DeploymentError(
+            f"no server runs in {folder} ({path.name} is not there); start one by: flexlora server"
+            + (" --demo" if folder == DEMO_FOLDER else f" CONFIG --out {folder}")
+        ) from error
+    except (ForeignError, TypeError, KeyError, AttributeError) as error:
+        raise DeploymentError(f"{path} must be what flexlora server writes; start the server again: {error}") from error
+
+
+def remove_deployment(folder: Path) -> None:
+    """Say that no server runs in a run folder."""
+    (folder / DEPLOYMENT_FILE).unlink(missing_ok=True)
