@@ -30,6 +30,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from flexlora.engines.flower.certificates import CertificateError, Certificates
@@ -93,6 +94,9 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
         try:
             task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
             grid.set_run(run_from_proto(task.run))
+            # Flower writes these into messages.
+            TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
+            TaskIdentity.node_id = task.context.node_id
             for thread in threads:
                 thread.start()
             yield grid
