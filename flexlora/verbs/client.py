@@ -89,7 +89,7 @@ def client(
         )
     )
     with interruptible("the server goes on without this client, which can join again"), _screen(setup, quiet) as screen:
-        from flexlora.engines.flower.quiet import make_quiet
+        from flexlora.engines.flower.children import make_quiet
 
         make_quiet()
         # Only here: Flower takes a second to import, and a mistake is told before.

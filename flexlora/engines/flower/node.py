@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, Status
-from flwr.common.serde import message_from_proto, message_to_proto, run_from_proto
+from flwr.common.serde import message_to_proto, run_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -33,7 +33,6 @@ from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
@@ -45,8 +44,6 @@ from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
     ObjectUnavailableError,
-    inflate_object_from_contents,
-    pull_objects,
     push_objects,
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -55,6 +52,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from flexlora.engines.flower.refusals import LostError, RefusedError, UnknownKeyError, refusal
+from flexlora.engines.flower.transfers import whole_message
 
 _SECONDS_BETWEEN_HEARTBEATS = HEARTBEAT_MIN_INTERVAL / 2
 """Flower takes a node for gone after two of its shortest intervals without a sign of life."""
@@ -141,20 +139,16 @@ class Connection:
         answer = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         if not answer.messages_list:
             return None
-        message, tree = message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
-        run_id, message_id = message.metadata.run_id, message.metadata.message_id
+        announced, tree = answer.messages_list[0], answer.message_object_trees[0]
+        run_id = announced.metadata.run_id
         pull = make_pull_object_fn_protobuf(partial(self._call, self._client.PullObject), self._node, run_id)
+        confirm = make_confirm_message_received_fn_protobuf(
+            partial(self._call, self._client.ConfirmMessageReceived), self._node, run_id
+        )
         try:
-            contents = pull_objects([one.object_id for one in iterate_object_tree(tree)], pull)
+            return whole_message(announced, tree, pull, confirm)
         except (ObjectPullError, ObjectUnavailableError) as error:
             raise LostError(f"a message could not be taken from {self._place.address}: {error}") from error
-        confirm = partial(self._call, self._client.ConfirmMessageReceived)
-        make_confirm_message_received_fn_protobuf(confirm, self._node, run_id)(message_id)
-        whole = inflate_object_from_contents(message_id, contents)
-        if not isinstance(whole, Message):
-            raise LostError(f"{self._place.address} sent something that is no message; use the same version of Flower")
-        whole.metadata.__dict__["_message_id"] = message_id
-        return whole
 
     def reply(self, message: Message, content: RecordDict, seconds: float) -> None:
         """Answer a message.

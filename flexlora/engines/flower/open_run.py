@@ -31,9 +31,9 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
 
 from flexlora.engines.flower.certificates import CertificateError, Certificates
+from flexlora.engines.flower.prompt_grid import PromptGrid
 from flexlora.engines.flower.superlink import LinkError, SuperLink
 from flexlora.engines.flower.superlink_process import SECRET_HEADER
 
@@ -85,7 +85,7 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
         known: set[str] = set()
         if link.certificates is not None:
             register_keys(control, link.certificates, known)
-        grid = HttpGrid(link.address, link.certificates is None, link.authority, token=_task_token(link, control))
+        grid = PromptGrid(link.address, link.certificates is None, link.authority, token=_task_token(link, control))
         threads = [threading.Thread(target=_beat, args=(link, grid, over), daemon=True)]
         if link.certificates is not None:
             arguments = (control, link.certificates, known, over)
@@ -169,7 +169,7 @@ def _task_token(link: SuperLink, control: ControlHttpClient) -> str:
     raise LinkError("the SuperLink accepted the run and offers no task for it; its log says more")
 
 
-def _beat(link: SuperLink, grid: HttpGrid, over: threading.Event) -> None:
+def _beat(link: SuperLink, grid: PromptGrid, over: threading.Event) -> None:
     """Tell the SuperLink that the run is alive; one that is started again takes it up where it was."""
     while not over.wait(_SECONDS_BETWEEN_HEARTBEATS):
         with suppress(httpx.HTTPError):

@@ -1,17 +1,23 @@
 """Puts envelopes into Flower's records and takes them out again.
 
-Whatever has to be exact travels as bytes: the header as one text, all factors together as one array whose content is a
-safetensors blob. Flower's own tensor path knows no bfloat16, and each array of a message costs two transfers a hop.
+Whatever has to be exact travels as bytes: the header as one text, all factors together as one safetensors blob.
+Flower's own tensor path knows no bfloat16, and each object in a message costs requests on every hop: a blob that is not
+large stands beside the header, a large one is an array, which Flower cuts into pieces and sends once to all who share
+it.
 """
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app.typing import ConfigRecordValues
 
 from flexlora.engines.flower.envelope import Envelope, EnvelopeError, from_header, header_of
 
 HEADER, FACTORS = "flexlora", "factors"
 """Names of the records in a message."""
 
-_TEXT, _ARRAY, _STORED_AS = "header", "factors", "safetensors"
+_TEXT, _ARRAY, _STORED_AS, _BLOB = "header", "factors", "safetensors", "factors"
+
+MOST_BYTES_BESIDE = 1 << 21
+"""The longest payload that stands beside its header."""
 
 
 def factors_record(payload: bytes) -> ArrayRecord:
@@ -24,10 +30,14 @@ def to_records(envelope: Envelope, factors: ArrayRecord | None = None) -> Record
 
     Args:
         envelope: Its payload is left out if it is empty.
-        factors: What ``factors_record`` made of the same payload.
+        factors: What ``factors_record`` made of the same payload; needed only if it is large.
     """
-    records = RecordDict({HEADER: ConfigRecord({_TEXT: header_of(envelope)})})
-    if envelope.payload:
+    content: dict[str, ConfigRecordValues] = {_TEXT: header_of(envelope)}
+    is_beside = bool(envelope.payload) and len(envelope.payload) <= MOST_BYTES_BESIDE
+    if is_beside:
+        content[_BLOB] = envelope.payload
+    records = RecordDict({HEADER: ConfigRecord(content)})
+    if envelope.payload and not is_beside:
         records[FACTORS] = factors_record(envelope.payload) if factors is None else factors
     return records
 
@@ -42,7 +52,10 @@ def from_records(records: RecordDict) -> Envelope:
     text = None if header is None else header.get(_TEXT)
     if not isinstance(text, bytes):
         raise EnvelopeError(f"a message must hold the record {HEADER!r}; this one holds {sorted(records)[:5]}")
-    return from_header(text, _payload(records))
+    beside = header.get(_BLOB, b"") if header is not None else b""
+    if not isinstance(beside, bytes):
+        raise EnvelopeError("the payload of a message must be bytes")
+    return from_header(text, beside or _payload(records))
 
 
 def _payload(records: RecordDict) -> bytes:

@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
-from flexlora.engines.flower.quiet import make_quiet
+from flexlora.engines.flower.children import child_environment, module_command
 from flexlora.engines.flower.superlink import private_log
 from flexlora.errors import FlexLoraError
 
@@ -147,15 +146,13 @@ class Resident:
         self.close()
 
     def _started(self) -> "subprocess.Popen[bytes]":
-        environment = dict(os.environ)
-        make_quiet(environment)
         with private_log(self._log_path) as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", self._module, str(self.socket), str(os.getpid())],
+                module_command(self._module, str(self.socket), str(os.getpid())),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=child_environment(),
                 # Ctrl-C is for the process that started this one, which decides what happens.
                 start_new_session=True,
             )

@@ -10,7 +10,6 @@ import secrets
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from flexlora.engines.flower.certificates import Certificates
-from flexlora.engines.flower.quiet import make_quiet
+from flexlora.engines.flower.children import child_environment, module_command
 from flexlora.engines.flower.superlink_process import LinkSettings
 from flexlora.errors import FlexLoraError
 
@@ -160,17 +159,15 @@ class SuperLink:
             certificate=None if files is None else str(files.server),
             key=None if files is None else str(files.server_key),
         )
-        environment = dict(os.environ)
-        make_quiet(environment)
         descriptor = self._socket.fileno()
         module = "flexlora.engines.flower.superlink_process"
         with private_log(self._log_path) as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, str(descriptor), str(os.getpid())],
+                module_command(module, str(descriptor), str(os.getpid())),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=child_environment(),
                 pass_fds=[descriptor],
                 # Ctrl-C is for the process that started this one, which decides what happens.
                 start_new_session=True,
