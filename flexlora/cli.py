@@ -29,6 +29,8 @@ try:
     from flexlora.verbs.plan import plan
     from flexlora.verbs.report import report
     from flexlora.verbs.run import run
+    from flexlora.verbs.server import server
+    from flexlora.verbs.status import status, stop
     from flexlora.verbs.terminal import err, out
 except KeyboardInterrupt:
     # Loading these takes most of the time before main can catch an interruption.
@@ -55,8 +57,11 @@ VERBS = (
     ("init", init, "flexlora init own-data my-federation"),
     ("methods", methods, "flexlora methods flexlora"),
     ("doctor", doctor, "flexlora doctor"),
+    ("server", server, "flexlora server federation.yaml --host 0.0.0.0 --certificates certificates --out runs/fed"),
     ("client", client, "flexlora client --server fed.example.org:9440 --data rows.jsonl --certificates alpha"),
     ("certificates", certificates, "flexlora certificates --host fed.example.org --client alpha --client beta"),
+    ("status", status, "flexlora status runs/fed"),
+    ("stop", stop, "flexlora stop runs/fed"),
 )
 
 app = typer.Typer(

@@ -11,7 +11,7 @@ from flexlora.engines.flower.certificates import CLIENT_FOLDER, check_client_nam
 from flexlora.errors import FlexLoraError
 from flexlora.experiment.client_process import ClientOrder
 from flexlora.experiment.demo_data import write_client_rows
-from flexlora.experiment.deployment_file import DEMO_FOLDER, DeploymentFile, read_deployment
+from flexlora.experiment.deployment_file import DEMO_FOLDER, DeploymentFile, running_deployment
 
 CLIENTS_FOLDER = Path("runs/clients")
 
@@ -156,7 +156,7 @@ def _key_in(folder: Path, name: str | None) -> Path:
 
 def _joining_demo(request: ClientRequest) -> ClientRequest:
     """Return the request with what the demo on this machine needs filled in."""
-    deployment: DeploymentFile = read_deployment(DEMO_FOLDER)
+    deployment: DeploymentFile = running_deployment(DEMO_FOLDER)
     certificates = deployment.certificates
     name = request.name or f"{socket.gethostname().partition('.')[0][:20] or 'client'}-{os.getpid()}"
     check_client_name(name)

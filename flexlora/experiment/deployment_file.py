@@ -1,11 +1,15 @@
 """Writes and reads what a running server tells programs on its machine: where it is and who is connected."""
 
 import json
+import os
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flexlora.errors import FlexLoraError
+from flexlora.experiment.run_folder import SERVER_FOLDER
 from flexlora.files import write_whole
 from flexlora.foreign import ForeignError, read_json
 
@@ -58,7 +62,9 @@ class DeploymentFile:
 
     def write(self, folder: Path) -> None:
         """Write it into a run folder."""
-        write_whole(folder / DEPLOYMENT_FILE, json.dumps(asdict(self), indent=1) + "\n")
+        place = folder / SERVER_FOLDER
+        place.mkdir(parents=True, exist_ok=True)
+        write_whole(place / DEPLOYMENT_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_deployment(folder: Path) -> DeploymentFile:
@@ -67,7 +73,7 @@ def read_deployment(folder: Path) -> DeploymentFile:
     Raises:
         DeploymentError: If no server runs there.
     """
-    path = folder / DEPLOYMENT_FILE
+    path = folder / SERVER_FOLDER / DEPLOYMENT_FILE
     try:
         content: Any = read_json(path.read_bytes(), path)
         clients = content.pop("clients")
@@ -84,6 +90,45 @@ def read_deployment(folder: Path) -> DeploymentFile:
         raise DeploymentError(f"{path} must be what flexlora server writes; start the server again: {error}") from error
 
 
+def is_running(deployment: DeploymentFile) -> bool:
+    """Return whether the process that wrote a file is still there."""
+    try:
+        os.kill(deployment.process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with suppress(OSError):
+        # The number may belong to another process by now.
+        return b"flexlora" in Path(f"/proc/{deployment.process}/cmdline").read_bytes()
+    return True
+
+
+def running_deployment(folder: Path) -> DeploymentFile:
+    """Return what the server that runs in a run folder says about itself.
+
+    Raises:
+        DeploymentError: If none runs there.
+    """
+    deployment = read_deployment(folder)
+    if not is_running(deployment):
+        raise DeploymentError(
+            f"the server in {folder} (process {deployment.process}) has ended without saying so; go on by: flexlora "
+            "server with --resume"
+        )
+    return deployment
+
+
+def wait_for_deployment(folder: Path, seconds: float) -> None:
+    """Return once a server runs in a run folder, or after so many seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with suppress(DeploymentError):
+            running_deployment(folder)
+            return
+        time.sleep(0.2)
+
+
 def remove_deployment(folder: Path) -> None:
     """Say that no server runs in a run folder."""
-    (folder / DEPLOYMENT_FILE).unlink(missing_ok=True)
+    (folder / SERVER_FOLDER / DEPLOYMENT_FILE).unlink(missing_ok=True)

@@ -36,6 +36,9 @@ ADAPTERS_FOLDER = "adapters"
 SHA256_LETTERS = 64
 CONFIG_FILE = "config.yaml"
 FEDERATION_FILE = "federation.json"
+SERVER_FOLDER = "server"
+"""What a running server of real clients keeps beside the run: where it is, who is connected, its log."""
+
 RUN_ENTRIES = {
     ADAPTERS_FOLDER,
     ANSWERS_FILE,
@@ -48,7 +51,10 @@ RUN_ENTRIES = {
     RECORDS_FILE,
     REFERENCES_FILE,
     REPORT_FILE,
+    SERVER_FOLDER,
 }
+# These are no part of a run, and may be there before and after it.
+BESIDE_RUNS = (LOCK_FILE, SERVER_FOLDER)
 # A run may need to change these to get past the point where memory or disk ran out; scores move by rounding at most.
 RESUMABLE_CHANGES = (
     "data.cache",
@@ -114,7 +120,7 @@ def check_folder(config: Config, folder: Path, resume: bool, overwrite: bool) ->
         )
     if holds_run:
         _check_run(config, folder, resume, overwrite)
-    elif rest := [path.name for path in entries if path.suffix != PARTIAL and path.name != LOCK_FILE]:
+    elif rest := [path.name for path in entries if path.suffix != PARTIAL and path.name not in BESIDE_RUNS]:
         held = f"a folder called {CONFIG_FILE}" if CONFIG_FILE in rest else f"{', '.join(rest)} but no {CONFIG_FILE}"
         raise ExperimentError(f"{folder} holds {held}, so it is no whole run; delete it, or name another folder")
 
@@ -152,7 +158,7 @@ def open_folder(config: Config, manifest: ManifestRecord, folder: Path, anew: bo
     if anew and folder.is_dir():
         # The configuration goes last: as long as anything is left, it says whose it is.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
-            if path.name != LOCK_FILE:
+            if path.name not in BESIDE_RUNS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     for leftover in folder.glob(f"*{PARTIAL}"):
         leftover.unlink(missing_ok=True)

@@ -14,6 +14,10 @@ ConfigArgument = Annotated[
         metavar="CONFIG", help="A YAML file, or demo, which comes with flexlora.", autocompletion=configurations
     ),
 ]
+OptionalConfigArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="[CONFIG]", help="A YAML file; left out with --demo.", autocompletion=configurations),
+]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(

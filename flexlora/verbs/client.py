@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexlora.errors import FlexLoraError
+from flexlora.progress import stage
 from flexlora.verbs.extras import need_flower
 from flexlora.verbs.leaving import interruptible
 from flexlora.verbs.terminal import err
@@ -67,7 +68,11 @@ def client(
     """Train for a server on the rows of this machine, at the rank that its device affords."""
     need_flower()
     from flexlora.experiment.client_order import ClientRequest, client_setup
+    from flexlora.experiment.deployment_file import DEMO_FOLDER, wait_for_deployment
 
+    if demo:
+        with stage(err, "Waiting for flexlora server --demo on this machine", hidden=quiet):
+            wait_for_deployment(DEMO_FOLDER, wait)
     setup = client_setup(
         ClientRequest(
             server=server,

@@ -1,5 +1,6 @@
 """Says how Flower's processes and ours are started: nothing calls home, and the same package is imported."""
 
+import logging
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
@@ -24,6 +25,10 @@ def make_quiet(environment: MutableMapping[str, str] | None = None) -> None:
             anything of Flower is imported.
     """
     (os.environ if environment is None else environment).update(QUIET)
+    if environment is None:
+        # Otherwise each request becomes a line. Flower sets the level of its logger when it is imported.
+        for name in ("flwr", "httpx"):
+            logging.getLogger(name).addFilter(_is_warning)
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
@@ -40,3 +45,7 @@ def child_environment() -> dict[str, str]:
     others = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part and part != place]
     environment["PYTHONPATH"] = os.pathsep.join([place, *others])
     return environment
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING

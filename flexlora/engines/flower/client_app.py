@@ -4,12 +4,17 @@ Flower starts a new process for each message, so nothing heavy is imported here:
 model answers if there is one, and only without it does this process load everything itself.
 """
 
+import logging
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from flexlora.engines.flower.client_settings import ClientSettingsError, settings_from
 from flexlora.engines.flower.envelope import Envelope, from_bytes, to_bytes
 from flexlora.engines.flower.records import from_records, to_records
+from flexlora.engines.flower.resident import ResidentError, ask, resident_of_environment
+
+_log = logging.getLogger(__name__)
 
 app = ClientApp()
 
@@ -23,7 +28,13 @@ def answer(message: Message, context: Context) -> Message:
 
 
 def _answered(request: bytes, context: Context) -> bytes:
-    """Return the reply to a request, by this process itself."""
+    """Return the reply to a request: that of the resident worker, or by this process itself if there is none."""
+    resident = resident_of_environment()
+    if resident is not None:
+        try:
+            return ask(resident, request)
+        except ResidentError as error:
+            _log.warning("%s; this process answers in its place.", error)
     try:
         own = settings_from(context.node_config)
     except ClientSettingsError as error:

@@ -11,7 +11,7 @@ from flwr.app import Message
 from flexlora.engines.flower.envelope import Envelope, EnvelopeError, from_bytes, to_bytes
 from flexlora.engines.flower.node import Connection, Place
 from flexlora.engines.flower.records import from_records, to_records
-from flexlora.engines.flower.refusals import LostError, UnknownKeyError
+from flexlora.engines.flower.refusals import LostError, RunOverError, UnknownKeyError
 from flexlora.engines.flower.resident import Answer, ResidentError
 from flexlora.errors import FlexLoraError
 
@@ -121,19 +121,22 @@ class ClientLoop:
         """Answer until a run that this client was asked about is over."""
         run_id, looked, pause = 0, time.monotonic(), _SHORTEST_PAUSE
         while True:
-            message = connection.receive()
-            if message is not None:
-                run_id, pause = message.metadata.run_id, _SHORTEST_PAUSE
-                self._reply(connection, message)
-                looked = time.monotonic()
-                continue
-            if run_id and time.monotonic() - looked > _SECONDS_BETWEEN_RUN_LOOKS:
-                if connection.run_is_over(run_id):
-                    self.notify(News("over"))
-                    if not self.stays:
-                        return
-                    run_id = 0
-                looked = time.monotonic()
+            is_over = False
+            try:
+                message = connection.receive()
+                if message is not None:
+                    run_id, pause, looked = message.metadata.run_id, _SHORTEST_PAUSE, time.monotonic()
+                    self._reply(connection, message)
+                    continue
+                if run_id and time.monotonic() - looked > _SECONDS_BETWEEN_RUN_LOOKS:
+                    is_over, looked = connection.run_is_over(run_id), time.monotonic()
+            except RunOverError:
+                is_over = True
+            if is_over:
+                self.notify(News("over"))
+                if not self.stays:
+                    return
+                run_id = 0
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE, _PAUSE_GROWTH * pause)
 

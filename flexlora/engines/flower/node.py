@@ -51,7 +51,7 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from flexlora.engines.flower.refusals import LostError, RefusedError, UnknownKeyError, refusal
+from flexlora.engines.flower.refusals import LostError, RefusedError, RunOverError, UnknownKeyError, refusal
 from flexlora.engines.flower.transfers import whole_message
 
 _SECONDS_BETWEEN_HEARTBEATS = HEARTBEAT_MIN_INTERVAL / 2
@@ -119,7 +119,7 @@ class Connection:
         """
         self._node = Node()
         if earlier_node:
-            with suppress(LostError, RefusedError):
+            with suppress(LostError, RefusedError, RunOverError):
                 self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=earlier_node))
         if self._place.key is None:
             # It may be known already, from before the connection was lost.
@@ -160,6 +160,7 @@ class Connection:
 
         Raises:
             LostError: If the connection is gone; the reply is then lost.
+            RunOverError: If the run has ended meanwhile.
         """
         with no_object_id_recompute():
             answer = Message(content, reply_to=message)
@@ -186,14 +187,17 @@ class Connection:
         Raises:
             LostError: If the connection is gone.
         """
-        answer = self._call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run_id))
+        try:
+            answer = self._call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run_id))
+        except RunOverError:
+            return True
         return run_from_proto(answer.run).status.status == Status.FINISHED
 
     def close(self) -> None:
         """Tell the SuperLink that this client leaves."""
         self._over.set()
         if self.node_id:
-            with suppress(LostError, RefusedError):
+            with suppress(LostError, RefusedError, RunOverError):
                 self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
                 if self._place.key is None:
                     self._call(self._client.UnregisterNode, UnregisterNodeFleetRequest(node_id=self.node_id))
@@ -216,6 +220,6 @@ class Connection:
         while not self._over.wait(_SECONDS_BETWEEN_HEARTBEATS):
             node = self._node
             if node.node_id:
-                with suppress(LostError, RefusedError):
+                with suppress(LostError, RefusedError, RunOverError):
                     request = SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
                     self._call(self._client.SendNodeHeartbeat, request)

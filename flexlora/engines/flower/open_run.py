@@ -13,7 +13,7 @@ import httpx
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SubStatus
 from flwr.common.serde import fab_to_proto, run_from_proto
-from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullTaskInputRequest,
@@ -21,7 +21,7 @@ from flwr.proto.runtime_pb2 import (
     SendTaskHeartbeatRequest,
 )
 from flwr.serverapp import Grid
-from flwr.supercore.constant import TaskType
+from flwr.supercore.constant import NodeStatus, TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -40,6 +40,7 @@ from flexlora.engines.flower.superlink_process import SECRET_HEADER
 _SECONDS_BETWEEN_HEARTBEATS = 5.0
 _SECONDS_BETWEEN_KEY_LOOKS = 0.5
 _SECONDS_FOR_A_TASK = 15.0
+_SECONDS_TO_LEAVE = 6.0
 
 # What a stock SuperNode that connects is told to run for messages of this run.
 _APP = """\
@@ -65,7 +66,8 @@ clientapp = "flexlora.engines.flower.client_app:app"
 def open_run(link: SuperLink) -> Iterator[Grid]:
     """Open a run for a ``with`` block, and register the keys of clients as they appear.
 
-    The run ends as completed or, if the block raises, as failed.
+    If the block ends without an error, the run is over for the clients too, which have some seconds to leave. If it
+    raises, they wait for the server to come back.
 
     Args:
         link: Ready to answer.
@@ -90,7 +92,6 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
         if link.certificates is not None:
             arguments = (control, link.certificates, known, over)
             threads.append(threading.Thread(target=_keep_registering, args=arguments, daemon=True))
-        status = SubStatus.FAILED
         try:
             task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
             grid.set_run(run_from_proto(task.run))
@@ -100,15 +101,16 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
             for thread in threads:
                 thread.start()
             yield grid
-            status = SubStatus.COMPLETED
-        finally:
-            over.set()
-            for thread in threads:
-                thread.join()
             # The server process may be gone; what the run came to is in its records.
             grid._retry_invoker.max_tries = 1
             with suppress(httpx.HTTPError):
-                grid._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
+                grid._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
+                _wait_until_left(control)
+        finally:
+            over.set()
+            for thread in threads:
+                if thread.is_alive():
+                    thread.join()
             grid.close()
 
 
@@ -167,6 +169,16 @@ def _task_token(link: SuperLink, control: ControlHttpClient) -> str:
                 return answer.token
             time.sleep(0.05)
     raise LinkError("the SuperLink accepted the run and offers no task for it; its log says more")
+
+
+def _wait_until_left(control: ControlHttpClient) -> None:
+    """Wait until no client is connected any more, for some seconds."""
+    until = time.monotonic() + _SECONDS_TO_LEAVE
+    while time.monotonic() < until:
+        nodes = control.ListNodes(ListNodesRequest()).nodes_info
+        if not any(node.status == NodeStatus.ONLINE for node in nodes):
+            return
+        time.sleep(0.2)
 
 
 def _beat(link: SuperLink, grid: PromptGrid, over: threading.Event) -> None:

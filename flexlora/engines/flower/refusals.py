@@ -3,6 +3,7 @@
 import re
 
 import httpx
+from flwr.supercore.error import ApiErrorCode, FlowerError
 
 from flexlora.errors import FlexLoraError
 
@@ -15,6 +16,10 @@ class LostError(FlexLoraError, ConnectionError):
 
 class RefusedError(FlexLoraError, PermissionError):
     """A server that does not let this client in, or is not the one that is meant."""
+
+
+class RunOverError(FlexLoraError, RuntimeError):
+    """A run that has ended; its server takes nothing more for it."""
 
 
 class UnknownKeyError(RefusedError):
@@ -50,7 +55,9 @@ def refusal(error: Exception, address: str, is_tls: bool) -> FlexLoraError:
 
 
 def _answered(error: httpx.HTTPStatusError, address: str) -> FlexLoraError:
-    status = error.response.status_code
+    status, told = error.response.status_code, FlowerError.from_json(error.response.text)
+    if told is not None and told.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED:
+        return RunOverError(f"the run at {address} is over")
     if status == _UNKNOWN_KEY_STATUS:
         return UnknownKeyError(
             f"the server at {address} does not know the key of this client, or a client with that key is connected: "

@@ -47,11 +47,10 @@ class SuperLink:
     Its socket belongs to this process: clients that connect while it is started again wait a moment.
     """
 
-    def __init__(self, folder: Path, host: str, port: int, certificates: Certificates | None) -> None:
-        """Take the port and start the process.
+    def __init__(self, host: str, port: int, certificates: Certificates | None) -> None:
+        """Take the port; clients that connect wait until the process is started.
 
         Args:
-            folder: Where its database and its log go; state of an earlier server there is removed.
             host: Address to listen on.
             port: Port to listen on; 0 takes a free one.
             certificates: None serves without TLS and lets every client in.
@@ -63,22 +62,33 @@ class SuperLink:
         self._socket = _listening(host, port)
         self.port: int = self._socket.getsockname()[1]
         self.control_secret = secrets.token_hex(32)
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{DATABASE}*"):
-            left.unlink()
-        self.database = folder / DATABASE
-        _create_private(self.database)
-        self._log_path = folder / LOG
         self._closing = threading.Event()
         self._num_restarts = 0
-        self._process = self._started()
+        self._process: subprocess.Popen[bytes] | None = None
         self._watch = threading.Thread(target=self._keep_running, daemon=True)
+
+    def start(self, folder: Path) -> None:
+        """Start the process.
+
+        Args:
+            folder: Where its database and its log go; state of an earlier server there is removed.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._remove_state(folder)
+        self._database, self._log_path = folder / DATABASE, folder / LOG
+        _create_private(self._database)
+        self._process = self._started()
         self._watch.start()
 
     @property
     def address(self) -> str:
         """Where this process reaches it, as HOST:PORT."""
         return join_address(self.local_host, self.port)
+
+    @property
+    def listens_at(self) -> str:
+        """Where it listens, as HOST:PORT."""
+        return join_address(self.host, self.port)
 
     @property
     def local_host(self) -> str:
@@ -92,8 +102,8 @@ class SuperLink:
 
     @property
     def process_id(self) -> int:
-        """The number of the process that serves at present."""
-        return self._process.pid
+        """The number of the process that serves at present; 0 before it is started."""
+        return 0 if self._process is None else self._process.pid
 
     @property
     def num_restarts(self) -> int:
@@ -116,7 +126,8 @@ class SuperLink:
                 with opener.open(f"{scheme}://{self.address}/health", timeout=2):
                     return
             except OSError:
-                if self._process.poll() is not None and self._num_restarts >= _MOST_RESTARTS:
+                process = self._process
+                if process is not None and process.poll() is not None and self._num_restarts >= _MOST_RESTARTS:
                     break
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         raise LinkError(f"the SuperLink did not start; it said: {self._last_words()}")
@@ -124,15 +135,21 @@ class SuperLink:
     def close(self) -> None:
         """End the process and free the port; its state is removed, its log stays."""
         self._closing.set()
-        self._process.terminate()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._watch.join()
+        process = self._process
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            self._watch.join()
+            self._remove_state(self._database.parent)
         self._socket.close()
-        for left in self.database.parent.glob(f"{DATABASE}*"):
+
+    @staticmethod
+    def _remove_state(folder: Path) -> None:
+        for left in folder.glob(f"{DATABASE}*"):
             left.unlink(missing_ok=True)
 
     def __enter__(self) -> "SuperLink":
@@ -153,11 +170,12 @@ class SuperLink:
     def _started(self) -> "subprocess.Popen[bytes]":
         files = self.certificates
         settings = LinkSettings(
-            database=str(self.database),
+            database=str(self._database),
             control_secret=self.control_secret,
             authority=None if files is None else str(files.authority),
             certificate=None if files is None else str(files.server),
             key=None if files is None else str(files.server_key),
+            is_open=self._num_restarts > 0,
         )
         descriptor = self._socket.fileno()
         module = "flexlora.engines.flower.superlink_process"
@@ -183,6 +201,7 @@ class SuperLink:
     def _keep_running(self) -> None:
         while not self._closing.is_set():
             process = self._process
+            assert process is not None
             try:
                 process.wait(0.2)
             except subprocess.TimeoutExpired:

@@ -7,7 +7,8 @@ number of the process that started it. What it needs to know comes as one line o
 Flower serves three interfaces on one port: Fleet for clients, Control and Runtime for whoever starts runs. Without
 accounts, which are not in its open version, everybody who reaches the port can register nodes and start runs through
 Control. So here, Control answers only who knows the secret of this deployment, and so does the one call of Runtime that
-needs no token of a run.
+needs no token of a run. Clients are asked to come back later until the first run is started: the keys of clients are
+registered before it.
 """
 
 import hmac
@@ -23,6 +24,7 @@ from flexlora.orphans import end_with_parent
 SECRET_HEADER = "x-flexlora-control"
 
 _GUARDED = ("/v1/control/", "/v1/runtime/acquire-task", "/docs", "/openapi.json")
+_FOR_CLIENTS, _OPENING = "/v1/fleet/", "/v1/control/start-run"
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -40,6 +42,7 @@ class LinkSettings:
         authority: Certificate that clients trust; None serves without TLS and lets every client in.
         certificate: Of the server.
         key: Of the server.
+        is_open: Whether clients are let in at once.
     """
 
     database: str
@@ -47,26 +50,35 @@ class LinkSettings:
     authority: str | None = None
     certificate: str | None = None
     key: str | None = None
+    is_open: bool = False
 
 
 class Guard:
     """An ASGI application that lets requests to Control through only if they carry the secret."""
 
-    def __init__(self, app: App, secret: str) -> None:
+    def __init__(self, app: App, secret: str, is_open: bool) -> None:
         """Guard ``app``."""
-        self._app, self._secret = app, secret.encode()
+        self._app, self._secret, self._is_open = app, secret.encode(), is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._knows_secret(scope):
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"Runs of this server are started by flexlora alone.\n"})
-            return
-        await self._app(scope, receive, send)
+        path = scope["path"] if scope["type"] == "http" else ""
+        if path.startswith(_GUARDED) and not self._knows_secret(scope):
+            await _refuse(send, 403, b"Runs of this server are started by flexlora alone.\n")
+        elif path.startswith(_FOR_CLIENTS) and not self._is_open:
+            await _refuse(send, 503, b"The server is starting.\n")
+        else:
+            await self._app(scope, receive, send)
+            self._is_open = self._is_open or path == _OPENING
 
     def _knows_secret(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == SECRET_HEADER.encode()]
         return len(given) == 1 and hmac.compare_digest(given[0], self._secret)
+
+
+async def _refuse(send: Send, status: int, body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": body})
 
 
 def main() -> None:
@@ -78,7 +90,7 @@ def main() -> None:
 
     uvicorn.Server(
         uvicorn.Config(
-            Guard(_flower_app(settings), settings.control_secret),
+            Guard(_flower_app(settings), settings.control_secret, settings.is_open),
             access_log=False,
             ws="none",
             # The address of a client is that of its connection: nobody stands before this server.

@@ -143,6 +143,6 @@ def test_data_that_are_not_there_are_named(silos: Path, flower_run: RunSettings)
 
 
 def test_the_ranks_of_a_client_without_any_are_chosen_from_the_run(silos: Path, flower_run: RunSettings) -> None:
-    work = ClientWork(settings_of(silos, plan=None), lambda run, model: uniform_plan(run.largest_rank))
+    work = ClientWork(settings_of(silos, plan=None), lambda run, model, examples: uniform_plan(run.largest_rank))
     assert asked(work, "describe", flower_run).fields["plan"]["name"] == "rank-8"
     assert "needs a rank" in asked(ClientWork(settings_of(silos, plan=None)), "describe", flower_run).fields["reason"]
