@@ -6,7 +6,7 @@ RUN_DIR ?= runs/demo
 # Tests start hundreds of Python processes; where compiled files are not kept, each of them compiles the package again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup demo smollm2 smollm2-demo test test-fast lint format docs clean
+.PHONY: setup demo federation smollm2 smollm2-demo test test-fast lint format docs clean
 
 # Everything below sets itself up; the stamp is renewed when the project's requirements change.
 $(VENV)/.stamp: pyproject.toml constraints.txt
@@ -27,6 +27,11 @@ smollm2: setup
 # It tunes that model, and shows what it answers before and after.
 smollm2-demo: smollm2
 	$(BIN)/flexlora run configs/smollm2_demo.yaml --out runs/smollm2-demo --overwrite
+
+# A server and three clients of different ranks, each a process of its own, on this machine.
+federation: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[flower]'
+	$(BIN)/python scripts/federation.py
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
