@@ -9,6 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Error, RecordDict
 
 from flexlora.engines.base import Engine, PhasedEngine, RoundOrder
+from flexlora.engines.flower import records
 from flexlora.engines.flower.engine import FlowerEngine, FlowerEngineError, Patience
 from flexlora.engines.flower.envelope import Envelope
 from flexlora.engines.flower.exchange import MOST_HELD
@@ -20,6 +21,12 @@ from flexlora.federation.messages import Broadcast, ClientFailure, Reply, Update
 from flexlora.uplink.phase_messages import message
 from flexlora.uplink.secure_sum import SecureSum
 from flexlora.uplink.wire import decode_broadcast, encode_update
+
+
+@pytest.fixture(autouse=True)
+def every_payload_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send small payloads as large ones are sent; see ``test_records.py`` for small ones."""
+    monkeypatch.setattr(records, "MOST_BYTES_BESIDE", 0)
 
 
 @pytest.fixture
