@@ -57,7 +57,8 @@ from flexlora.engines.flower.transfers import whole_message
 _SECONDS_BETWEEN_HEARTBEATS = HEARTBEAT_MIN_INTERVAL / 2
 """Flower takes a node for gone after two of its shortest intervals without a sign of life."""
 
-_Request, _Answer = TypeVar("_Request"), TypeVar("_Answer")
+_Request = TypeVar("_Request")
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
