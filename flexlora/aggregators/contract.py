@@ -41,6 +41,7 @@ from flexlora.aggregators.contract_state import (
     spectra_are_those_of_the_change,
     updates_are_read_once,
 )
+from flexlora.aggregators.contract_sums import a_sum_counts_as_its_cohort
 from flexlora.federation.messages import Broadcast, Change, Update
 from flexlora.lora.factors import LoraFactors
 
@@ -275,5 +276,6 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     gradients_do_not_reach_the_state,
     unusable_rounds_are_refused,
     traits_are_true,
+    a_sum_counts_as_its_cohort,
 )
 """Every rule, in an order that names the simplest mistake first."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flexlora.aggregators.fedit import FedIt, FedItState
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import Traits
-from flexlora.federation.messages import Broadcast, Update
+from flexlora.federation.messages import Broadcast, CohortFactors, Update
 from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.lora.product import Spectrum
 
@@ -26,7 +26,7 @@ class FedAvg:
 
     scaling: Scaling
 
-    traits = Traits(needs_one_rank=True, local_optimizer="sgd")
+    traits = Traits(needs_one_rank=True, local_optimizer="sgd", secure_sums="factors")
 
     def init(self, adapter: AdapterState) -> FedItState:
         """Return the initial adapter, its scalings taken over by the rule."""
@@ -39,6 +39,14 @@ class FedAvg:
             AggregationError: If an update lacks a module or has another rank than the server's adapter.
         """
         return FedIt(self.scaling).aggregate(state, updates)
+
+    def aggregate_sum(self, state: FedItState, total: CohortFactors) -> FedItState:
+        """Return the same from the sums of the factors of a cohort.
+
+        Raises:
+            AggregationError: If clients had another rank than the server's adapter.
+        """
+        return FedIt(self.scaling).aggregate_sum(state, total)
 
     def broadcast(self, state: FedItState, ranks: Mapping[str, int]) -> Broadcast:
         """Return the averaged adapter in float32; ``ranks`` must be the server's.

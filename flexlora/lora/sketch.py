@@ -13,6 +13,7 @@ its way.
 
 # torch.linalg carries no type information.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportConstantRedefinition=false
 
 from math import hypot, sqrt
 

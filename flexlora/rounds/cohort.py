@@ -12,7 +12,6 @@ from flexlora.federation.messages import Broadcast, ClientFailure
 from flexlora.rounds.buffer import FilledBuffer, fill_buffer, still_needed
 from flexlora.rounds.clock import Clock, ClockState, Trip, close_round, open_round, start_trip
 from flexlora.rounds.loop_parts import Loop, Progress, Stopwatch
-from flexlora.uplink.secure_sum import SecureSum
 from flexlora.uplink.wire import update_size
 
 
@@ -162,7 +161,7 @@ def _order(
         cohort=cohort,
         parcels=parcels,
         kept=progress.kept,
-        phases=None if loop.secure_sum is None else SecureSum(),
+        phases=None if loop.secure_sum is None else loop.secure_sum.phases,
     )
 
 

@@ -16,8 +16,7 @@ from flexlora.lora.factors import AdapterState, Scaling
 from flexlora.rounds.clock import Breakdown, Clock, ClockState, Trip
 from flexlora.rounds.records import ClientRecord, EvaluationRecord, RankGroupRecord, RoundRecord
 from flexlora.text import count_text
-from flexlora.uplink.base import UplinkStep
-from flexlora.uplink.secure_total import SecureSumSettings
+from flexlora.uplink.base import CohortStep, UplinkStep
 from flexlora.uplink.wire import WireDtype
 
 
@@ -214,7 +213,7 @@ class Loop:
     notify: Callable[[RoundEvent], None] = lambda event: None
     uplink: Sequence[UplinkStep] = ()
     clock: Clock | None = None
-    secure_sum: SecureSumSettings | None = None
+    secure_sum: CohortStep | None = None
 
 
 @dataclass

@@ -12,8 +12,7 @@ from flexlora.rounds.cohort import Work
 from flexlora.rounds.loop_parts import Loop, Stopwatch
 from flexlora.rounds.outcomes import checked
 from flexlora.rounds.records import ClientRecord, PhaseRecord, SecureSumRecord, rounded
-from flexlora.uplink.masked_sum import MaskedSums
-from flexlora.uplink.secure_total import SecureTotal, SummedCohort, masked_sums, secure_total
+from flexlora.uplink.base import SecureTotal, SummedCohort, Traffic
 
 
 def summed(
@@ -24,36 +23,33 @@ def summed(
     outcomes: Iterable[Update | ClientFailure],
     clients: list[ClientRecord],
     watch: Stopwatch,
-) -> tuple[Any, str | None, SecureSumRecord | None]:
+) -> tuple[Any, str | None, SecureSumRecord]:
     """Return the state after the secure sum of a cohort, what went wrong, if anything, and what the sum cost.
 
     A record of every client goes to ``clients``: one that trained and dropped out of a later phase failed there. Where
     too many do, the state is kept.
     """
-    engine, aggregator, settings = loop.engine, loop.aggregator, loop.secure_sum
-    assert isinstance(engine, PhasedEngine) and isinstance(aggregator, SumAggregator) and settings is not None
+    engine, aggregator, step = loop.engine, loop.aggregator, loop.secure_sum
+    assert isinstance(engine, PhasedEngine) and isinstance(aggregator, SumAggregator) and step is not None
     trained = list(outcomes)
     held = {str(one.client_id): one for one in trained if isinstance(one, Update) and one.is_held}
     total: SecureTotal | None = None
-    sums: MaskedSums | None = None
-    problem, (order,) = None, work.orders
+    problem, traffic, (order,) = None, Traffic(), work.orders
     try:
         with watch.stage("secure_sum"):
-            cohort = _cohort(loop, order, held)
-            sums = masked_sums(settings, cohort, engine.ask)
-            total = secure_total(settings, cohort, sums)
+            total = step.total(_cohort(loop, order, held), engine.ask, traffic)
         with watch.stage("aggregate"):
             state = aggregator.aggregate_sum(state, total.total)
     except FlexLoraError as error:
         problem = f"there is no secure sum and the state was kept: {error}"
     finally:
         engine.forget()
-    for cost in [] if sums is None else sums.costs:
+    for cost in traffic.costs:
         stage = f"secure_sum {cost.kind}"
         watch.seconds[stage] = watch.seconds.get(stage, 0.0) + cost.seconds
-    for _ in checked(loop, server_round, work, _outcomes(trained, sums, total), clients, {}):
+    for _ in checked(loop, server_round, work, _outcomes(trained, traffic, total), clients, {}):
         pass
-    return state, problem, None if sums is None else _record(sums, total)
+    return state, problem, _record(traffic, total)
 
 
 def _cohort(loop: Loop, order: RoundOrder, held: dict[str, Update]) -> SummedCohort:
@@ -73,7 +69,7 @@ def _cohort(loop: Loop, order: RoundOrder, held: dict[str, Update]) -> SummedCoh
 
 
 def _outcomes(
-    trained: Iterable[Update | ClientFailure], sums: MaskedSums | None, total: SecureTotal | None
+    trained: Iterable[Update | ClientFailure], traffic: Traffic, total: SecureTotal | None
 ) -> Iterable[Update | ClientFailure]:
     """Yield how each client fared in the end, with the bytes of all phases."""
     summed_up = set() if total is None else set(total.survivors)
@@ -82,9 +78,9 @@ def _outcomes(
         if isinstance(outcome, ClientFailure):
             yield outcome
             continue
-        up_bytes = 0 if sums is None else sums.up_bytes.get(client_id, 0)
-        down_bytes = outcome.down_bytes + (0 if sums is None else sums.down_bytes.get(client_id, 0))
-        failure = None if sums is None else sums.failures.get(client_id)
+        up_bytes = traffic.up_bytes.get(client_id, 0)
+        down_bytes = outcome.down_bytes + traffic.down_bytes.get(client_id, 0)
+        failure = traffic.failures.get(client_id)
         if client_id in summed_up:
             yield dataclasses.replace(outcome, up_bytes=up_bytes, down_bytes=down_bytes)
         elif failure is not None:
@@ -94,7 +90,7 @@ def _outcomes(
             yield ClientFailure(client_id, "secure_sum", reason, down_bytes, up_bytes)
 
 
-def _record(sums: MaskedSums, total: SecureTotal | None) -> SecureSumRecord:
+def _record(traffic: Traffic, total: SecureTotal | None) -> SecureSumRecord:
     phases = [
         PhaseRecord(
             kind=cost.kind,
@@ -103,7 +99,7 @@ def _record(sums: MaskedSums, total: SecureTotal | None) -> SecureSumRecord:
             down_bytes=cost.down_bytes,
             up_bytes=cost.up_bytes,
         )
-        for cost in sums.costs
+        for cost in traffic.costs
     ]
     if total is None:
         return SecureSumRecord(phases=phases)

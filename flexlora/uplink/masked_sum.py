@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexlora.errors import FlexLoraError
 from flexlora.federation.messages import ClientFailure
+from flexlora.uplink.base import PhaseCost, Traffic
 from flexlora.uplink.fixed_point import Layout, Numbers, arrived, decoded
 from flexlora.uplink.masking_client import MaskingClient
 from flexlora.uplink.masking_server import MaskedSumError, MaskingServer
@@ -21,27 +22,6 @@ from flexlora.uplink.phases import Ask
 
 MASKING_KINDS = ("keys", "shares", "unmask")
 _WORDS = "words"
-
-
-@dataclass
-class PhaseCost:
-    """What a phase cost.
-
-    Attributes:
-        kind: Of the phase.
-        num_asked: Clients that were asked.
-        num_answered: Clients whose answer could be used.
-        down_bytes: Of all requests.
-        up_bytes: Of all replies.
-        seconds: Wall time.
-    """
-
-    kind: str
-    num_asked: int
-    num_answered: int = 0
-    down_bytes: int = 0
-    up_bytes: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,18 +46,12 @@ class MaskedSums:
     Attributes:
         server: The server's end.
         ask: Asks clients.
-        costs: Of the phases so far.
-        failures: Client -> why it dropped out.
-        up_bytes: Client -> bytes of its replies.
-        down_bytes: Client -> bytes of its requests.
+        traffic: Of the phases so far.
     """
 
     server: MaskingServer
     ask: Ask
-    costs: list[PhaseCost] = field(default_factory=list[PhaseCost])
-    failures: dict[str, ClientFailure] = field(default_factory=dict[str, ClientFailure])
-    up_bytes: dict[str, int] = field(default_factory=dict[str, int])
-    down_bytes: dict[str, int] = field(default_factory=dict[str, int])
+    traffic: Traffic = field(default_factory=Traffic)
 
     def open(self) -> None:
         """Let clients exchange keys and shares.
@@ -130,7 +104,7 @@ class MaskedSums:
         self._asked(kind, requests, {}, keep)
         for client_id, reason in take(replies).items():
             self._fail(kind, client_id, reason)
-            self.costs[-1].num_answered -= 1
+            self.traffic.costs[-1].num_answered -= 1
 
     def _asked(
         self,
@@ -141,11 +115,11 @@ class MaskedSums:
     ) -> None:
         """Ask clients and take their replies one at a time; those that cannot be used are failures."""
         start, cost = time.perf_counter(), PhaseCost(kind, len(requests))
-        self.costs.append(cost)
+        self.traffic.costs.append(cost)
         packets = {client_id: message(fields, tensors) for client_id, fields in requests.items()}
         for client_id, packet in packets.items():
             cost.down_bytes += len(packet)
-            self.down_bytes[client_id] = self.down_bytes.get(client_id, 0) + len(packet)
+            self.traffic.down_bytes[client_id] = self.traffic.down_bytes.get(client_id, 0) + len(packet)
         for reply in self.ask(kind, packets):
             client_id = reply.client_id
             if client_id not in requests:
@@ -154,7 +128,7 @@ class MaskedSums:
                 self._fail(kind, client_id, reply.reason)
                 continue
             cost.up_bytes += len(reply.data)
-            self.up_bytes[client_id] = self.up_bytes.get(client_id, 0) + len(reply.data)
+            self.traffic.up_bytes[client_id] = self.traffic.up_bytes.get(client_id, 0) + len(reply.data)
             try:
                 take(client_id, *fields_and_tensors(reply.data))
             except FlexLoraError as error:
@@ -164,8 +138,8 @@ class MaskedSums:
         cost.seconds = time.perf_counter() - start
 
     def _fail(self, kind: str, client_id: str, reason: str) -> None:
-        self.failures[client_id] = ClientFailure(
-            client_id, kind, reason, self.down_bytes.get(client_id, 0), self.up_bytes.get(client_id, 0)
+        self.traffic.failures[client_id] = ClientFailure(
+            client_id, kind, reason, self.traffic.down_bytes.get(client_id, 0), self.traffic.up_bytes.get(client_id, 0)
         )
 
 

@@ -12,6 +12,9 @@ mean loss of training times the weight. A number is multiplied by ``w_i / w`` wi
 round, so that its public bound holds for every client.
 """
 
+# torch.from_numpy carries no type information.
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -125,7 +128,7 @@ def terms_in(kind: SumKind, fields: Fields) -> SumTerms:
         number_in(fields, "slots", 1, 2**20),
         number_in(fields, "largest_weight", 1, 2**31),
         number_in(fields, "clients", 1, 2**31),
-        cast("WordBits", word_bits),
+        word_bits,
         number_in(fields, "seed", 0, SEED_BOUND),
     )
 
@@ -158,7 +161,7 @@ class SumClient:
         if kind not in ("factors", "range", "projection"):
             raise PhaseError(f"a client of a secure sum knows no phase {kind!r}")
         fields, tensors = fields_and_tensors(request)
-        terms = terms_in(cast("SumKind", kind), fields)
+        terms = terms_in(kind, fields)
         layout, weight = terms.layout(), self._weight(terms)
         loss = self._holding.update.metrics.get("loss", float("nan"))
         numbers: dict[str, Numbers] = {"loss": np.array([loss if isfinite(loss) else 0.0])}

@@ -4,6 +4,9 @@ See ``secure_sum`` for what is summed and ``masking_client`` for how. Bounds of 
 integers, follow from what the server sent and from how far training can move an entry: they are public.
 """
 
+# Matrices keep their letters, and torch.from_numpy carries no type information.
+# pyright: reportConstantRedefinition=false, reportUnknownMemberType=false
+
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,17 +18,18 @@ import torch
 from torch import Tensor
 
 from flexlora.errors import FlexLoraError
-from flexlora.federation.messages import Broadcast, CohortFactors, CohortProducts
+from flexlora.federation.messages import CohortFactors, CohortProducts
 from flexlora.federation.streams import stream, stream_seed
 from flexlora.lora.factors import LoraFactors
 from flexlora.lora.sketch import NUM_PROBES, largest_in_columns, largest_in_rows, product_of, range_of
+from flexlora.uplink.base import SecureTotal, SummedCohort, Traffic
 from flexlora.uplink.fixed_point import Numbers, WordBits
 from flexlora.uplink.masked_sum import MaskedSums, SumOfNumbers
 from flexlora.uplink.masking_client import SESSION_BYTES
 from flexlora.uplink.masking_server import MaskingServer, MaskingTerms
 from flexlora.uplink.phase_messages import Fields
-from flexlora.uplink.phases import Ask
-from flexlora.uplink.secure_sum import LARGEST_LOSS, ModuleTerms, SumTerms
+from flexlora.uplink.phases import Ask, ClientPhases
+from flexlora.uplink.secure_sum import LARGEST_LOSS, ModuleTerms, SecureSum, SumTerms
 
 
 class SecureSumError(FlexLoraError, ValueError):
@@ -54,77 +58,27 @@ class SecureSumSettings:
     columns: int | None = None
     most_bytes: int | None = None
 
+    @property
+    def phases(self) -> ClientPhases:
+        """What clients do."""
+        return SecureSum()
 
-@dataclass(frozen=True)
-class SummedCohort:
-    """Who is summed, as the server knows them.
+    def total(self, cohort: SummedCohort, ask: Ask, traffic: Traffic) -> SecureTotal:
+        """Return what the sums of a round tell of its cohort; note in ``traffic`` what each phase cost.
 
-    Attributes:
-        slot_of: Client -> the place of what it was sent in ``broadcasts``.
-        weights: Client -> its weight, an integer.
-        broadcasts: What clients were sent, as it arrived.
-        shapes: Module -> ``(out_features, in_features)``.
-        server_ranks: Module -> rank that factors are padded to.
-        server_round: The round.
-        seed: Of the run.
-        learning_rate: Of the round.
-    """
-
-    slot_of: Mapping[str, int]
-    weights: Mapping[str, float]
-    broadcasts: Sequence[Broadcast]
-    shapes: Mapping[str, tuple[int, int]]
-    server_ranks: Mapping[str, int]
-    server_round: int
-    seed: int
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class SecureTotal:
-    """What secure sums tell of a cohort.
-
-    Attributes:
-        total: For the method.
-        survivors: Whose numbers are in it.
-        train_loss: Mean over examples, None if nobody measured it.
-        num_clipped: Numbers that were beyond their bound, over all clients and sums.
-        sketch_error: Estimated distance of the sketched sums from the true ones over their norm, all modules together;
-            0 where products travel, None where factors are summed.
-    """
-
-    total: CohortFactors | CohortProducts
-    survivors: Sequence[str]
-    train_loss: float | None
-    num_clipped: int
-    sketch_error: float | None
-
-
-def masked_sums(settings: SecureSumSettings, cohort: SummedCohort, ask: Ask) -> MaskedSums:
-    """Return the masked sums of a round, none of them taken yet.
-
-    Raises:
-        MaskedSumError: If there are too few clients.
-    """
-    num_sums = 1 if settings.summed == "factors" else 2
-    terms = MaskingTerms(num_sums, settings.threshold, settings.num_neighbours)
-    rng = stream(cohort.seed, "neighbours", cohort.server_round)
-    return MaskedSums(MaskingServer(sorted(cohort.slot_of), terms, os.urandom(SESSION_BYTES), rng), ask)
-
-
-def secure_total(settings: SecureSumSettings, cohort: SummedCohort, sums: MaskedSums) -> SecureTotal:
-    """Return what the sums of a round tell of its cohort.
-
-    Raises:
-        SecureSumError: If a weight is no integer, or the byte budget leaves no column.
-        MaskedSumError: If too many clients drop out; nothing is known then.
-    """
-    first = _first_terms(settings, cohort)
-    sums.open()
-    if settings.summed == "factors":
-        found = sums.total("factors", first.layout(), _fields_of(first, cohort), {})
-        return _factors_total(cohort, first, found)
-    return _products_total(cohort, first, sums)
+        Raises:
+            SecureSumError: If a weight is no integer, or the byte budget leaves no column.
+            MaskedSumError: If there are too few clients, or too many drop out; nothing is known then.
+        """
+        first = _first_terms(self, cohort)
+        terms = MaskingTerms(1 if self.summed == "factors" else 2, self.threshold, self.num_neighbours)
+        rng = stream(cohort.seed, "neighbours", cohort.server_round)
+        server = MaskingServer(sorted(cohort.slot_of), terms, os.urandom(SESSION_BYTES), rng)
+        sums = MaskedSums(server, ask, traffic)
+        sums.open()
+        if self.summed == "factors":
+            return _factors_total(cohort, first, sums.total("factors", first.layout(), _fields_of(first, cohort), {}))
+        return _products_total(cohort, first, sums)
 
 
 def sketch_size(settings: SecureSumSettings, shapes: Mapping[str, tuple[int, int]], largest_rank: int) -> int:

@@ -24,11 +24,11 @@ def test_without_dropouts_the_sum_is_the_plain_sum(cohort_of):
     sums.open()
     total = cohort.total(sums)
     assert total.counts["words"] == cohort.plain_sum(0, cohort.names)
-    assert total.survivors == cohort.names and not sums.failures
-    assert [(cost.kind, cost.num_asked, cost.num_answered) for cost in sums.costs] == [
+    assert total.survivors == cohort.names and not sums.traffic.failures
+    assert [(cost.kind, cost.num_asked, cost.num_answered) for cost in sums.traffic.costs] == [
         (kind, 6, 6) for kind in ("keys", "shares", "sum", "unmask")
     ]
-    assert sum(cost.up_bytes for cost in sums.costs) == sum(sums.up_bytes.values())
+    assert sum(cost.up_bytes for cost in sums.traffic.costs) == sum(sums.traffic.up_bytes.values())
 
 
 @settings(max_examples=80, deadline=None)
@@ -57,7 +57,7 @@ def test_with_permitted_dropouts_at_any_stage_the_sum_is_that_of_the_survivors(c
         expected = survivors_of(cohort.drops, cohort.names, 3 + 2 * number)
         assert total.survivors == expected
         assert total.counts["words"] == cohort.plain_sum(number, expected)
-    assert set(sums.failures) == {name for name in dropping if cohort.drops[name] < 6}
+    assert set(sums.traffic.failures) == {name for name in dropping if cohort.drops[name] < 6}
 
 
 @pytest.mark.parametrize("stage", range(STAGES))
@@ -122,7 +122,7 @@ def test_a_reply_that_is_damaged_or_wrong_costs_its_client_alone(cohort_of):
     total = cohort.total(sums)
     assert total.survivors == cohort.names[3:]
     assert total.counts["words"] == cohort.plain_sum(0, cohort.names[3:])
-    assert {name: failure.stage for name, failure in sums.failures.items()} == {
+    assert {name: failure.stage for name, failure in sums.traffic.failures.items()} == {
         "client 00": "keys",
         "client 01": "shares",
         "client 02": "sum",

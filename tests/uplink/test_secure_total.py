@@ -9,17 +9,11 @@ import torch
 from flexlora.errors import FlexLoraError
 from flexlora.federation.messages import Broadcast, ClientFailure, Reply, Update
 from flexlora.lora.factors import LoraFactors
+from flexlora.uplink.base import SummedCohort, Traffic
 from flexlora.uplink.masking_server import MaskedSumError
 from flexlora.uplink.phases import Holding
 from flexlora.uplink.secure_sum import SecureSum
-from flexlora.uplink.secure_total import (
-    SecureSumError,
-    SecureSumSettings,
-    SummedCohort,
-    masked_sums,
-    secure_total,
-    sketch_size,
-)
+from flexlora.uplink.secure_total import SecureSumError, SecureSumSettings, sketch_size
 
 SHAPES = {"attn": (120, 100), "mlp": (90, 130), "rare": (6, 5)}
 RANKS = {"low": {"attn": 2, "mlp": 1}, "high": {"attn": 4, "mlp": 3, "rare": 2}}
@@ -77,9 +71,8 @@ class Clients:
             yield Reply(name, data)
 
     def total(self, settings, **changes):
-        cohort = self.cohort(**changes)
-        self.sums = masked_sums(settings, cohort, self.ask)
-        return secure_total(settings, cohort, self.sums)
+        self.traffic = Traffic()
+        return settings.total(self.cohort(**changes), self.ask, self.traffic)
 
     def mean_loss(self, names):
         weights = [self.held[name].weight for name in names]
@@ -129,7 +122,7 @@ def test_who_drops_out_is_in_no_sum(stage):
     assert list(found.survivors) == survivors
     for module in SHAPES:
         np.testing.assert_allclose(found.total.sums[module].A, clients.factors(module, survivors)[0], atol=1e-5)
-    assert set(clients.sums.failures) == (set(clients.drops) if stage < 4 else set())
+    assert set(clients.traffic.failures) == (set(clients.drops) if stage < 4 else set())
 
 
 def test_a_sketch_that_covers_the_rank_gives_the_plain_sum():
