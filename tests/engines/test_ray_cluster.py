@@ -22,6 +22,8 @@ from flexlora.lora.factors import Scaling
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.base_model import load_base_model, target_modules
 from flexlora.training.one_client import LocalTraining
+from flexlora.uplink.phase_messages import fields_and_tensors, message
+from flexlora.uplink.secure_sum import SecureSum
 
 ray = pytest.importorskip("ray")
 
@@ -137,6 +139,31 @@ def test_an_actor_that_does_not_fit_is_refused_by_name(engine, actors):
         RayActors(engine.model, ActorSettings(cpus=64)).started()
     with pytest.raises(RayError, match=r"ray\.num_actors.*2 here; got 3"):
         RayActors(engine.model, ActorSettings(num_actors=3)).started()
+
+
+def test_clients_answer_in_the_actor_that_trained_them_and_are_lost_with_it(
+    engine, clients, broadcasts, order_of, actors
+):
+    together = RayEngine(engine, actors)
+    outcomes = list(together.train(order_of(5, clients, broadcasts, phases=SecureSum())))
+    assert all(outcome.is_held and not outcome.payload for outcome in outcomes)
+    request = message({"session": "00" * 16, "sums": 1})
+    requests = {client.client_id: request for client in reversed(clients)}
+    replies = list(together.ask("keys", requests))
+    assert [reply.client_id for reply in replies] == list(requests)
+    keys = {fields_and_tensors(reply.data)[0]["seal"] for reply in replies}
+    assert len(keys) == len(clients)
+    # It remembers, so the same actor was asked.
+    (refused,) = together.ask("keys", {clients[0].client_id: request})
+    assert (refused.stage, refused.reason[:31]) == ("keys", "this client has given its keys ")
+    os.kill(ray.get(actors.started()[0].pid.remote()), signal.SIGKILL)
+    replies = list(together.ask("shares", requests))
+    reasons = {reply.reason.split(":")[0] for reply in replies}
+    assert "the actor that held what this client trained was lost" in reasons and len(reasons) == 2
+    together.forget()
+    for _ in range(2):
+        outcomes = list(together.train(order_of(6, clients, broadcasts)))
+    assert all(isinstance(outcome, Update) for outcome in outcomes)
 
 
 # The last one, because it ends the actors.
