@@ -24,7 +24,7 @@ from flexlora.rounds.clock import clients_per_round
 from flexlora.rounds.loop_parts import Federation, Loop, RoundSettings
 from flexlora.rounds.records import RECORDS_FILE, last_round
 from flexlora.training.schedule import learning_rate_at
-from flexlora.uplink.secure_total import SecureSumSettings
+from flexlora.uplink.secure_total import SecureSumSettings, sketch_size
 
 
 def round_loop(
@@ -100,7 +100,7 @@ def _secure_sum(loaded: LoadedRun, traits: Traits, clients: Sequence[ClientSpec]
         if training.optimizer == "sgd":
             step = (training.max_grad_norm or 1.0) / (1 - training.momentum)
         largest = step * max(training.num_steps(client.num_examples) for client in clients)
-    return SecureSumSettings(
+    settings = SecureSumSettings(
         summed=traits.secure_sums,
         largest_change=largest,
         threshold=config.threshold,
@@ -109,6 +109,10 @@ def _secure_sum(loaded: LoadedRun, traits: Traits, clients: Sequence[ClientSpec]
         columns=config.sketch_columns,
         most_bytes=config.max_bytes,
     )
+    if settings.summed == "products":
+        # A budget that leaves no sketch is told before any client trains.
+        sketch_size(settings, loaded.shapes, 1)
+    return settings
 
 
 def rounds_stage(title: str, loop: Loop, left: Work | None = None) -> Stage:
