@@ -42,7 +42,8 @@ _SECONDS_BETWEEN_KEY_LOOKS = 0.5
 _SECONDS_FOR_A_TASK = 15.0
 _SECONDS_TO_LEAVE = 6.0
 
-# What a stock SuperNode that connects is told to run for messages of this run.
+# What a stock SuperNode that connects is told to run for messages of this run. The ServerApp is the process that opens
+# the run, so nobody loads the one that has to be named here.
 _APP = """\
 [project]
 name = "flexlora"
@@ -55,7 +56,7 @@ dependencies = []
 publisher = "flexlora"
 
 [tool.flwr.app.components]
-serverapp = "flexlora.engines.flower.server_app:app"
+serverapp = "flexlora.flower:server_app"
 clientapp = "flexlora.engines.flower.client_app:app"
 
 [tool.flwr.app.config]
