@@ -28,6 +28,7 @@ try:
     from flexlora.verbs.methods import methods
     from flexlora.verbs.plan import plan
     from flexlora.verbs.report import report
+    from flexlora.verbs.round import steps as round_steps
     from flexlora.verbs.run import run
     from flexlora.verbs.server import server
     from flexlora.verbs.status import status, stop
@@ -63,6 +64,14 @@ VERBS = (
     ("status", status, "flexlora status runs/fed"),
     ("stop", stop, "flexlora stop runs/fed"),
 )
+VERBS_OF_STEPS = (
+    (
+        "round",
+        round_steps,
+        "Run a federation whose server and clients exchange nothing but files.",
+        "flexlora round init federation.yaml --out runs/hospitals",
+    ),
+)
 
 app = typer.Typer(
     name="flexlora",
@@ -75,6 +84,8 @@ app = typer.Typer(
 )
 for _name, _verb, _example in VERBS:
     app.command(name=_name, epilog=f"Example: {_example}")(_verb)
+for _name, _steps, _help, _example in VERBS_OF_STEPS:
+    app.add_typer(_steps, name=_name, help=_help, epilog=f"Example: {_example}")
 
 
 class _OneLine(logging.Formatter):

@@ -1,10 +1,13 @@
 """Writes numbers, sizes, durations, ranks and names as text for people."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 NONE = "–"
+
+_PLAIN_WORD = re.compile(r"\w[\w.@+-]{0,99}")
 
 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
@@ -21,6 +24,11 @@ def printable(text: str, *, keep_lines: bool = False) -> str:
         keep_lines: Leave line breaks as they are, in texts that have some of their own.
     """
     return text.translate(_BUT_LINE_BREAKS if keep_lines else _CONTROLS)
+
+
+def is_plain_word(text: str) -> bool:
+    """Return whether a text can be the name of a file anywhere: one word of at most 100 characters."""
+    return _PLAIN_WORD.fullmatch(text) is not None
 
 
 def describe_ranks(ranks: Mapping[str, int]) -> str:

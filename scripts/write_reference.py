@@ -145,7 +145,7 @@ def command_line_page() -> str:
         "| 4 | the machine failed: disk, permission or memory; what was checkpointed is safe, use `--resume` |",
         "| 130 | interrupted; `run` goes on with `--resume`, `merge` has written nothing |",
     ]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name, command in _commands(group):
         lines += ["", f"## `flexlora {name}`", "", command.help or "", ""]
         usage = " ".join(command.collect_usage_pieces(typer.Context(command, parent=context, info_name=name)))
         lines += ["```", f"flexlora {name} {usage}", "```", "", f"{command.epilog}", ""]
@@ -154,6 +154,14 @@ def command_line_page() -> str:
             spelled = ", ".join(parameter.opts) if parameter.param_type_name == "option" else parameter.metavar
             lines.append(f"| `{spelled}` | {getattr(parameter, 'help', '') or ''} |")
     return "\n".join(lines) + "\n"
+
+
+def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every verb by its name, each followed by its steps where it has several."""
+    for name, command in group.commands.items():
+        yield prefix + name, command
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
 
 
 ROOMS = (

@@ -17,8 +17,9 @@ from flexlora.experiment.base import base_name, load_base
 from flexlora.experiment.best_round import WhichRound, best_checkpoint
 from flexlora.experiment.config import Config
 from flexlora.experiment.export_request import check_export
+from flexlora.experiment.gathered import GatheredRun
 from flexlora.experiment.kept_rounds import check_checkpoints, check_rank, tell_of_later_rounds
-from flexlora.experiment.loaded import LoadedRun, scaling_rule
+from flexlora.experiment.loaded import scaling_rule
 from flexlora.experiment.round_loop import aggregator_of
 from flexlora.experiment.run_card import run_card
 from flexlora.experiment.run_folder import ADAPTERS_FOLDER, ExperimentError, read_run_config
@@ -30,21 +31,21 @@ from flexlora.rounds.loop_parts import Loop, Outcome
 from flexlora.rounds.records import CHECKPOINTS_FOLDER
 
 
-def write_run_adapters(loaded: LoadedRun, loop: Loop, outcome: Outcome, folder: Path) -> None:
+def write_run_adapters(run: GatheredRun, loop: Loop, outcome: Outcome, folder: Path) -> None:
     """Write the global adapter at the server's rank and at the rank of each kind of client."""
     federation = loop.federation
     for leftover in (folder / ADAPTERS_FOLDER).glob(".*"):
         shutil.rmtree(leftover)  # A write that was killed before it could appear.
     wanted = {max(federation.server_ranks.values())}
-    wanted |= {max(plan.resolve(loaded.shapes).values()) for plan in loaded.participants.plans.values()}
+    wanted |= {max(plan.resolve(run.shapes).values()) for plan in run.participants.plans.values()}
     top = max(federation.server_ranks.values())
     whole = loop.aggregator.broadcast(outcome.state, federation.server_ranks)
     for rank in sorted(rank for rank in wanted if rank <= top):
         adapter = adapter_at_rank(whole, rank, loop.federation.scaling)
         # Without the references, which are measured later: a resumed run must write the same.
-        card = run_card(loaded.config, folder, outcome.server_round, rank, is_cut=rank < top, with_references=False)
-        target, revision = folder / ADAPTERS_FOLDER / f"rank-{rank}", loaded.config.model.revision
-        write_adapter(target, adapter, loaded.base_name, revision=revision, card=card)
+        card = run_card(run.config, folder, outcome.server_round, rank, is_cut=rank < top, with_references=False)
+        target, revision = folder / ADAPTERS_FOLDER / f"rank-{rank}", run.config.model.revision
+        write_adapter(target, adapter, base_name(run.config), revision=revision, card=card)
 
 
 def export_run(

@@ -11,6 +11,7 @@ import torch
 
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import dump_config
+from flexlora.experiment.gathered import GatheredRun
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.machine import machine_in_words
 from flexlora.experiment.participants import Participants
@@ -24,7 +25,21 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "rouge-scor
 
 def manifest_of(loaded: LoadedRun) -> ManifestRecord:
     """Return the manifest of a run that starts now, in this environment."""
-    config, participants = loaded.config, loaded.participants
+    return gathered_manifest(loaded, loaded.model.num_parameters, loaded.model.device, loaded.train_one)
+
+
+def gathered_manifest(
+    run: GatheredRun, num_parameters: int, device: torch.device, train_one: TrainClient | None = None
+) -> ManifestRecord:
+    """Return the manifest of a run whose base model may not be loaded here.
+
+    Args:
+        run: The run.
+        num_parameters: Of its base.
+        device: What this process computes on.
+        train_one: A training loop of the user's own.
+    """
+    config, participants = run.config, run.participants
     rounds, num_clients = config.rounds, len(participants.clients)
     return ManifestRecord(
         flexlora_version=version_of("flexlora"),
@@ -35,22 +50,22 @@ def manifest_of(loaded: LoadedRun) -> ManifestRecord:
         config_hash=hashlib.sha256(dump_config(config).encode()).hexdigest(),
         data_hashes={**participants.corpus.hashes, **_device_hashes(participants)},
         base_model=config.model.name_or_path,
-        num_parameters=loaded.model.num_parameters,
+        num_parameters=num_parameters,
         method=config.method.name,
         num_clients=num_clients,
         num_unseen_tasks=len(participants.corpus.unseen),
         num_rounds=rounds.num_rounds,
         cohort_size=cohort_size(config, num_clients),
         plan_counts=count_plans(client.plan for client in participants.clients),
-        plan_ranks={name: plan.resolve(loaded.shapes) for name, plan in participants.plans.items()},
+        plan_ranks={name: plan.resolve(run.shapes) for name, plan in participants.plans.items()},
         device_counts=dict(sorted(Counter(client.device for client in participants.clients if client.device).items())),
         policy=config.clock.policy if participants.devices else None,
         target_rouge_l=config.evaluation.target_rouge_l,
-        device=str(loaded.model.device),
+        device=str(device),
         num_threads=torch.get_num_threads(),
-        machine=machine_in_words(torch.device(loaded.model.device)),
+        machine=machine_in_words(torch.device(device)),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        trainer=None if loaded.train_one is None else _name_of(loaded.train_one),
+        trainer=None if train_one is None else _name_of(train_one),
         warnings=list(participants.warnings),
     )
 

@@ -73,7 +73,7 @@ def round_loop(
             wire_dtype=rounds.wire_dtype,
         ),
         settings=round_settings(loaded.config, size),
-        learning_rate=_schedule(loaded.config, base_learning_rate),
+        learning_rate=learning_rates(loaded.config, base_learning_rate),
         evaluator=Scorer(loaded),
         folder=folder,
         notify=notify,
@@ -164,7 +164,7 @@ def round_settings(config: Config, size: int) -> RoundSettings:
     )
 
 
-def _schedule(config: Config, base: float | None) -> Callable[[int], float]:
+def learning_rates(config: Config, base: float | None = None) -> Callable[[int], float]:
     """Return round -> learning rate, starting from ``base`` or the configuration's."""
     training = config.training
     return partial(

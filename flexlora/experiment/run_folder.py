@@ -36,20 +36,26 @@ ADAPTERS_FOLDER = "adapters"
 SHA256_LETTERS = 64
 CONFIG_FILE = "config.yaml"
 FEDERATION_FILE = "federation.json"
+EXCHANGE_FILE, BROADCASTS_FOLDER, REPLIES_FOLDER, KEYS_FOLDER = "exchange.json", "broadcasts", "replies", "trusted_keys"
+"""What only a run has whose clients exchange files with it."""
 SERVER_FOLDER = "server"
 """What a running server of real clients keeps beside the run: where it is, who is connected, its log."""
 
 RUN_ENTRIES = {
     ADAPTERS_FOLDER,
     ANSWERS_FILE,
+    BROADCASTS_FOLDER,
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     FEDERATION_FILE,
+    EXCHANGE_FILE,
+    KEYS_FOLDER,
     LOCK_FILE,
     REFERENCES_FOLDER,
     MANIFEST_FILE,
     RECORDS_FILE,
     REFERENCES_FILE,
+    REPLIES_FOLDER,
     REPORT_FILE,
     SERVER_FOLDER,
 }
@@ -133,6 +139,10 @@ def _check_run(config: Config, folder: Path, resume: bool, overwrite: bool) -> N
         raise ExperimentError(
             f"{folder} already holds a run; resume it (--resume, resume=True), overwrite it (--overwrite, "
             "overwrite=True), or name another folder"
+        )
+    if (folder / EXCHANGE_FILE).exists():
+        raise ExperimentError(
+            f"the clients of the run in {folder} exchange files with it; go on with flexlora round aggregate {folder}"
         )
     before = read_run_config(folder)
     if isinstance(before.data, InMemoryData) and not isinstance(config.data, InMemoryData):

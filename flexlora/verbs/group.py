@@ -43,6 +43,14 @@ MEANT = {
 }
 
 
+class Steps(TyperGroup):
+    """The steps of a verb that has several, in the order in which they are taken."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the steps."""
+        return list(self.commands)
+
+
 class Verbs(TyperGroup):
     """The verbs; an unknown one is answered by the one that was meant."""
 

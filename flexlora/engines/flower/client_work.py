@@ -29,6 +29,7 @@ from flexlora.federation.messages import Broadcast, ClientFailure
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.base_digest import base_digest
 from flexlora.training.base_model import load_base_model
+from flexlora.training.one_client import TrainClient
 from flexlora.uplink.phases import ClientPhases
 from flexlora.uplink.wire import decode_broadcast, encode_update
 
@@ -50,10 +51,13 @@ class ClientWork:
     Args:
         own: What the client's user has decided.
         choose_plan: Decides the ranks if ``own.plan`` is None; called once a run.
+        train_one: Trains in place of the package's own loop.
     """
 
-    def __init__(self, own: ClientSettings, choose_plan: ChoosePlan | None = None) -> None:
-        self._own, self._choose_plan = own, choose_plan
+    def __init__(
+        self, own: ClientSettings, choose_plan: ChoosePlan | None = None, train_one: TrainClient | None = None
+    ) -> None:
+        self._own, self._choose_plan, self._train_one = own, choose_plan, train_one
         self._model: AdaptedModel | None = None
         self._loaded_as: tuple[str, float] | None = None
         self._digest = ""
@@ -195,7 +199,7 @@ class ClientWork:
             parcels={client_id: Parcel(sent, run.wire_dtype, asked.payload)},
             phases=phases,
         )
-        engine = SimulationEngine(model, lambda _: self._examples, run.training.settings())
+        engine = SimulationEngine(model, lambda _: self._examples, run.training.settings(), self._train_one)
         (outcome,) = engine.train(order)
         if isinstance(outcome, ClientFailure):
             return Envelope("failure", {**_echo(asked), "stage": outcome.stage, "reason": outcome.reason})
