@@ -34,7 +34,7 @@ from flexlora.engines.exchange_manifest import (
 from flexlora.engines.simulation import reason_of
 from flexlora.federation.known_rows import known_rows
 from flexlora.federation.message_checks import check_update
-from flexlora.federation.messages import Broadcast, ClientFailure, TailPenalty, Update
+from flexlora.federation.messages import Broadcast, ClientFailure, Update
 from flexlora.files import appearing_whole
 from flexlora.lora.factors import AdapterState, LoraFactors
 from flexlora.uplink.wire import WireDtype, received_update
@@ -55,6 +55,8 @@ def why_not_files(broadcast: Broadcast) -> str | None:
         return "its clients train chosen entries of whole matrices, which are no low-rank adapter"
     if broadcast.kept is not None:
         return "its clients keep a factor between rounds, and a file-based client keeps nothing"
+    if broadcast.tail_penalty is not None:
+        return "it adds a penalty to the loss of its clients, of which no adapter tells"
     return None
 
 
@@ -73,12 +75,7 @@ def write_broadcast(folder: Path, broadcast: Broadcast, manifest: BroadcastManif
     if reason := why_not_files(broadcast):
         raise ExchangeError(f"this method cannot be used with folders of files: {reason}")
     branches = {TRAINABLE: broadcast.trainable} | ({} if broadcast.frozen is None else {FROZEN: broadcast.frozen})
-    penalty = broadcast.tail_penalty
-    told = {
-        "train_factors": broadcast.train_factors,
-        "known_A": broadcast.known_A,
-        "tail_penalty": None if penalty is None else (penalty.weight, penalty.share),
-    }
+    told = {"train_factors": broadcast.train_factors, "known_A": broadcast.known_A}
     _write(folder, branches, manifest.model_copy(update=told), manifest.run.wire_dtype, manifest.run.base_model, key)
 
 
@@ -98,13 +95,11 @@ def read_broadcast(folder: Path) -> tuple[BroadcastManifest, Broadcast, str]:
             path: LoraFactors(known_rows(manifest.known_A, path, own.rank, own.shape[1]), own.B, own.scaling)
             for path, own in trainable.items()
         }
-    penalty = manifest.tail_penalty
     broadcast = Broadcast(
         trainable=trainable,
         frozen=_branch(folder, manifest, FROZEN, dtype) if FROZEN in manifest.scalings else None,
         train_factors=manifest.train_factors,
         known_A=manifest.known_A,
-        tail_penalty=None if penalty is None else TailPenalty(*penalty),
     )
     return manifest, broadcast, hashlib.sha256(content).hexdigest()
 

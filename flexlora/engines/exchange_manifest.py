@@ -73,7 +73,6 @@ class BroadcastManifest(Manifest):
     kind: Literal["broadcast"] = "broadcast"
     train_factors: Literal["both", "A", "B"] = "both"
     known_A: int | Literal["identity"] | None = None
-    tail_penalty: tuple[float, float] | None = None
     learning_rate: float = Field(gt=0)
     run: RunSettings
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from flexlora.engines.exchange_folder import why_not_files
 from flexlora.engines.exchange_keys import PUBLIC_SUFFIX, private_key, public_key
 from flexlora.engines.exchange_manifest import ExchangeError
 from flexlora.experiment.config import Config
@@ -60,7 +59,7 @@ def begin_exchange(
 
     Raises:
         ConfigError: If such a run is not possible with this method or these settings.
-        ExchangeError: If ``folder`` is taken, a key is none, or the method's broadcasts are more than adapters.
+        ExchangeError: If ``folder`` is taken, a key is none, or the method sends more than adapters.
         FlexLoraError: If the base model cannot be read.
     """
     folder = Path(folder)
@@ -70,10 +69,6 @@ def begin_exchange(
     if key is not None:
         private_key(key)
     run = new_exchange(config, folder, notify)
-    state = run.aggregator.init(run.loop(0).federation.initial_adapter)
-    for plan in run.plans.values():
-        if reason := why_not_files(run.arrived(state, plan)):
-            raise ExchangeError(f"method.name={config.method.name} cannot be used over files: {reason}; choose another")
     notify(Stage("Writing the run and its first broadcasts"))
     with appearing_whole(folder, replace=folder.is_dir()) as partial:
         _fill(replace(run, folder=partial), key, trusted)

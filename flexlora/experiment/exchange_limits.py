@@ -44,6 +44,11 @@ def _problems(config: Config, plans: Mapping[str, RankPlan]) -> Iterator[str]:
             f"method.name={name} lets clients keep a factor between rounds, and a client that exchanges files keeps "
             "nothing; choose another method"
         )
+    if not traits.takes_own_training:
+        yield (
+            f"clients of method.name={name} train cores or chosen entries, or under a penalty, in some rounds at least, "
+            "and no PEFT folder can carry that; choose another method"
+        )
     if config.devices.profiles is not None or config.clients.ranks_from == "devices":
         yield (
             "devices.profiles and clients.ranks_from=devices are about simulated devices; leave them out, real clients "

@@ -114,8 +114,8 @@ def reply_folders(places: Iterable[Path]) -> list[Path]:
         found += [path for path in inside if not path.name.startswith(".")]
         if len(found) > MOST_REPLIES:
             raise ExchangeError(f"a round takes at most {MOST_REPLIES:,} replies; {place} brings more")
-    if not found:
-        raise ExchangeError("a round needs replies; the folders given hold none")
+    if not any((path / MANIFEST_FILE).exists() for path in found):
+        raise ExchangeError(f"a round needs replies, folders with a {MANIFEST_FILE}; those given hold none")
     return found
 
 
