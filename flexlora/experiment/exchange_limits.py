@@ -46,7 +46,7 @@ def _problems(config: Config, plans: Mapping[str, RankPlan]) -> Iterator[str]:
         )
     if not traits.takes_own_training:
         yield (
-            f"clients of method.name={name} train cores or chosen entries, or under a penalty, in some rounds at least, "
+            f"clients of method.name={name} train cores or chosen entries, or under a penalty, in some rounds, "
             "and no PEFT folder can carry that; choose another method"
         )
     if config.devices.profiles is not None or config.clients.ranks_from == "devices":
