@@ -135,7 +135,10 @@ class SimulationEngine:
         branches = [branch for sent in broadcasts for branch in (sent.trainable, sent.frozen or {})]
         paths = frozenset(path for branch in branches for path in branch)
         if paths not in self._objections:
-            reason = reason_against_groups(self.model.network, paths, base_drops_out=self.model.base_drops_out)
+            if self.model.checkpoints_gradients:
+                reason = "activations are computed again instead of being kept (model.gradient_checkpointing)"
+            else:
+                reason = reason_against_groups(self.model.network, paths, base_drops_out=self.model.base_drops_out)
             self._objections[paths] = reason
             if reason is not None:
                 _log.warning("Clients train one at a time, which is slower: %s.", reason)

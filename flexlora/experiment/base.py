@@ -32,7 +32,13 @@ def load_base(config: Config, device: str) -> tuple[PreTrainedModel, PreTrainedT
         attn_implementation=settings.attn_implementation,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
+        quantization=settings.quantization,
     )
+
+
+def num_processes(config: Config) -> int | None:
+    """Return the processes that may train clients, None for as many as suit: quantised weights are in one."""
+    return 1 if config.model.quantization is not None else config.model.num_processes
 
 
 def load_empty(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -48,6 +48,20 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Type of the base weights; LoRA factors are trained in float32 either way."
     )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        default=None,
+        description=(
+            "Store the weights of linear modules in 8 or 4 bits (NF4); needs the extra `flexlora[bitsandbytes]`. "
+            "Clients then train one at a time, and the adapter cannot be merged into the base."
+        ),
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description=(
+            "Compute activations a second time instead of keeping them: less memory, more time, the same results. "
+            "Clients then train one at a time."
+        ),
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",

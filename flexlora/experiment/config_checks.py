@@ -55,6 +55,11 @@ def disagreements(config: Config) -> Iterator[str]:
             f"rounds.num_rounds={config.rounds.num_rounds} leaves none to follow; set rounds.num_rounds to at least "
             f"{least}, or let the method prepare itself for fewer rounds"
         )
+    if config.model.quantization is not None and ((config.model.num_processes or 1) > 1 or config.ray is not None):
+        yield (
+            f"model.quantization={config.model.quantization} stores weights that processes cannot share; set "
+            "model.num_processes=1 and ray=null, or model.quantization=null"
+        )
     yield from _data_disagreements(config)
     types = config.clients.types
     if isinstance(types, dict):

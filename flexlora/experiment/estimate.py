@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexlora.engines.process_layout import choose_processes
-from flexlora.experiment.base import check_length, load_empty, resolve_device
+from flexlora.experiment.base import check_length, load_empty, num_processes, resolve_device
 from flexlora.experiment.client_plans import config_plans
 from flexlora.experiment.config import Config
 from flexlora.experiment.corpora import length_sample
@@ -202,7 +202,7 @@ def _measure_machine(
 ) -> tuple[int, float, float]:
     """Return how many processes a run will use here, and the operations a second of one of them and of scoring."""
     model, shape, device = config.model, workload.base, resolve_device(config.model.device)
-    children, threads = choose_processes(device, shape.num_parameters, model.num_processes, model.num_threads)
+    children, threads = choose_processes(device, shape.num_parameters, num_processes(config), model.num_threads)
     number = 1 + len(children)
     torch.set_num_threads(threads)
     if pace_of(device, shape.num_parameters) == LARGER:

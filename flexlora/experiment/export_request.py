@@ -31,6 +31,12 @@ def check_export(
         raise ExperimentError(f"the folder to write must not exist yet; {folder} does")
     if folder is not None and (file := file_above(folder)):
         raise ExperimentError(f"the folder to write is {folder}, but {file} is a file; a folder is needed there")
+    if merged and config.model.quantization is not None:
+        raise ExperimentError(
+            f"the adapter was trained on a base of {config.model.quantization} weights (model.quantization), into "
+            "which no change can be merged without rounding a part of it away; leave merged out, and load the adapter "
+            "on a base that is quantised in the same way"
+        )
     if merged and layout != RankLayout():
         raise ExperimentError("ranks and pad_to lay out an adapter; a merged model has none: leave them or merged out")
     if push_to_hub is not None:

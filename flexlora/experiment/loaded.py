@@ -14,7 +14,15 @@ from flexlora.engines.process_layout import choose_processes
 from flexlora.engines.processes import ChildProcesses, ProcessEngine
 from flexlora.engines.ray_cluster import ActorSettings, RayActors, RayEngine
 from flexlora.engines.simulation import SimulationEngine
-from flexlora.experiment.base import BaseModelError, base_name, check_length, check_tokenizer, load_base, resolve_device
+from flexlora.experiment.base import (
+    BaseModelError,
+    base_name,
+    check_length,
+    check_tokenizer,
+    load_base,
+    num_processes,
+    resolve_device,
+)
 from flexlora.experiment.config import Config
 from flexlora.experiment.participants import Participants
 from flexlora.experiment.stages import Notify, Stage, ignore
@@ -75,7 +83,9 @@ class LoadedRun:
         if targets.notes:
             notify(Stage(f"{len(shapes)} modules to adapt", notes=targets.notes))
             participants = replace(participants, warnings=(*participants.warnings, *targets.notes))
-        model = AdaptedModel(base, tokenizer, dropout=config.lora.dropout)
+        model = AdaptedModel(
+            base, tokenizer, dropout=config.lora.dropout, gradient_checkpointing=config.model.gradient_checkpointing
+        )
         scaling = scaling_rule(config)
         return LoadedRun(config, participants, model, shapes, scaling, base_name(config), train_one, notify)
 
@@ -96,7 +106,9 @@ class LoadedRun:
     def _children(self) -> ChildProcesses:
         settings = self.config.model
         device, size = resolve_device(settings.device), self.model.num_parameters
-        return ChildProcesses(self.model, *choose_processes(device, size, settings.num_processes, settings.num_threads))
+        return ChildProcesses(
+            self.model, *choose_processes(device, size, num_processes(self.config), settings.num_threads)
+        )
 
     def training_examples(self, client_id: str) -> Sequence[EncodedExample]:
         """Return the tokenised training examples of a client."""

@@ -25,6 +25,7 @@ from flexlora.rounds.costs import (
 )
 from flexlora.rounds.devices import DeviceProfile
 from flexlora.training.one_client import LocalTraining
+from flexlora.training.quantized_base import STORED_BYTES
 from flexlora.training.targets import find_targets
 
 # A batch is as long as its longest example.
@@ -136,6 +137,8 @@ def measure_workload(
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocab_size=text.vocab_size,
         bytes_per_parameter={"float32": 4, "bfloat16": 2}[config.model.dtype],
+        stored_bytes=None if config.model.quantization is None else STORED_BYTES[config.model.quantization],
+        checkpoints_gradients=config.model.gradient_checkpointing,
     )
     return Workload(
         base=shape,

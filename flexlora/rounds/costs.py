@@ -28,6 +28,8 @@ class BaseShape:
         intermediate_size: Width of the feed-forward part.
         vocab_size: Width of the logits.
         bytes_per_parameter: 4 for float32, 2 for bfloat16.
+        stored_bytes: Of a weight as it is stored, less where it is quantised; None is ``bytes_per_parameter``.
+        checkpoints_gradients: Whether the activations of one block at a time are kept, and the inputs of all others.
     """
 
     num_parameters: int
@@ -36,6 +38,8 @@ class BaseShape:
     intermediate_size: int
     vocab_size: int
     bytes_per_parameter: int
+    stored_bytes: float | None = None
+    checkpoints_gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,18 @@ def client_cost(
     num_trainable = sum(rank * sum(shapes[module]) for module, rank in ranks.items())
     states = {"adamw": 2, "sgd": 1}[work.optimizer]
     adapter_bytes = num_trainable * FLOAT32_BYTES * (2 + states)
-    kept_per_token = base.num_layers * (10 * base.hidden_size + 6 * base.intermediate_size)
+    kept_per_block = 10 * base.hidden_size + 6 * base.intermediate_size
+    kept_per_token = base.num_layers * kept_per_block
+    if base.checkpoints_gradients:
+        kept_per_token = base.num_layers * base.hidden_size + kept_per_block
     adapter_inputs = sum(shapes[module][1] + rank for module, rank in ranks.items())
     activations = work.batch_tokens * (kept_per_token * base.bytes_per_parameter + adapter_inputs * FLOAT32_BYTES)
     logits = work.answer_tokens * base.vocab_size * FLOAT32_BYTES * 3
     flops_per_token = 4 * base.num_parameters + 6 * num_trainable
+    stored_bytes = base.bytes_per_parameter if base.stored_bytes is None else base.stored_bytes
     return ClientCost(
         num_trainable=num_trainable,
-        memory_bytes=int(base.num_parameters * base.bytes_per_parameter + adapter_bytes + activations + logits),
+        memory_bytes=int(base.num_parameters * stored_bytes + adapter_bytes + activations + logits),
         transfer_bytes=num_trainable * wire_bytes + 2 * len(ranks) * HEADER_BYTES_PER_TENSOR,
         train_seconds=work.num_tokens * flops_per_token / (flops_per_second * STEP_EFFICIENCY),
     )

@@ -33,6 +33,7 @@ from flexlora.training.probes import (
     separate_head,
     takes_positions,
 )
+from flexlora.training.quantized_base import num_weights
 from flexlora.training.randomness import torch_seeded
 
 _TRAINABLE, _FROZEN = "trainable", "frozen"
@@ -63,14 +64,34 @@ class AdaptedModel:
         base_drops_out: Whether the base has dropout of its own.
         takes_positions: Whether the base can be told the position of each token.
         cache_name: What the base calls its cache; state-space models have another word.
+        checkpoints_gradients: Whether activations are computed a second time instead of being kept.
         cores: Module path -> the core that is loaded there; empty where the broadcast has none.
     """
 
-    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, dropout: float = 0.0) -> None:
-        """Freeze ``network`` and use it from now on."""
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """Freeze ``network`` and use it from now on.
+
+        Args:
+            network: The base model.
+            tokenizer: Its tokenizer.
+            dropout: See the attribute.
+            gradient_checkpointing: Compute each block's activations a second time in the backward pass instead of
+                keeping them.
+
+        Raises:
+            ModelError: If gradients of this architecture cannot be checkpointed.
+        """
         self.network = frozen(network)
         self.tokenizer = tokenizer
-        self._num_parameters = sum(parameter.numel() for parameter in network.parameters())
+        self._num_parameters = sum(map(num_weights, network.parameters()))
+        self.checkpoints_gradients = gradient_checkpointing
         self.dropout = dropout
         self.base_drops_out = has_dropout(network)
         self._layers: dict[str, LoraLayer] = {}
@@ -81,6 +102,8 @@ class AdaptedModel:
         self._refusal: str | None = None
         self.takes_positions = takes_positions(network)
         self.cache_name = cache_name(network)
+        if gradient_checkpointing:
+            _checkpoint_gradients(network)
 
     @cached_property
     def can_cache(self) -> bool:
@@ -222,8 +245,11 @@ class AdaptedModel:
 
     @contextmanager
     def dropping_out(self) -> Iterator[None]:
-        """Turn on the dropout of the adapters and of the base for the length of a ``with`` block."""
-        if not self._drops_out:
+        """Turn on the dropout of the adapters and of the base for the length of a ``with`` block.
+
+        Checkpointing is on in the same block: transformers checkpoints in training mode alone.
+        """
+        if not self._drops_out and not self.checkpoints_gradients:
             # Switching a small model to training mode and back takes as long as loading a client.
             yield
             return
@@ -308,6 +334,21 @@ class AdaptedModel:
                 f"and adapted {', '.join(extra[:5]) or 'none'} besides: leave these out of lora.target_modules, or use "
                 "another version of peft"
             )
+
+
+def _checkpoint_gradients(network: PreTrainedModel) -> None:
+    """Let a network compute activations again instead of keeping them, from its next time in training mode on.
+
+    Raises:
+        ModelError: If its architecture cannot do that.
+    """
+    if not network.supports_gradient_checkpointing:
+        raise ModelError(
+            f"gradients of {type(network).__name__} cannot be checkpointed; set model.gradient_checkpointing=false"
+        )
+    # The older way would need an input with a gradient, which a frozen base has not.
+    enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def initial_adapter(

@@ -13,6 +13,7 @@ from flexlora.training.gguf_base import unpacked
 from flexlora.training.linear_modules import ModelError
 from flexlora.training.model_folder import check_sizes, check_tokenizer, check_weights, loading
 from flexlora.training.probes import is_causal
+from flexlora.training.quantized_base import Quantization, keep_trainable, quantization_config
 from flexlora.training.targets import Selection, find_targets
 
 ModelDtype = Literal["float32", "bfloat16"]
@@ -26,6 +27,7 @@ def load_base_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model, frozen and in evaluation mode, and its tokenizer.
 
@@ -38,9 +40,11 @@ def load_base_model(
             transformers itself takes for this architecture.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Let a hub repository run its own model code.
+        quantization: Quantise the weights of linear modules while loading (see ``quantization_config``).
 
     Raises:
-        ModelError: If there is no such model, the machine is offline and has no copy of it, or its files are damaged.
+        ModelError: If there is no such model, the machine is offline and has no copy of it, its files are damaged, or
+            bitsandbytes is needed and missing.
     """
     name_or_path = resolve_base_model(name_or_path)
     is_reached = Path(name_or_path).expanduser().exists() or hub_is_reached()
@@ -48,6 +52,10 @@ def load_base_model(
         name_or_path, revision = _folder_of(name_or_path, dtype, revision, is_reached)
         source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         source |= {} if is_reached else {"local_files_only": True}
+        quantized: dict[str, Any] = {}
+        if quantization is not None:
+            quantized["quantization_config"] = quantization_config(quantization, getattr(torch, dtype))
+            quantized["device_map"] = {"": device}
         check_sizes(AutoConfig.from_pretrained(name_or_path, **source).to_dict(), name_or_path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -55,13 +63,17 @@ def load_base_model(
             attn_implementation=attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
+            **quantized,
             **source,
         )
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
         check_weights(model, info, name_or_path)
         check_tokenizer(tokenizer, name_or_path)
-        network = frozen(model).to(device)  # pyright: ignore[reportArgumentType]
+        network = frozen(model)
+        keep_trainable(network)
+        if quantization is None:  # Others are where they were quantised.
+            network = network.to(device)  # pyright: ignore[reportArgumentType]
         if not is_causal(network):
             raise ModelError(
                 f"{name_or_path} must be a causal language model, in which no token sees what follows it; "

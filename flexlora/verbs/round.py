@@ -1,7 +1,7 @@
 """The verb ``round``: runs a federation whose server and clients exchange nothing but files."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -84,6 +84,13 @@ def train(
         str | None, typer.Option("--revision", help="Branch, tag or commit of --model on the hub.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N, mps.")] = "auto",
+    quantization: Annotated[
+        Literal["8bit", "4bit"] | None,
+        typer.Option("--quantization", help="Store the base in 8 or 4 bits (extra flexlora[bitsandbytes])."),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Take less memory and more time.")
+    ] = False,
     key: KeyOption = None,
     server_key: Annotated[
         Path | None, typer.Option("--server-key", help="Public key of the server; the broadcast must be signed then.")
@@ -104,7 +111,14 @@ def train(
         client = name or name_from(data)
         opened = open_broadcast(broadcast, rank, server_key)
         own = ClientSettings(
-            client, data, None, model or opened.manifest.run.base_model, revision=revision, device=device
+            client,
+            data,
+            None,
+            model or opened.manifest.run.base_model,
+            revision=revision,
+            device=device,
+            quantization=quantization,
+            gradient_checkpointing=gradient_checkpointing,
         )
         update = train_reply(opened, own, folder, key)
     told = {

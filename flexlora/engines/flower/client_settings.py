@@ -33,6 +33,8 @@ class ClientSettings:
         num_threads: CPU threads of tensor work; None is 1 for a base of at most 200 million parameters, as a simulation
             has it, else PyTorch's own choice.
         dtype: Of the base weights in memory; None is that of the run.
+        quantization: Store the base weights in 8 or 4 bits.
+        gradient_checkpointing: Compute activations a second time instead of keeping them.
         trust_remote_code: Let a hub repository that ``model`` names run its own model code.
     """
 
@@ -44,6 +46,8 @@ class ClientSettings:
     device: str = "auto"
     num_threads: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
+    gradient_checkpointing: bool = False
     trust_remote_code: bool = False
 
 

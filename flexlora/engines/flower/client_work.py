@@ -156,9 +156,12 @@ class ClientWork:
             device=_device(own.device),
             revision=own.revision,
             trust_remote_code=own.trust_remote_code,
+            quantization=own.quantization,
         )
         self._digest = base_digest(own.model, dtype, own.revision)
-        self._model = model = AdaptedModel(network, tokenizer, dropout=run.dropout)
+        self._model = model = AdaptedModel(
+            network, tokenizer, dropout=run.dropout, gradient_checkpointing=own.gradient_checkpointing
+        )
         self._loaded_as = (dtype, run.dropout)
         _, num_threads = choose_processes(model.device.type, model.num_parameters, 1, own.num_threads)
         torch.set_num_threads(num_threads)
