@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flexlora.data.owned_examples import OwnedExample
     from flexlora.data.pretraining import EMBEDDED_BASE, resolve_base_model
     from flexlora.engines.base import Engine, Parcel, RoundOrder
+    from flexlora.engines.exchange_loop import patch
     from flexlora.errors import FlexLoraError
     from flexlora.experiment.config import Config, ConfigError
     from flexlora.experiment.config_file import dump_config, load_config, parse_config
@@ -112,6 +113,7 @@ __all__ = [
     "open_run",
     "option",
     "parse_config",
+    "patch",
     "plan_experiment",
     "read_adapter",
     "read_records",
@@ -140,6 +142,7 @@ _NAMES = {
     "flexlora.data.owned_examples": ("OwnedExample",),
     "flexlora.data.pretraining": ("EMBEDDED_BASE", "resolve_base_model"),
     "flexlora.engines.base": ("Engine", "Parcel", "RoundOrder"),
+    "flexlora.engines.exchange_loop": ("patch",),
     "flexlora.errors": ("FlexLoraError",),
     "flexlora.experiment.config": ("Config", "ConfigError"),
     "flexlora.experiment.config_file": ("dump_config", "load_config", "parse_config"),
