@@ -114,6 +114,8 @@ def _options(
     handler = RichHandler(console=err, show_path=False, show_time=False)
     handler.setFormatter(_OneLine("%(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+    # It is imported by PEFT, and warns that a faster kernel is missing even where nothing is quantised.
+    logging.getLogger("bitsandbytes").setLevel(logging.INFO if verbose else logging.ERROR)
 
 
 def main() -> None:

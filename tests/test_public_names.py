@@ -189,6 +189,12 @@ def test_configurations_are_read_written_and_estimated(tmp_path: Path) -> None:
     assert isinstance(caught.value, flexlora.ConfigError) and len(caught.value.problems) == 1
 
 
+def test_a_script_of_ones_own_is_patched_by_the_name_in_the_package() -> None:
+    from flexlora.engines.exchange_loop import patch
+
+    assert flexlora.patch is patch is flexlora.trainers.patch
+
+
 def test_every_public_name_is_used_in_a_test() -> None:
     pages = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("python.md", "own-method.md"))
     imported = " ".join(re.findall(r"from flexlora import ([^\n]+)", pages))

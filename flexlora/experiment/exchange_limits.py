@@ -54,6 +54,11 @@ def _problems(config: Config, plans: Mapping[str, RankPlan]) -> Iterator[str]:
             "devices.profiles and clients.ranks_from=devices are about simulated devices; leave them out, real clients "
             "choose among the ranks of clients.types"
         )
+    if config.deployment != type(config.deployment)():
+        yield (
+            "deployment is about clients that connect; leave it out, and say --min-clients when you aggregate: nobody "
+            "waits for files"
+        )
     if config.ray is not None:
         yield "ray is about clients that the server trains itself; set ray=null"
     if config.rounds.patience is not None:

@@ -24,6 +24,7 @@ def config_of(**sections: object) -> Config:
         ({"devices": {"profiles": "built_in"}}, "simulated devices"),
         ({"rounds": {"patience": 2}}, "the server has no data"),
         ({"rounds": {"cohort_size": 3}}, "everybody who replies takes part"),
+        ({"deployment": {"min_clients": 3}}, "say --min-clients"),
         ({"ray": {}}, "set ray=null"),
         (
             {"clients": {"types": {"a/b": {"attention": 1, "ffn": 1}}, "distribution": {"a/b": 1}}},
