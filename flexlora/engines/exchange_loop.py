@@ -137,7 +137,7 @@ def take_part(
             "or load the base anew"
         )
     opened = open_broadcast(broadcast, rank, server_key)
-    run, name = opened.manifest.run, base or model.name_or_path
+    run, name = opened.manifest.run, base or model.name_or_path or ""
     digest = base_digest(name, run.dtype, revision)
     if digest != run.base_sha256:
         raise ExchangeError(

@@ -52,7 +52,7 @@ def keep_trainable(network: nn.Module) -> None:
     """
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def num_weights(parameter: nn.Parameter) -> int:
