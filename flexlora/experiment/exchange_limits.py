@@ -54,6 +54,11 @@ def _problems(config: Config, plans: Mapping[str, RankPlan]) -> Iterator[str]:
             "devices.profiles and clients.ranks_from=devices are about simulated devices; leave them out, real clients "
             "choose among the ranks of clients.types"
         )
+    if config.privacy != type(config.privacy)():
+        yield (
+            "privacy asks for rounds of several phases, and over files there is one: the server sees every update as it "
+            "is; leave privacy out if that may be, or run the federation over Flower"
+        )
     if config.deployment != type(config.deployment)():
         yield (
             "deployment is about clients that connect; leave it out, and say --min-clients when you aggregate: nobody "

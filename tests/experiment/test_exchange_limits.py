@@ -24,6 +24,7 @@ def config_of(**sections: object) -> Config:
         ({"devices": {"profiles": "built_in"}}, "simulated devices"),
         ({"rounds": {"patience": 2}}, "the server has no data"),
         ({"rounds": {"cohort_size": 3}}, "everybody who replies takes part"),
+        ({"privacy": {"secure_sum": {}}, "method": {"name": "aligned"}}, "the server sees every update"),
         ({"deployment": {"min_clients": 3}}, "say --min-clients"),
         ({"ray": {}}, "set ray=null"),
         (
