@@ -56,8 +56,8 @@ def _problems(config: Config, plans: Mapping[str, RankPlan]) -> Iterator[str]:
         )
     if config.privacy != type(config.privacy)():
         yield (
-            "privacy asks for rounds of several phases, and over files there is one: the server sees every update as it "
-            "is; leave privacy out if that may be, or run the federation over Flower"
+            "privacy asks for rounds of several phases, and over files there is one: the server sees every update "
+            "as it is; leave privacy out if that may be, or run the federation over Flower"
         )
     if config.deployment != type(config.deployment)():
         yield (
