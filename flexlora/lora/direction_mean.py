@@ -9,12 +9,14 @@ clients with ``r_i >= j``:
 weight that holds each direction are all that is needed of the clients.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from torch import Tensor
 
+from flexlora.lora.change import factor_change
 from flexlora.lora.factor_mean import FactorSums, factor_sums
-from flexlora.lora.factors import AdapterState, LoraFactors
+from flexlora.lora.factors import AdapterState, FactorsError, LoraFactors
 
 
 def mean_directions(
@@ -58,3 +60,53 @@ def _moved(start: LoraFactors, sums: FactorSums, total: float, exponent: float, 
         start.B + (sums.B - start.B * held) * factor,
         start.scaling,
     )
+
+
+def with_noisy_changes(
+    start: AdapterState,
+    changes: Iterable[tuple[AdapterState, AdapterState, float]],
+    denominator: float,
+    noise: Callable[[str, int, int], Tensor],
+    step: float = 1.0,
+) -> dict[str, LoraFactors]:
+    """Return the start moved by ``step * (sum_i d_i (dA_i, dB_i) + noise) / denominator``, in float64.
+
+    ``dA_i`` and ``dB_i`` are the changes of ``A_i`` and of ``s_i B_i`` against what client ``i`` started from, and zero
+    in the directions and modules that it lacks. What one client adds is a function of its own change alone, because
+    nothing is divided by who else took part.
+
+    Args:
+        start: The server's factors in float64; they decide modules, ranks, shapes and scalings.
+        changes: Where a client started, where it ended, and ``d_i``; consumed once, one at a time and in order.
+        denominator: The same whoever takes part, above 0.
+        noise: Name of a tensor (``MODULE.A``, ``MODULE.B``), its height and width -> what is added to its sum.
+        step: What the mean change is multiplied by.
+
+    Raises:
+        FactorsError: If a change has a module or rank that ``start`` has not.
+    """
+    sums = {module: _noise_of(module, own, noise) for module, own in start.items()}
+    for began, ended, discount in changes:
+        for module, factors in ended.items():
+            most = start[module].rank if module in start else 0
+            if factors.rank > most:
+                raise FactorsError(
+                    f"{module}: rank must be in 0..{most}, the rank of the server's factors; got {factors.rank}"
+                )
+            moved = factor_change(began[module], factors)
+            sums[module].A[: factors.rank] += discount * moved.A
+            sums[module].B[:, : factors.rank] += discount * moved.B
+    return {
+        module: LoraFactors(
+            own.A + sums[module].A * (step / denominator),
+            own.B + sums[module].B * (step / (denominator * own.scaling)),
+            own.scaling,
+        )
+        for module, own in start.items()
+    }
+
+
+def _noise_of(module: str, start: LoraFactors, noise: Callable[[str, int, int], Tensor]) -> LoraFactors:
+    """Return the noise of one module as a sum to add changes to, scaling 1."""
+    A = noise(f"{module}.A", *start.A.shape).to(start.A)
+    return LoraFactors(A, noise(f"{module}.B", *start.B.shape).to(start.B), 1.0)

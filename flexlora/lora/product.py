@@ -137,6 +137,22 @@ def add_spectrum(total: ProductSum, spectrum: Spectrum, values: Float[Tensor, " 
     return _add_term(total, spectrum.U * values.to(spectrum.U), spectrum.Vh, 1.0)
 
 
+def add_dense(total: ProductSum, change: Float[Tensor, "out_features in_features"]) -> ProductSum:
+    """Return ``total + change`` for a change that is no product, such as noise; in float64.
+
+    Raises:
+        ProductError: If the change has another shape than the sum.
+    """
+    if tuple(change.shape) != (total.out_features, total.in_features):
+        raise ProductError(
+            f"a change must have the shape of the sum, {(total.out_features, total.in_features)}; got "
+            f"{tuple(change.shape)}"
+        )
+    change = change.detach().to(torch.float64)
+    dense = change.clone() if total.dense is None else total.dense + change.to(total.dense.device)
+    return replace(total, dense=dense, magnitude=total.magnitude + float(change.norm()))
+
+
 def decompose(
     total: ProductSum, max_rank: int | None = None, divisor: float = 1.0, accuracy: Accuracy = "exact"
 ) -> Spectrum:
