@@ -30,11 +30,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flexlora.aggregators.base import Noise
 from flexlora.aggregators.nested import first_directions, folded, payloads_of, spectra_of, within_server_ranks
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import Traits, option
-from flexlora.federation.messages import Broadcast, CohortFactors, Update
-from flexlora.lora.direction_mean import mean_directions, moved_directions
+from flexlora.federation.messages import Broadcast, Change, CohortFactors, Update
+from flexlora.lora.direction_mean import mean_directions, moved_directions, with_noisy_changes
 from flexlora.lora.factor_mean import FactorSums
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import Spectrum, spectrum_of
@@ -85,7 +86,10 @@ class Aligned:
     def traits(self) -> Traits:
         """What others must know of this method."""
         return Traits(
-            folds_tail=self.fold_tail, server_optimizer=self.server_learning_rate != 1.0, secure_sums="factors"
+            folds_tail=self.fold_tail,
+            server_optimizer=self.server_learning_rate != 1.0,
+            secure_sums="factors",
+            private_changes="factors" if self.holder_exponent == 0.0 else None,
         )
 
     def init(self, adapter: AdapterState) -> AlignedState:
@@ -111,6 +115,19 @@ class Aligned:
         }
         moved = moved_directions(state.factors, sums, total.weight, self.holder_exponent, self.server_learning_rate)
         return self._decomposed(state, moved)
+
+    def add_noisy_changes(
+        self, state: AlignedState, changes: Iterable[Change], denominator: float, noise: Noise
+    ) -> AlignedState:
+        """Return the factors moved by the noisy mean of the changes, decomposed again where that is due.
+
+        All directions of the server get noise, held by anyone or not. Only with ``holder_exponent`` 0: dividing by the
+        weight of those who hold a direction would make what one client does depend on who else takes part.
+        """
+        moved = ((change.start, change.update.payload, change.discount) for change in changes)
+        return self._decomposed(
+            state, with_noisy_changes(state.factors, moved, denominator, noise, self.server_learning_rate)
+        )
 
     def _decomposed(self, state: AlignedState, moved: dict[str, LoraFactors]) -> AlignedState:
         """Return the moved factors as the next state, decomposed again where that is due."""

@@ -1,7 +1,7 @@
 """Defines the protocol of every aggregation method, and what its states may be made of."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import isfinite
 from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints, runtime_checkable
 
@@ -63,6 +63,24 @@ class ChangeAggregator(Protocol[State]):
 
     def add_changes(self, state: State, changes: Iterable[Change]) -> State:
         """Return the state with the discounted mean of the changes (at least one) added, consumed once."""
+        ...
+
+
+Noise = Callable[[str, int, int], Tensor]
+"""Name, height and width of a matrix -> independent noise in that shape, float64; the same if it is asked again."""
+
+
+@runtime_checkable
+class PrivateAggregator(Protocol[State]):
+    """A method with the trait ``private_changes``: one client moves its state by no more than its own change."""
+
+    def add_noisy_changes(self, state: State, changes: Iterable[Change], denominator: float, noise: Noise) -> State:
+        """Return the state moved by ``(sum_i discount_i change_i + noise) / denominator``, and what follows from that.
+
+        Weights of updates do not count, and nothing else of the changes may reach the state: with every
+        ``discount_i change_i`` of norm at most ``C`` in the space that the trait names, adding or removing one client
+        moves the sum by at most ``C``. There may be no change at all; the noise is added all the same.
+        """
         ...
 
 

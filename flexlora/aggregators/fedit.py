@@ -7,11 +7,12 @@ the products: it misses ``sum_i w_i (B_i - B+) (A_i - A+)``. With SGD as local o
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from flexlora.aggregators.base import require_server_ranks
+from flexlora.aggregators.base import Noise, require_server_ranks
 from flexlora.aggregators.one_rank import at_one_rank, at_server, whole
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import Traits
-from flexlora.federation.messages import Broadcast, CohortFactors, Update
+from flexlora.federation.messages import Broadcast, Change, CohortFactors, Update
+from flexlora.lora.direction_mean import with_noisy_changes
 from flexlora.lora.factor_mean import FactorSums, mean_factors
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
 from flexlora.lora.product import Spectrum, spectrum_of
@@ -35,7 +36,7 @@ class FedIt:
 
     scaling: Scaling
 
-    traits = Traits(needs_one_rank=True, secure_sums="factors")
+    traits = Traits(needs_one_rank=True, secure_sums="factors", private_changes="factors")
 
     def init(self, adapter: AdapterState) -> FedItState:
         """Return the initial adapter, its scalings taken over by the rule."""
@@ -61,6 +62,13 @@ class FedIt:
             sums = FactorSums.of_totals(own, total.sums[module], total.weight_by_rank[module])
             means[module] = sums.mean(own, total.weight, "both")
         return FedItState(means)
+
+    def add_noisy_changes(
+        self, state: FedItState, changes: Iterable[Change], denominator: float, noise: Noise
+    ) -> FedItState:
+        """Return the adapter moved by the noisy mean of the changes of the factors."""
+        moved = ((change.start, change.update.payload, change.discount) for change in changes)
+        return FedItState(with_noisy_changes(state.adapter, moved, denominator, noise))
 
     def broadcast(self, state: FedItState, ranks: Mapping[str, int]) -> Broadcast:
         """Return the averaged adapter in float32; ``ranks`` must be the server's.

@@ -51,13 +51,13 @@ and a zero ``B``: round 1 starts as standard LoRA does.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flexlora.aggregators.base import AggregationError, weighed
+from flexlora.aggregators.base import AggregationError, Noise, weighed
 from flexlora.aggregators.registry import aggregation_method
 from flexlora.aggregators.settings import OptionError, Traits, option
 from flexlora.federation.messages import Broadcast, Change, CohortProducts, Update
@@ -66,6 +66,7 @@ from flexlora.lora.global_change import branch_factors
 from flexlora.lora.product import (
     ProductSum,
     Spectrum,
+    add_dense,
     add_product,
     add_spectrum,
     spectrum_of,
@@ -154,6 +155,7 @@ class FlexLora:
             adds_changes=True,
             linear_in_products=True,
             secure_sums="products",
+            private_changes="products" if self.most_directions is None else None,
             folds_tail=self.fold_tail,
             server_rank=self.server_rank,
             fewer_directions=self.energy is not None,
@@ -221,6 +223,36 @@ class FlexLora:
         Raises:
             AggregationError: If what a client was sent has other ranks than what it returned.
         """
+        sums, ranks, total = self._summed_changes(state, changes)
+        return self._decomposed(state, self._around(state, sums, total), total, ranks)
+
+    def add_noisy_changes(
+        self, state: FlexLoraState, changes: Iterable[Change], denominator: float, noise: Noise
+    ) -> FlexLoraState:
+        """Return ``G`` with the noisy mean of ``P_i - T_{r_i}(G)`` added, decomposed.
+
+        The noise is dense and there before the decomposition, which therefore needs no privacy of its own. With and
+        without ``error_compensation`` the rule is the same.
+        """
+        weightless = (replace(change, update=replace(change.update, weight=1.0)) for change in changes)
+        sums, ranks, _ = self._summed_changes(state, weightless)
+        noisy = {
+            module: add_dense(one, noise(module, one.out_features, one.in_features)) for module, one in sums.items()
+        }
+        return self._decomposed(state, self._around(state, noisy, denominator), denominator, ranks)
+
+    def _around(self, state: FlexLoraState, sums: Mapping[str, ProductSum], total: float) -> dict[str, ProductSum]:
+        """Return sums of changes with ``total * G`` added, so that dividing by ``total`` moves ``G`` by their mean."""
+        return {module: add_spectrum(sums[module], own, total * own.S) for module, own in state.spectra.items()}
+
+    def _summed_changes(
+        self, state: FlexLoraState, changes: Iterable[Change]
+    ) -> tuple[dict[str, ProductSum], dict[str, set[int]], float]:
+        """Return the discounted sums of ``P_i - T_{r_i}(G_{v_i})``, the ranks that were there, and the whole weight.
+
+        Raises:
+            AggregationError: If what a client was sent has other ranks than what it returned.
+        """
         total = 0.0
         sums = {
             module: ProductSum(*spectrum.shape, most_directions=self.most_directions)
@@ -246,9 +278,7 @@ class FlexLora:
         for start, weight in starts.values():
             for module, factors in start.items():
                 sums[module] = add_product(sums[module], factors, -weight)
-        for module, spectrum in state.spectra.items():
-            sums[module] = add_spectrum(sums[module], spectrum, total * spectrum.S)
-        return self._decomposed(state, sums, total, ranks)
+        return sums, ranks, total
 
     def _decomposed(
         self,

@@ -51,6 +51,9 @@ class Traits:
         secure_sums: What of a cohort must be added up, where nobody may see the single update, for the method to work
             as it does with all of them: its ``factors``, direction by direction, or its ``products``; the method has
             ``aggregate_sum``. None cannot do without the single update.
+        private_changes: What a client's change is measured in where it is clipped for differential privacy: its
+            ``products`` or its ``factors`` (``flexlora.lora.change``); the method has ``add_noisy_changes``. None where
+            what one client does to the state has no bound.
         takes_own_training: Clients can be trained by a function that knows factors alone. False where they train cores
             or chosen entries, or where the method adds a penalty to their loss.
     """
@@ -72,6 +75,7 @@ class Traits:
     takes_own_training: bool = True
     least_rounds: int = 1
     secure_sums: Literal["factors", "products"] | None = None
+    private_changes: Literal["products", "factors"] | None = None
 
 
 @dataclass(frozen=True)
