@@ -49,7 +49,12 @@ RANKS = {
 }
 # What rooms may see of lower rooms, where that is less than all of it.
 NARROW = {
-    "rounds": {"aggregators": {"base"}, "engines": {"base"}, "uplink": {"base", "wire"}, "training": set()},
+    "rounds": {
+        "aggregators": {"base"},
+        "engines": {"base"},
+        "uplink": {"base", "clip_and_noise", "privacy_budget", "wire"},
+        "training": set(),
+    },
     "report": {room: set() for room in ("lora", "federation", "data", "uplink", "adapters")}
     | {room: set() for room in ("aggregators", "training", "engines")}
     | {"rounds": {"records"}},

@@ -173,6 +173,13 @@ class RoundsConfig(Section):
     cohort_fraction: float = Field(
         default=0.05, gt=0, le=1, description="Share of the clients per round; the paper uses 0.05."
     )
+    sampling: Literal["fixed", "poisson"] = Field(
+        default="fixed",
+        description=(
+            "`fixed` draws cohorts of one size; `poisson` draws each client on its own, so that sizes vary around it "
+            "and the accounting of `privacy.differential` is tighter."
+        ),
+    )
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
     checkpoint_every: int = Field(
         default=1,

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from flexlora.adapters.base_names import hub_file, is_gguf
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_data import InMemoryData, InstructionsData, NaturalInstructionsData, PhoneBookData
+from flexlora.experiment.differential_checks import differential_disagreements
 from flexlora.experiment.method_config import DEFAULT_METHOD
 from flexlora.experiment.privacy_checks import privacy_disagreements
 from flexlora.patterns import PatternError, bounded_pattern
@@ -80,6 +81,7 @@ def disagreements(config: Config) -> Iterator[str]:
     yield from _device_disagreements(config, known)
     yield from _clock_disagreements(config)
     yield from privacy_disagreements(config)
+    yield from differential_disagreements(config)
     if isinstance(config.data, PhoneBookData):
         yield from _phone_book_disagreements(config, config.data, known)
 

@@ -1,9 +1,10 @@
-"""Defines the `privacy` section of a configuration: what the server may see of what clients trained."""
+"""Defines the `privacy` section of a configuration: what others may learn of what clients trained."""
 
 from typing import Literal
 
 from pydantic import Field
 
+from flexlora.experiment.config_differential import DifferentialConfig
 from flexlora.experiment.config_section import Section
 
 
@@ -50,8 +51,11 @@ class SecureSumConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """What the server may see of what clients trained."""
+    """What others may learn of what clients trained."""
 
     secure_sum: SecureSumConfig | None = Field(
         default=None, description="null shows the server every update, a section the sum of a cohort alone."
+    )
+    differential: DifferentialConfig | None = Field(
+        default=None, description="null adds no noise, a section bounds what the model can tell about one client."
     )

@@ -19,6 +19,7 @@ from flexlora.experiment.gathered import Gathered
 from flexlora.experiment.loaded import adapted_shapes
 from flexlora.experiment.measured_step import measured_rate
 from flexlora.experiment.participants import Participants, gather_participants
+from flexlora.experiment.private_rounds import PrivacyEstimate, privacy_estimate, privacy_of
 from flexlora.experiment.run_totals import RunTotals, run_totals
 from flexlora.experiment.workload import Workload, cost_on_device, measure_workload
 from flexlora.federation.clients import ClientSpec, RankPlan, compact_ranks, largest_ranks
@@ -75,17 +76,19 @@ class Estimate:
         types: One per rank plan.
         notes: Sentences on how the estimate was made.
         devices: One per device and rank plan; empty when no devices are simulated.
+        privacy: What differential privacy will have cost; None without it.
     """
 
     totals: RunTotals
     types: Sequence[ClientEstimate]
     notes: Sequence[str]
     devices: Sequence[DeviceEstimate] = ()
+    privacy: PrivacyEstimate | None = None
 
     @property
     def facts(self) -> Sequence[tuple[str, str]]:
         """Pairs of a name and a value for a person."""
-        return self.totals.facts()
+        return [*self.totals.facts(), *([] if self.privacy is None else [self.privacy.fact()])]
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values: numbers, and notes in words."""
@@ -104,6 +107,7 @@ class Estimate:
                 {**dataclasses.asdict(row), "seconds": row.cost.seconds, "ranks": dict(row.ranks)}
                 for row in self.devices
             ],
+            "privacy": None if self.privacy is None else dataclasses.asdict(self.privacy),
             "notes": list(self.notes),
         }
 
@@ -158,7 +162,17 @@ def estimate_experiment(config: Config) -> Estimate:
     devices = _device_estimates(config, participants, workload, shapes, folded_ranks)
     notes = participants.warnings + workload.notes + ESTIMATE_NOTES + _method_notes(config, workload, shapes)
     notes += DEVICE_NOTES if devices else ()
-    return Estimate(totals, types, notes, devices)
+    return Estimate(totals, types, notes, devices, _privacy(config, totals, shapes, participants))
+
+
+def _privacy(
+    config: Config, totals: RunTotals, shapes: Mapping[str, tuple[int, int]], participants: Participants
+) -> PrivacyEstimate | None:
+    """Return what differential privacy will have cost by the end of the run."""
+    ranks = largest_ranks(participants.plans.values(), shapes)
+    size, method = totals.num_counted, config.method
+    privacy = privacy_of(config, method.traits(), totals.num_clients, size, ranks, method.name)
+    return None if privacy is None else privacy_estimate(privacy, config.rounds.num_rounds)
 
 
 # The names that they had first; everywhere else a plan is a rank plan.

@@ -14,6 +14,7 @@ from flexlora.experiment.gathered import GatheredRun
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.method_config import MethodConfig
 from flexlora.experiment.participants import clock_of
+from flexlora.experiment.private_rounds import privacy_of
 from flexlora.experiment.scoring import Scorer
 from flexlora.experiment.stages import Notify, Stage, Work
 from flexlora.experiment.workload import local_training
@@ -79,6 +80,7 @@ def round_loop(
         notify=notify,
         clock=clock_of(loaded.config, loaded.participants, traits, size),
         secure_sum=_secure_sum(loaded, traits, clients) if method == loaded.config.method else None,
+        privacy=privacy_of(loaded.config, traits, len(clients), size, ranks, method.name),
     )
 
 
@@ -143,6 +145,7 @@ def aggregator_of(method: MethodConfig, scaling: Scaling) -> Aggregator[Any]:
     required = ["init", "aggregate", "broadcast", "spectra"]
     required += ["add_changes"] * traits.adds_changes + ["broadcast_to"] * traits.per_client
     required += ["aggregate_sum"] * (traits.secure_sums is not None)
+    required += ["add_noisy_changes"] * (traits.private_changes is not None)
     if missing := [name for name in required if not callable(getattr(made, name, None))]:
         raise MethodError(f"method.name: {method.name} needs {', '.join(missing)}; see docs/own-method.md")
     return made
@@ -158,6 +161,7 @@ def round_settings(config: Config, size: int) -> RoundSettings:
         evaluate_every=config.evaluation.every,
         patience=rounds.patience,
         min_updates=rounds.min_updates,
+        sampling=rounds.sampling,
         max_failed_rounds=rounds.max_failed_rounds,
         keep_checkpoints=rounds.keep_checkpoints,
         checkpoint_every=rounds.checkpoint_every,

@@ -87,6 +87,26 @@ def sample_cohort(
     return tuple(ordered[index] for index in sorted(drawn.tolist()))
 
 
+def sample_poisson(
+    clients: Sequence[ClientSpec], cohort_size: int, seed: int, server_round: int
+) -> tuple[ClientSpec, ...]:
+    """Return the clients of one round, sorted by id, each drawn on its own with one probability; maybe none.
+
+    A function of the seed, the round and the set of clients, as ``sample_cohort`` is.
+
+    Args:
+        cohort_size: Expected number of clients, which makes the probability ``cohort_size / len(clients)``, at most 1.
+
+    Raises:
+        ClientError: Without clients, with a cohort size below 1, or if two clients share an id.
+    """
+    everybody = sample_cohort(clients, len(clients), seed, server_round) if clients else ()
+    if cohort_size < 1 or not everybody:
+        return sample_cohort(everybody, cohort_size, seed, server_round)
+    drawn = stream(seed, "cohort", server_round).random(len(everybody))
+    return tuple(one for one, number in zip(everybody, drawn, strict=True) if number * len(everybody) < cohort_size)
+
+
 def compact_ranks(ranks: Mapping[str, int], modules: Iterable[str] | None = None) -> dict[str, int]:
     """Return module path -> rank with layers of equal rank folded into the last part of their paths.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flexlora.aggregators.base import broadcasts_to_each, checked_broadcast
 from flexlora.engines.base import Parcel, ParcelKey, RoundOrder
-from flexlora.federation.clients import ClientSpec, RankPlan, sample_cohort
+from flexlora.federation.clients import ClientSpec, RankPlan, sample_cohort, sample_poisson
 from flexlora.federation.messages import Broadcast, ClientFailure
 from flexlora.rounds.buffer import FilledBuffer, fill_buffer, still_needed
 from flexlora.rounds.clock import Clock, ClockState, Trip, close_round, open_round, start_trip
@@ -48,9 +48,10 @@ def cohort_work(loop: Loop, server_round: int, state: Any, progress: Progress, w
 def _sampled_work(loop: Loop, server_round: int, state: Any, progress: Progress, watch: Stopwatch) -> Work:
     """Return the work of a round without devices: the whole sample trains."""
     settings = loop.settings
-    cohort = sample_cohort(loop.federation.clients, settings.cohort_size, settings.seed, server_round)
+    sample = sample_poisson if settings.sampling == "poisson" else sample_cohort
+    cohort = sample(loop.federation.clients, settings.cohort_size, settings.seed, server_round)
     parcels = _parcels(loop, state, cohort, watch)
-    return Work(_by_id(cohort), [_order(loop, server_round, cohort, parcels, progress)], progress)
+    return Work(_by_id(cohort), [_order(loop, server_round, cohort, parcels, progress)] if cohort else [], progress)
 
 
 def _timed_work(loop: Loop, clock: Clock, server_round: int, state: Any, progress: Progress, watch: Stopwatch) -> Work:

@@ -16,6 +16,7 @@ from flexlora.rounds.cohort import cohort_work
 from flexlora.rounds.history import history_lines, line_in, write_history
 from flexlora.rounds.loop_parts import Loop, Outcome, Progress, RoundEvent, Stopwatch
 from flexlora.rounds.outcomes import aggregated, checked, round_record, trained
+from flexlora.rounds.private import privately_aggregated
 from flexlora.rounds.records import (
     CHECKPOINTS_FOLDER,
     RECORDS_FILE,
@@ -46,18 +47,31 @@ def run_rounds(loop: Loop) -> Outcome:
             loop.notify(RoundEvent("cohort", server_round, len(work.clients)))
             clients: list[ClientRecord] = []
             kept: dict[str, KeptFactors] = {}
+            release = None
             outcomes, secure_sum = trained(loop.engine, work.orders, watch), None
-            if loop.secure_sum is None:
-                updates = checked(loop, server_round, work, outcomes, clients, kept)
-                state, problem = aggregated(loop, server_round, work, state, updates, watch)
-                del updates
-            else:
+            if loop.secure_sum is not None:
                 state, problem, secure_sum = summed(loop, server_round, work, state, outcomes, clients, watch)
+            else:
+                updates = checked(loop, server_round, work, outcomes, clients, kept)
+                if loop.privacy is not None:
+                    state, problem, release = privately_aggregated(
+                        loop, loop.privacy, server_round, work, state, updates, watch
+                    )
+                else:
+                    state, problem = aggregated(loop, server_round, work, state, updates, watch)
+                del updates
             num_ok = sum(client.outcome == "ok" for client in clients) if problem is None else 0
-            progress = work.progress.keeping(kept).after_updates(num_ok, settings.max_failed_rounds)
+            progress = work.progress.keeping(kept)
+            # A cohort drawn by Poisson sampling may be empty, which is no failure.
+            if work.clients:
+                progress = progress.after_updates(num_ok, settings.max_failed_rounds)
+            if release is not None:
+                progress = progress.after_release(release.spent, release.stopped)
             # What clients were sent is freed before the next round's broadcasts are made.
             del work, outcomes
             record = round_record(loop, server_round, state, clients, problem, watch, secure_sum)
+            if release is not None:
+                record = record.model_copy(update={"privacy": release.record})
         record = record.model_copy(update=_end_of_round(loop, before, progress, watch))
         progress = _finish_round(loop, state, progress, record)
     has_progress = progress.num_updates > 0 and progress.failed_rounds_in_a_row < settings.max_failed_rounds

@@ -17,6 +17,8 @@ from flexlora.rounds.clock import Breakdown, Clock, ClockState, Trip
 from flexlora.rounds.records import ClientRecord, EvaluationRecord, RankGroupRecord, RoundRecord
 from flexlora.text import count_text
 from flexlora.uplink.base import CohortStep, UplinkStep
+from flexlora.uplink.clip_and_noise import ClipAndNoise
+from flexlora.uplink.privacy_budget import PrivacyBudget, Spending
 from flexlora.uplink.wire import WireDtype
 
 
@@ -30,6 +32,7 @@ class RoundSettings:
     evaluate_every: int = 1
     patience: int | None = None
     min_updates: int = 1
+    sampling: Literal["fixed", "poisson"] = "fixed"
     max_failed_rounds: int = 3
     keep_checkpoints: int = 2
     checkpoint_every: int = 1
@@ -57,6 +60,40 @@ class Federation:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    """How updates are made private, and what that may cost.
+
+    Attributes:
+        mechanism: Clips and noises each round.
+        budget: Accounts for it.
+    """
+
+    mechanism: ClipAndNoise
+    budget: PrivacyBudget
+
+
+@dataclass(frozen=True)
+class PrivacySpent:
+    """Where the private releases of a run stand.
+
+    Attributes:
+        clip: Of the next round.
+        spending: Noise multipliers of the rounds so far.
+        epsilon: What they cost.
+    """
+
+    clip: float
+    spending: Spending = ()
+    epsilon: float = 0.0
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "PrivacySpent":
+        """Return what ``dataclasses.asdict`` made plain values of."""
+        spending = tuple((float(noise), int(count)) for noise, count in values["spending"])
+        return PrivacySpent(float(values["clip"]), spending, float(values["epsilon"]))
+
+
+@dataclass(frozen=True)
 class Progress:
     """What the loop remembers besides the aggregator's state.
 
@@ -65,6 +102,7 @@ class Progress:
         clock: Virtual time, if it is simulated.
         sent: Round and plan name -> what clients still at work were sent; checkpointed as tensors.
         kept: Client id -> the factor that it keeps between rounds; checkpointed as tensors.
+        privacy: What private releases have cost; None without them, and before the first.
         history: Digests of the lines of the record file, by round.
     """
 
@@ -77,6 +115,7 @@ class Progress:
     clock: ClockState = field(default_factory=ClockState)
     sent: Mapping[str, Broadcast] = field(default_factory=dict)
     kept: Mapping[str, KeptFactors] = field(default_factory=dict)
+    privacy: PrivacySpent | None = None
     history: tuple[str, ...] = ()
 
     def keeping(self, kept: Mapping[str, KeptFactors]) -> "Progress":
@@ -94,6 +133,10 @@ class Progress:
         return dataclasses.replace(
             self, failed_rounds_in_a_row=failed_in_a_row, num_updates=self.num_updates + num_updates, stopped=stopped
         )
+
+    def after_release(self, spent: PrivacySpent, stopped: str | None) -> "Progress":
+        """Return the progress after a private release; ``stopped`` says why there may be no other."""
+        return dataclasses.replace(self, privacy=spent, stopped=self.stopped or stopped)
 
     def after_evaluation(self, server_round: int, validation_loss: float | None, patience: int | None) -> "Progress":
         """Return the progress after an evaluation; stopped after ``patience`` of them without a lower loss."""
@@ -128,7 +171,9 @@ class Progress:
             trips.append(Trip(**{**trip, "breakdown": breakdown}))
         state = ClockState(**clock, trips=tuple(trips))
         history = tuple(values.get("history", ()))
-        return Progress(**{**values, "clock": state, "sent": sent, "kept": kept, "history": history})
+        privacy = values.get("privacy") and PrivacySpent.from_json(values["privacy"])
+        own = {"clock": state, "sent": sent, "kept": kept, "privacy": privacy, "history": history}
+        return Progress(**{**values, **own})
 
 
 @dataclass(frozen=True)
@@ -198,6 +243,7 @@ class Loop:
         notify: Called at each step, for progress displays.
         uplink: The steps between clients and server; the engine runs the client ends, the loop the server ends.
         secure_sum: How updates are added up without being seen; None sends them one by one.
+        privacy: How updates are clipped and noised; None takes them as they are.
         clock: Decides in virtual time who is available, who is late and how long a round takes; without one, every
             client is available and in time.
     """
@@ -214,6 +260,7 @@ class Loop:
     uplink: Sequence[UplinkStep] = ()
     clock: Clock | None = None
     secure_sum: CohortStep | None = None
+    privacy: Privacy | None = None
 
 
 @dataclass

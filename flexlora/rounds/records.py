@@ -150,6 +150,19 @@ class SecureSumRecord(_Record):
     train_loss: float | None = Field(default=None, description="Mean over the examples of those that are summed")
 
 
+class PrivacyRecord(_Record):
+    """What a round with differential privacy of clients did; for the server's eyes, the norms are not noised."""
+
+    epsilon: float = Field(ge=0, description="Spent so far, this round included")
+    delta: float = Field(gt=0, lt=1)
+    noise_multiplier: float = Field(gt=0, description="Of the round, as it is accounted for")
+    clip: float = Field(gt=0, description="Largest joint norm of a client's change in this round")
+    num_clipped: int = Field(default=0, ge=0, description="Clients whose change was larger")
+    median_norm: float | None = Field(default=None, description="Of the changes before clipping; null without clients")
+    num_noised: int = Field(ge=0, description="Entries that got noise, of the deviation below")
+    noise_deviation: float = Field(ge=0, description="Standard deviation of the noise on an entry of the mean")
+
+
 class RoundRecord(_Record):
     """One line of `records.jsonl`. Round 0 is the base model before training and has no clients."""
 
@@ -170,6 +183,7 @@ class RoundRecord(_Record):
         default=None, description="Share (0 to 1) of the squared singular values above the smallest plan's ranks"
     )
     secure_sum: SecureSumRecord | None = Field(default=None, description="Null where updates travel one by one")
+    privacy: PrivacyRecord | None = Field(default=None, description="Null without differential privacy")
     evaluation: EvaluationRecord | None = None
     note: str | None = Field(default=None, description="Anything unusual about the round, for a person")
     stopped: str | None = Field(default=None, description="Why the run ends here, if it ends early")

@@ -1,5 +1,7 @@
 """Rank plans, what they have in common, and the cohorts of rounds."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from flexlora.federation.clients import (
     count_plans,
     largest_ranks,
     sample_cohort,
+    sample_poisson,
     smallest_ranks,
     unique_ids,
 )
@@ -107,3 +110,19 @@ def test_ids_that_occur_twice_are_refused():
     assert unique_ids(iter("ba")) == ["b", "a"]
     with pytest.raises(ClientError, match="client ids must be unique; 'a' occurs 3 times"):
         unique_ids("abaca")
+
+
+def test_poisson_sampling_draws_each_client_on_its_own_with_the_same_probability() -> None:
+    everyone = clients(40)
+    rounds = [sample_poisson(everyone, 10, seed=4, server_round=number) for number in range(1, 401)]
+    assert sample_poisson(everyone[::-1], 10, seed=4, server_round=1) == rounds[0]
+    sizes = [len(cohort) for cohort in rounds]
+    # Binomial with 40 draws at 1/4: mean 10, variance 7.5; within five standard errors of 400 rounds.
+    assert abs(sum(sizes) / 400 - 10) < 5 * (7.5 / 400) ** 0.5
+    counts = Counter(client.client_id for cohort in rounds for client in cohort)
+    assert len(counts) == 40 and all(abs(count - 100) < 5 * (400 * 3 / 16) ** 0.5 for count in counts.values())
+    assert sample_poisson(everyone, 40, seed=4, server_round=1) == tuple(
+        sorted(everyone, key=lambda one: one.client_id)
+    )
+    with pytest.raises(ClientError, match="at least one client"):
+        sample_poisson([], 3, seed=0, server_round=1)
