@@ -10,6 +10,7 @@ from flexlora.experiment.config_clients import ClientsConfig, ClockConfig, Devic
 from flexlora.experiment.config_data import DataConfig, GeneratedData
 from flexlora.experiment.config_deployment import DeploymentConfig
 from flexlora.experiment.config_privacy import PrivacyConfig
+from flexlora.experiment.config_robust import RobustConfig
 from flexlora.experiment.config_section import Section
 from flexlora.experiment.method_config import MethodConfig, read_method
 
@@ -180,6 +181,7 @@ class RoundsConfig(Section):
             "and the accounting of `privacy.differential` is tighter."
         ),
     )
+    robust: RobustConfig | None = Field(default=None, description="null believes every client.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
     checkpoint_every: int = Field(
         default=1,

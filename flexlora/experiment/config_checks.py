@@ -12,6 +12,7 @@ from flexlora.experiment.config_data import InMemoryData, InstructionsData, Natu
 from flexlora.experiment.differential_checks import differential_disagreements
 from flexlora.experiment.method_config import DEFAULT_METHOD
 from flexlora.experiment.privacy_checks import privacy_disagreements
+from flexlora.experiment.robust_checks import robust_disagreements
 from flexlora.patterns import PatternError, bounded_pattern
 from flexlora.rounds.devices import BUILT_IN, DeviceError, assign_devices, device_profiles
 from flexlora.text import count_text
@@ -82,6 +83,7 @@ def disagreements(config: Config) -> Iterator[str]:
     yield from _clock_disagreements(config)
     yield from privacy_disagreements(config)
     yield from differential_disagreements(config)
+    yield from robust_disagreements(config)
     if isinstance(config.data, PhoneBookData):
         yield from _phone_book_disagreements(config, config.data, known)
 

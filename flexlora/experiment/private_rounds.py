@@ -21,7 +21,7 @@ from flexlora.uplink.privacy_budget import (
 )
 
 COUNTED_SHARE = 20
-"""Times that a cohort is the default noise on the count of clients within the clip (arXiv:1905.03871, sec. 3.3)."""
+"""Times that a cohort is the default noise on the count of clients within the clip (arXiv:1905.03871)."""
 
 
 @dataclass(frozen=True)

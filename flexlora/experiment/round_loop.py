@@ -25,6 +25,7 @@ from flexlora.rounds.clock import clients_per_round
 from flexlora.rounds.loop_parts import Federation, Loop, RoundSettings
 from flexlora.rounds.records import RECORDS_FILE, last_round
 from flexlora.training.schedule import learning_rate_at
+from flexlora.uplink.robust_weights import RobustSettings
 from flexlora.uplink.secure_total import SecureSumSettings, sketch_size
 
 
@@ -80,6 +81,7 @@ def round_loop(
         notify=notify,
         clock=clock_of(loaded.config, loaded.participants, traits, size),
         secure_sum=_secure_sum(loaded, traits, clients) if method == loaded.config.method else None,
+        robust=None if rounds.robust is None else RobustSettings(**rounds.robust.model_dump()),
         privacy=privacy_of(loaded.config, traits, len(clients), size, ranks, method.name),
     )
 

@@ -5,9 +5,12 @@ mean of products sees; of ``factors`` it is ``(A - A0, s B - s0 B0)``, which is 
 Frobenius norms, joint over the modules: the root of the sum of their squares.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from flexlora.lora.factors import AdapterState, FactorsError, LoraFactors
 
@@ -59,7 +62,7 @@ def change_norm(start: AdapterState, end: AdapterState, space: ChangeSpace) -> f
     return squares**0.5
 
 
-def _difference(start: LoraFactors, end: LoraFactors) -> tuple[torch.Tensor, torch.Tensor]:
+def _difference(start: LoraFactors, end: LoraFactors) -> tuple[Tensor, Tensor]:
     """Return ``A - A0`` and ``s B - s0 B0`` in float64."""
     if (start.rank, start.shape) != (end.rank, end.shape):
         raise FactorsError(
@@ -68,3 +71,27 @@ def _difference(start: LoraFactors, end: LoraFactors) -> tuple[torch.Tensor, tor
         )
     first, own = start.to(torch.float64).with_scaling(1.0), end.to(torch.float64).with_scaling(1.0)
     return own.A - first.A, own.B - first.B
+
+
+def change_gram(changes: Sequence[tuple[AdapterState, AdapterState]]) -> Float[Tensor, "clients clients"]:
+    """Return the inner products of the changes of products of every two clients, over all modules, in float64.
+
+    ``<D_i, D_j> = sum over modules of tr(B_i^T B_j A_j A_i^T)`` for ``D_i = B_i A_i`` at twice the rank of a client: a
+    dense matrix is never formed, and ranks may differ.
+
+    Args:
+        changes: Where each client started and ended; a module that an end lacks did not move.
+    """
+    gram = torch.zeros(len(changes), len(changes), dtype=torch.float64)
+    for module in sorted({module for _, end in changes for module in end}):
+        moved = [
+            (i, product_change(start[module], end[module])) for i, (start, end) in enumerate(changes) if module in end
+        ]
+        A, B = torch.cat([one.A for _, one in moved]), torch.cat([one.B for _, one in moved], dim=1)
+        owner = torch.repeat_interleave(
+            torch.tensor([i for i, _ in moved]), torch.tensor([one.rank for _, one in moved])
+        )
+        for i, one in moved:
+            products = ((one.B.T @ B) * (one.A @ A.T)).sum(dim=0)
+            gram[i].index_add_(0, owner, products)
+    return (gram + gram.T) / 2

@@ -29,6 +29,7 @@ from flexlora.rounds.records import (
     lines_of,
     to_line,
 )
+from flexlora.rounds.robust import robustly_aggregated
 from flexlora.rounds.summed import summed
 
 
@@ -47,7 +48,7 @@ def run_rounds(loop: Loop) -> Outcome:
             loop.notify(RoundEvent("cohort", server_round, len(work.clients)))
             clients: list[ClientRecord] = []
             kept: dict[str, KeptFactors] = {}
-            release = None
+            release, believed = None, None
             outcomes, secure_sum = trained(loop.engine, work.orders, watch), None
             if loop.secure_sum is not None:
                 state, problem, secure_sum = summed(loop, server_round, work, state, outcomes, clients, watch)
@@ -56,6 +57,10 @@ def run_rounds(loop: Loop) -> Outcome:
                 if loop.privacy is not None:
                     state, problem, release = privately_aggregated(
                         loop, loop.privacy, server_round, work, state, updates, watch
+                    )
+                elif loop.robust is not None:
+                    state, problem, believed = robustly_aggregated(
+                        loop, loop.robust, server_round, work, state, updates, watch
                     )
                 else:
                     state, problem = aggregated(loop, server_round, work, state, updates, watch)
@@ -70,8 +75,8 @@ def run_rounds(loop: Loop) -> Outcome:
             # What clients were sent is freed before the next round's broadcasts are made.
             del work, outcomes
             record = round_record(loop, server_round, state, clients, problem, watch, secure_sum)
-            if release is not None:
-                record = record.model_copy(update={"privacy": release.record})
+            extra = {"privacy": release and release.record, "robust": believed}
+            record = record.model_copy(update=extra)
         record = record.model_copy(update=_end_of_round(loop, before, progress, watch))
         progress = _finish_round(loop, state, progress, record)
     has_progress = progress.num_updates > 0 and progress.failed_rounds_in_a_row < settings.max_failed_rounds

@@ -19,6 +19,7 @@ from flexlora.text import count_text
 from flexlora.uplink.base import CohortStep, UplinkStep
 from flexlora.uplink.clip_and_noise import ClipAndNoise
 from flexlora.uplink.privacy_budget import PrivacyBudget, Spending
+from flexlora.uplink.robust_weights import RobustSettings
 from flexlora.uplink.wire import WireDtype
 
 
@@ -244,6 +245,7 @@ class Loop:
         uplink: The steps between clients and server; the engine runs the client ends, the loop the server ends.
         secure_sum: How updates are added up without being seen; None sends them one by one.
         privacy: How updates are clipped and noised; None takes them as they are.
+        robust: How far each client of a cohort is believed; None believes all. Not with ``privacy``.
         clock: Decides in virtual time who is available, who is late and how long a round takes; without one, every
             client is available and in time.
     """
@@ -261,6 +263,7 @@ class Loop:
     clock: Clock | None = None
     secure_sum: CohortStep | None = None
     privacy: Privacy | None = None
+    robust: RobustSettings | None = None
 
 
 @dataclass

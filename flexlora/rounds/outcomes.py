@@ -17,6 +17,7 @@ from flexlora.federation.clients import ClientSpec, compact_ranks
 from flexlora.federation.message_checks import UpdateError, check_update
 from flexlora.federation.messages import Broadcast, Change, ClientFailure, KeptFactors, Update
 from flexlora.federation.streams import stream_seed
+from flexlora.lora.factors import AdapterState
 from flexlora.lora.spectrum import share_inside
 from flexlora.rounds.clock import Policy, Trip
 from flexlora.rounds.cohort import Work
@@ -152,6 +153,23 @@ def _changes(policy: Policy, server_round: int, work: Work, updates: Iterable[Up
         order = order_of[client_id]
         start = order.parcel_of(work.clients[client_id]).arrived.trainable
         yield Change(update, start, policy.discount(server_round - order.server_round))
+
+
+def starts_of(work: Work, updates: Iterable[Update]) -> Iterator[tuple[Update, AdapterState]]:
+    """Yield each update with what its client was sent, as it arrived there.
+
+    Raises:
+        AggregationError: If an update is not that of one client.
+    """
+    order_of = _order_of(work)
+    for update in updates:
+        client_id = str(update.client_id)
+        if client_id not in order_of:
+            raise AggregationError(
+                "clipping and robust rules must know whose an update is, but an uplink step folded several into one; "
+                "leave the step out"
+            )
+        yield update, order_of[client_id].parcel_of(work.clients[client_id]).arrived.trainable
 
 
 def _order_of(work: Work) -> dict[str, RoundOrder]:

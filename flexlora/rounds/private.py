@@ -4,7 +4,7 @@ What the state learns of a round is the noisy sum of clipped changes, whoever ca
 how many came decides nothing. A client that fails counts as one that was not sampled.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -17,6 +17,7 @@ from flexlora.federation.messages import Change, Update
 from flexlora.federation.streams import stream_seed
 from flexlora.rounds.cohort import Work
 from flexlora.rounds.loop_parts import Loop, Privacy, PrivacySpent, Stopwatch
+from flexlora.rounds.outcomes import starts_of
 from flexlora.rounds.records import PrivacyRecord, rounded
 from flexlora.uplink.base import receive
 from flexlora.uplink.clip_and_noise import ClipTally, clipped, next_clip, round_noise
@@ -59,7 +60,7 @@ def privately_aggregated(
     rng = torch.Generator().manual_seed(stream_seed(loop.settings.seed, "uplink", server_round))
     try:
         with watch.stage("aggregate"):
-            changes = _changes(work, receive(loop.uplink, updates, rng))
+            changes = (Change(update, start) for update, start in starts_of(work, receive(loop.uplink, updates, rng)))
             bounded = clipped(changes, before.clip, mechanism.space, tally)
             state = loop.aggregator.add_noisy_changes(state, bounded, mechanism.denominator, noise)
         note = None if tally.norms else "no client survived; the state has the noise of the round alone"
@@ -99,11 +100,3 @@ def over_budget(privacy: Privacy, spent: PrivacySpent) -> str | None:
         f"the privacy budget is spent: epsilon {spent.epsilon:.4g} at delta {privacy.budget.delta:g}, and another "
         f"round would make it {after:.4g} (privacy.differential.target_epsilon={target:g})"
     )
-
-
-def _changes(work: Work, updates: Iterable[Update]) -> Iterator[Change]:
-    """Yield each update with what its client was sent."""
-    order_of = {client.client_id: order for order in work.orders for client in order.cohort}
-    for update in updates:
-        client_id = str(update.client_id)
-        yield Change(update, order_of[client_id].parcel_of(work.clients[client_id]).arrived.trainable)

@@ -163,6 +163,13 @@ class PrivacyRecord(_Record):
     noise_deviation: float = Field(ge=0, description="Standard deviation of the noise on an entry of the mean")
 
 
+class RobustRecord(_Record):
+    """How far the clients of a round were believed."""
+
+    rule: str
+    shares: dict[str, float] = Field(description="Client id -> what its change was multiplied by, 0 to 1")
+
+
 class RoundRecord(_Record):
     """One line of `records.jsonl`. Round 0 is the base model before training and has no clients."""
 
@@ -183,6 +190,7 @@ class RoundRecord(_Record):
         default=None, description="Share (0 to 1) of the squared singular values above the smallest plan's ranks"
     )
     secure_sum: SecureSumRecord | None = Field(default=None, description="Null where updates travel one by one")
+    robust: RobustRecord | None = Field(default=None, description="Null without a robust rule")
     privacy: PrivacyRecord | None = Field(default=None, description="Null without differential privacy")
     evaluation: EvaluationRecord | None = None
     note: str | None = Field(default=None, description="Anything unusual about the round, for a person")

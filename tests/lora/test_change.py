@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexlora.lora.change import change_norm, factor_change, product_change
+from flexlora.lora.change import change_gram, change_norm, factor_change, product_change
 from flexlora.lora.factors import FactorsError, LoraFactors
 
 SHAPES = {"model.q": (7, 11), "model.up": (29, 13)}
@@ -85,3 +85,17 @@ def test_a_change_without_its_start_is_refused() -> None:
         change_norm({"model.q": adapter(2, 1)["model.q"]}, adapter(2, 2), "products")
     with pytest.raises(FactorsError, match="rank"):
         change_norm(adapter(2, 1), adapter(3, 1), "factors")
+
+
+def test_inner_products_of_changes_at_mixed_ranks_are_those_of_dense_matrices() -> None:
+    changes = [(adapter(rank, 10 + rank, 0.5 + rank), adapter(rank, 20 + rank, 0.5 + rank)) for rank in (1, 4, 2)]
+    changes.append((adapter(3, 5), {"model.q": adapter(3, 6)["model.q"]}))
+    vectors = []
+    for start, end in changes:
+        parts = [
+            dense(end[module]) - dense(start[module]) if module in end else np.zeros(SHAPES[module])
+            for module in SHAPES
+        ]
+        vectors.append(np.concatenate([part.ravel() for part in parts]))
+    expected = np.stack(vectors) @ np.stack(vectors).T
+    np.testing.assert_allclose(change_gram(changes).numpy(), expected, rtol=1e-9, atol=1e-9)
