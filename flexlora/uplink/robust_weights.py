@@ -91,7 +91,7 @@ def robust_multipliers(
 def _median_of_means(gram: Tensor, num_groups: int, rng: np.random.Generator) -> Tensor:
     """Return 1 for the clients of the group whose mean is in the middle of all means, else 0."""
     n = gram.shape[0]
-    groups = torch.from_numpy(rng.permutation(np.arange(n) % num_groups))
+    groups = torch.tensor(rng.permutation(np.arange(n) % num_groups))
     member = torch.nn.functional.one_hot(groups, num_groups).T.to(gram)
     means = member / member.sum(dim=1, keepdim=True)
     distances = _distances(means @ gram @ means.T).sort(dim=1).values
