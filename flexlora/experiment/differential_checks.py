@@ -17,9 +17,19 @@ def differential_disagreements(config: Config) -> Iterator[str]:
             "rounds.sampling=poisson draws every client on its own, but simulated devices are there at some hours "
             "only; set devices.profiles=null or rounds.sampling=fixed"
         )
+    if rounds.sampling == "poisson" and config.privacy.secure_sum is not None:
+        yield (
+            "rounds.sampling=poisson draws cohorts of any size, none included, and privacy.secure_sum needs a few "
+            "clients in each; set rounds.sampling=fixed or privacy.secure_sum=null"
+        )
     differential = config.privacy.differential
     if differential is None:
         return
+    if config.privacy.secure_sum is not None:
+        yield (
+            "privacy.differential clips each client's change at the server, and privacy.secure_sum shows it none; set "
+            "one of the two to null"
+        )
     if config.method.traits().private_changes is None:
         yield (
             "privacy.differential needs a method in which one client's share of a round has a bound; "

@@ -59,6 +59,11 @@ def _problems(config: Config, plans: Mapping[str, RankPlan]) -> Iterator[str]:
             "privacy asks for rounds of several phases, and over files there is one: the server sees every update "
             "as it is; leave privacy out if that may be, or run the federation over Flower"
         )
+    if config.rounds.robust is not None or config.rounds.sampling != "fixed":
+        yield (
+            "rounds.robust and rounds.sampling are about cohorts that the server draws and compares, and over files "
+            "clients come as they like; leave them out"
+        )
     if config.deployment != type(config.deployment)():
         yield (
             "deployment is about clients that connect; leave it out, and say --min-clients when you aggregate: nobody "

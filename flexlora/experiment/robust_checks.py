@@ -19,6 +19,11 @@ def robust_disagreements(config: Config) -> Iterator[str]:
             f"rounds.robust.rule={robust.rule} lets one client decide how far others count, which no clip of "
             "privacy.differential bounds; set one of the two to null"
         )
+    if config.privacy.secure_sum is not None:
+        yield (
+            f"rounds.robust.rule={robust.rule} compares the clients of a cohort, and privacy.secure_sum shows only "
+            "their sum; set one of the two to null"
+        )
     if config.clock.policy == "async":
         yield "rounds.robust compares a cohort, which clock.policy=async does not wait for; set another clock.policy"
     if traits.personal or traits.per_client or not traits.sends_both_factors:

@@ -8,6 +8,15 @@ from flexlora.experiment.differential_checks import differential_disagreements
 PRIVATE = {"clip": 1.0, "noise_multiplier": 1.0}
 
 
+def test_secure_sums_show_no_change_to_clip_and_need_cohorts_of_one_size() -> None:
+    made = Config.model_validate(
+        {"privacy": {"differential": PRIVATE, "secure_sum": {}}, "rounds": {"sampling": "poisson"}}
+    )
+    found = "\n".join(differential_disagreements(made))
+    assert "privacy.differential clips each client's change at the server" in found
+    assert "set rounds.sampling=fixed or privacy.secure_sum=null" in found
+
+
 def problems(differential: dict[str, object] | None = None, **sections: object) -> str:
     made = Config.model_validate({"privacy": {"differential": differential}, **sections})
     return "\n".join(differential_disagreements(made))

@@ -21,6 +21,11 @@ def test_every_rule_fits_methods_that_send_whole_changes(rule: str) -> None:
     ("robust", "sections", "named"),
     [
         ({"rule": "krum"}, {"privacy": {"differential": {"clip": 1, "noise_multiplier": 1}}}, "set one of the two"),
+        (
+            {"rule": "krum"},
+            {"privacy": {"secure_sum": {}}},
+            "rule=krum compares the clients of a cohort",
+        ),
         ({"rule": "krum"}, {"clock": {"policy": "async"}}, "set another clock.policy"),
         ({"rule": "krum"}, {"method": {"name": "ffa_lora"}}, "method.name=ffa_lora sends less"),
         ({"rule": "norm_bound"}, {"method": {"name": "het_lora"}}, "choose one of aligned, fedit, flexlora"),
