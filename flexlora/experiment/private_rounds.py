@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from flexlora.aggregators.settings import Traits
 from flexlora.experiment.config import Config
 from flexlora.federation.streams import stream_seed
-from flexlora.rounds.loop_parts import Privacy, PrivacySpent
-from flexlora.rounds.private import over_budget
+from flexlora.rounds.loop_parts import Privacy
 from flexlora.uplink.clip_and_noise import AdaptiveClip, ClipAndNoise
 from flexlora.uplink.privacy_budget import (
     ClientSampling,
@@ -97,10 +96,11 @@ def privacy_of(
     own = stream_seed(seed, "privacy", method, num_clients, json.dumps(dict(sorted(ranks.items()))))
     mechanism = ClipAndNoise(differential.clip, noise, float(cohort_size), traits.private_changes, own, adaptive)
     privacy = Privacy(mechanism, budget)
-    if (problem := over_budget(privacy, PrivacySpent(differential.clip))) is not None:
+    first, target = epsilon_of(budget, ((noise, 1),)), differential.target_epsilon
+    if target is not None and first > target:
         raise PrivacyBudgetError(
-            f"not one round fits into privacy.differential.target_epsilon; {problem}: raise the target, the noise or "
-            "both"
+            f"privacy.differential.target_epsilon must be at least {first:.4g}, what one round costs with noise "
+            f"multiplier {noise:g}; got {target:g}: raise it, or noise_multiplier, or set the latter to null"
         )
     return privacy
 
