@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from flexlora.aggregators.registry import package_methods
 from flexlora.experiment.config import Config
 from flexlora.experiment.method_config import read_method
-from flexlora.uplink.robust_weights import RobustSettings, least_clients
+from flexlora.uplink.robust_settings import RobustSettings, least_clients
 
 
 def robust_disagreements(config: Config) -> Iterator[str]:

@@ -25,7 +25,7 @@ from flexlora.rounds.clock import clients_per_round
 from flexlora.rounds.loop_parts import Federation, Loop, RoundSettings
 from flexlora.rounds.records import RECORDS_FILE, last_round
 from flexlora.training.schedule import learning_rate_at
-from flexlora.uplink.robust_weights import RobustSettings
+from flexlora.uplink.robust_settings import RobustSettings
 from flexlora.uplink.secure_total import SecureSumSettings, sketch_size
 
 

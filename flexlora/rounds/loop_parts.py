@@ -19,7 +19,7 @@ from flexlora.text import count_text
 from flexlora.uplink.base import CohortStep, UplinkStep
 from flexlora.uplink.clip_and_noise import ClipAndNoise
 from flexlora.uplink.privacy_budget import PrivacyBudget, Spending
-from flexlora.uplink.robust_weights import RobustSettings
+from flexlora.uplink.robust_settings import RobustSettings
 from flexlora.uplink.wire import WireDtype
 
 

@@ -16,7 +16,8 @@ from flexlora.rounds.loop_parts import Loop, Stopwatch
 from flexlora.rounds.outcomes import starts_of
 from flexlora.rounds.records import RobustRecord, rounded
 from flexlora.uplink.base import receive
-from flexlora.uplink.robust_weights import RobustSettings, robust_multipliers
+from flexlora.uplink.robust_settings import RobustSettings
+from flexlora.uplink.robust_weights import robust_multipliers
 
 
 def robustly_aggregated(

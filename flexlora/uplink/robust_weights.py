@@ -17,42 +17,17 @@ Every client counts the same: an example count is a claim. A rule needs the coho
 memory. With very different data, the honest are far apart and distances tell less.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flexlora.errors import FlexLoraError
-
-RobustRule = Literal["norm_bound", "krum", "multi_krum", "trimmed_mean", "median_of_means"]
+from flexlora.uplink.robust_settings import RobustSettings, least_clients
 
 
 class RobustError(FlexLoraError, ValueError):
     """Too few clients for a rule to hold against those it is to bear."""
-
-
-@dataclass(frozen=True)
-class RobustSettings:
-    """Which rule, and against how many.
-
-    Attributes:
-        rule: See the module.
-        num_malicious: ``f``; not used by ``norm_bound``.
-        max_norm: ``M`` of ``norm_bound``; None is the median norm of the round.
-    """
-
-    rule: RobustRule
-    num_malicious: int = 1
-    max_norm: float | None = None
-
-
-def least_clients(settings: RobustSettings) -> int:
-    """Return the smallest cohort in which the rule holds against ``num_malicious``."""
-    f = settings.num_malicious
-    return {"norm_bound": 1, "krum": 2 * f + 3, "multi_krum": 2 * f + 3}.get(settings.rule, 2 * f + 1)
 
 
 def robust_multipliers(

@@ -12,7 +12,7 @@ from flexlora.lora.factors import LoraFactors
 from flexlora.rounds.loop import run_rounds
 from flexlora.rounds.loop_parts import Loop
 from flexlora.rounds.records import read_records
-from flexlora.uplink.robust_weights import RobustSettings
+from flexlora.uplink.robust_settings import RobustSettings
 
 
 def robust(loop: Loop, rule: str, num_malicious: int = 1, **settings: float) -> Loop:

@@ -10,7 +10,8 @@ from flexlora.aggregators.flexlora import FlexLora
 from flexlora.federation.messages import Change, Update
 from flexlora.lora.change import change_gram
 from flexlora.lora.factors import AdapterState, LoraFactors, Scaling
-from flexlora.uplink.robust_weights import RobustError, RobustSettings, least_clients, robust_multipliers
+from flexlora.uplink.robust_settings import RobustSettings, least_clients
+from flexlora.uplink.robust_weights import RobustError, robust_multipliers
 
 RULES = ["norm_bound", "krum", "multi_krum", "trimmed_mean", "median_of_means"]
 NUM_CLIENTS, NUM_MALICIOUS, NOISE = 15, 3, 0.3
