@@ -38,8 +38,12 @@ def summed(
     try:
         with watch.stage("secure_sum"):
             total = step.total(_cohort(loop, order, held), engine.ask, traffic)
-        with watch.stage("aggregate"):
-            state = aggregator.aggregate_sum(state, total.total)
+        num_summed, least = len(total.survivors), loop.settings.min_updates
+        if num_summed < least:
+            problem = f"{num_summed} clients were summed, of rounds.min_updates={least} at least; the state was kept"
+        else:
+            with watch.stage("aggregate"):
+                state = aggregator.aggregate_sum(state, total.total)
     except FlexLoraError as error:
         problem = f"there is no secure sum and the state was kept: {error}"
     finally:

@@ -80,8 +80,8 @@ class MaskedSums:
 
         def take(client_id: str, fields: Fields, found: Mapping[str, Tensor]) -> None:
             """Add the words of one client."""
-            if _WORDS not in found:
-                raise MaskedSumError("a reply must hold the masked words")
+            if _WORDS not in found or found[_WORDS].dtype != torch.uint8:
+                raise MaskedSumError("a reply must hold the masked words, as bytes")
             self.server.take_masked(client_id, arrived(layout, found[_WORDS].numpy()))
 
         self._asked(kind, told, tensors, take)

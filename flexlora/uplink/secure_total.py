@@ -67,13 +67,13 @@ class SecureSumSettings:
         """Return what the sums of a round tell of its cohort; note in ``traffic`` what each phase cost.
 
         Raises:
-            SecureSumError: If a weight is no integer, or the byte budget leaves no column.
+            SecureSumError: If a weight is no integer, the byte budget leaves no column, or a sum cannot be right.
             MaskedSumError: If there are too few clients, or too many drop out; nothing is known then.
         """
-        first = _first_terms(self, cohort)
         terms = MaskingTerms(1 if self.summed == "factors" else 2, self.threshold, self.num_neighbours)
         rng = stream(cohort.seed, "neighbours", cohort.server_round)
         server = MaskingServer(sorted(cohort.slot_of), terms, os.urandom(SESSION_BYTES), rng)
+        first = _first_terms(self, cohort)
         sums = MaskedSums(server, ask, traffic)
         sums.open()
         if self.summed == "factors":

@@ -135,3 +135,24 @@ def test_a_round_of_too_few_keeps_the_state_and_says_why(tmp_path, loop_in, drif
 def test_a_cut_run_resumes_to_the_same_bits(tmp_path, loop_in, drift, assert_resumes_to):
     whole = run_rounds(secure(loop_in(tmp_path / "whole", drift), "products"))
     assert_resumes_to(whole, secure(loop_in(tmp_path / "cut", drift), "products"), ("client", 2))
+
+
+def test_a_round_in_which_nobody_trains_keeps_the_state(tmp_path, loop_in, drift):
+    def change(server_round, client, factors):
+        if server_round == 2:
+            return ClientFailure(client.client_id, "train", "its battery is empty")
+        return drift(server_round, client, factors)
+
+    run_rounds(secure(loop_in(tmp_path, change, "flexlora"), "products"))
+    records = read_records(tmp_path / "records.jsonl")
+    assert "needs at least 3 clients that trained; got 0" in records[2].note
+    assert records[2].spectra == records[1].spectra and records[3].note is None
+
+
+def test_a_sum_of_fewer_clients_than_a_round_needs_changes_nothing(tmp_path, loop_in, drift):
+    loop = secure(loop_in(tmp_path, drift, "aligned"), "factors", {(2, "b"): 1})
+    run_rounds(dataclasses.replace(loop, settings=dataclasses.replace(loop.settings, min_updates=4)))
+    records = read_records(tmp_path / "records.jsonl")
+    assert records[2].note == "3 clients were summed, of rounds.min_updates=4 at least; the state was kept"
+    assert records[2].spectra == records[1].spectra and records[3].spectra != records[2].spectra
+    assert records[2].secure_sum.num_summed == 3

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -111,21 +112,23 @@ def test_the_servers_transcript_never_contains_an_unmasked_value(cohort_of):
 
 
 def test_a_reply_that_is_damaged_or_wrong_costs_its_client_alone(cohort_of):
-    cohort = cohort_of(9)
+    cohort = cohort_of(10)
     cohort.tampered = {
         ("keys", "client 00"): b"\x00damaged",
         ("shares", "client 01"): message({"sealed": {"client 02": "ff"}}),
         ("sum", "client 02"): message({}),
+        ("sum", "client 03"): message({}, {"words": torch.zeros(20, dtype=torch.bfloat16)}),
     }
     sums = cohort.sums(MaskingTerms(threshold=0.55))
     sums.open()
     total = cohort.total(sums)
-    assert total.survivors == cohort.names[3:]
-    assert total.counts["words"] == cohort.plain_sum(0, cohort.names[3:])
+    assert total.survivors == cohort.names[4:]
+    assert total.counts["words"] == cohort.plain_sum(0, cohort.names[4:])
     assert {name: failure.stage for name, failure in sums.traffic.failures.items()} == {
         "client 00": "keys",
         "client 01": "shares",
         "client 02": "sum",
+        "client 03": "sum",
     }
 
 
