@@ -117,7 +117,7 @@ class SecureTotal:
     Attributes:
         total: For the method.
         survivors: Whose numbers are in it.
-        train_loss: Mean over examples, None if nobody measured it.
+        train_loss: Mean over the examples of all in the first sum, None if nobody measured it.
         num_clipped: Numbers that were beyond their bound, over all clients and sums.
         sketch_error: Estimated distance of the sketched sums from the true ones over their norm, all modules together;
             0 where products travel, None where factors are summed.

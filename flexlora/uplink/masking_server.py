@@ -11,7 +11,7 @@ from math import ceil
 import numpy as np
 
 from flexlora.errors import FlexLoraError
-from flexlora.uplink.mask_keys import KEY_BYTES, Words, agreed_key, mask_of_key
+from flexlora.uplink.mask_keys import KEY_BYTES, Words, agreed_key, mask_of_key, new_key_pair
 from flexlora.uplink.masking_client import MOST_SUMS
 from flexlora.uplink.phase_messages import Fields, bytes_by_client, bytes_in, in_hex
 from flexlora.uplink.phases import PhaseError
@@ -37,15 +37,24 @@ class MaskingTerms:
         threshold: Share of a client's neighbours, itself included, of whom so many must survive; above 0.5. Fewer that
             collude with the server learn nothing.
         num_neighbours: Of each client, even; None is everybody.
+
+    Where neighbours are not everybody, one more of them must survive than more than half: dropouts could otherwise cut
+    the ring in two, and the server could read the sum of either part.
     """
 
     num_sums: int = 1
     threshold: float = 2 / 3
     num_neighbours: int | None = None
 
-    def needed_of(self, size: int) -> int:
-        """Return how many of ``size`` neighbours must survive; more than half of them, and at least 2."""
-        return max(2, size // 2 + 1, ceil(self.threshold * size - 1e-9))
+    def needed_of(self, size: int, num_clients: int) -> int:
+        """Return how many of ``size`` neighbours, the client included, must survive; more than half, and at least 2.
+
+        Args:
+            size: Of a neighbourhood.
+            num_clients: All clients, of whom the neighbourhood is a part or the whole.
+        """
+        is_sparse = size < num_clients
+        return max(2, size // 2 + 1 + is_sparse, ceil(self.threshold * size - 1e-9))
 
 
 class MaskingServer:
@@ -98,8 +107,14 @@ class MaskingServer:
         def take(client_id: str, fields: Fields) -> None:
             """Take the keys of one client."""
             seal = bytes_in(fields, "seal", KEY_BYTES)
-            self._masks[client_id] = bytes_in(fields, "masks", KEY_BYTES * self._terms.num_sums)
-            self._seals[client_id] = seal
+            masks = bytes_in(fields, "masks", KEY_BYTES * self._terms.num_sums)
+            # Every neighbour would refuse a key that none can agree with, and the round would be lost for all.
+            for start in range(0, len(masks), KEY_BYTES):
+                agreed_key(own.private, masks[start : start + KEY_BYTES], "check", self._session)
+            agreed_key(own.private, seal, "check", self._session)
+            self._masks[client_id], self._seals[client_id] = masks, seal
+
+        own = new_key_pair()
 
         failures = self._taken(replies, take)
         self._require_enough(self.alive, "gave keys")
@@ -116,7 +131,7 @@ class MaskingServer:
             requests[client_id] = {
                 "seals": in_hex({one: self._seals[one] for one in neighbours}),
                 "masks": in_hex({one: self._masks[one] for one in neighbours}),
-                "threshold": self._terms.needed_of(len(neighbours)),
+                "threshold": self._needed_of(client_id),
             }
         return requests
 
@@ -231,10 +246,13 @@ class MaskingServer:
         participants = set(self._participants)
         return [one for one in self._neighbours[client_id] if one in participants]
 
+    def _needed_of(self, client_id: str) -> int:
+        """Return how many of a client's neighbours must survive."""
+        return self._terms.needed_of(len(self._neighbours[client_id]), len(self._neighbours))
+
     def _restored(self, owner: str, shares: Mapping[str, Mapping[int, int]], what: str) -> bytes:
-        needed = self._terms.needed_of(len(self._neighbours[owner]))
         try:
-            return restore(shares.get(owner, {}), needed)
+            return restore(shares.get(owner, {}), self._needed_of(owner))
         except SharesError as error:
             raise MaskedSumError(
                 f"too many clients dropped out to unmask the sum; the {what} of {owner!r} cannot be restored: {error}"

@@ -7,8 +7,8 @@ A method says what it needs of a cohort (``Traits.secure_sums``):
 - ``products``: a sketch of ``sum_i w_i s_i B_i A_i`` in two sums (``lora.sketch``), ``range`` and ``projection``; where
   a sketch would hold as many numbers as the product itself, the product, in the first sum.
 
-With either go, as counts, the weight in the place of the client's rank plan and how many numbers were clipped, and the
-mean loss of training times the weight. A number is multiplied by ``w_i / w`` with ``w`` the largest weight of the
+With either go, as counts, the weight in the place of the client's rank plan and how many numbers were clipped, and with
+the first sum the mean loss of training times the weight. A number is multiplied by ``w_i / w`` with ``w`` the largest weight of the
 round, so that its public bound holds for every client.
 """
 
@@ -80,8 +80,12 @@ class SumTerms:
 
     def layout(self) -> Layout:
         """Return what the vector of a client is made of."""
-        counts = [VectorPart("examples", self.num_slots), VectorPart("scored", 1), VectorPart("clipped", 1)]
-        values = [VectorPart("loss", 1, LARGEST_LOSS)]
+        counts = [VectorPart("examples", self.num_slots), VectorPart("clipped", 1)]
+        values: list[VectorPart] = []
+        if self.kind != "projection":
+            # Once a round: of two sums, the difference would be the loss of a client that dropped out in between.
+            counts.append(VectorPart("scored", 1))
+            values.append(VectorPart("loss", 1, LARGEST_LOSS))
         for module, own in self.modules.items():
             (out_features, in_features), (first, second) = own.shape, own.bounds
             if self.kind == "factors":

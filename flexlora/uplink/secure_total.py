@@ -77,7 +77,7 @@ class SecureSumSettings:
         sums = MaskedSums(server, ask, traffic)
         sums.open()
         if self.summed == "factors":
-            return _factors_total(cohort, first, sums.total("factors", first.layout(), _fields_of(first, cohort), {}))
+            return _factors_total(cohort, first, _sum(cohort, sums, first, {}))
         return _products_total(cohort, first, sums)
 
 
@@ -142,6 +142,24 @@ def _fields_of(terms: SumTerms, cohort: SummedCohort) -> Callable[[str], Fields]
     return lambda client_id: {**common, "slot": cohort.slot_of[client_id]}
 
 
+def _sum(cohort: SummedCohort, sums: MaskedSums, terms: SumTerms, tensors: Mapping[str, Tensor]) -> SumOfNumbers:
+    """Return a sum whose counts are those of the clients in it: a wrong mask would spoil counts and numbers alike.
+
+    Raises:
+        SecureSumError: If they are not.
+    """
+    found = sums.total(terms.kind, terms.layout(), _fields_of(terms, cohort), tensors)
+    expected = [0] * terms.num_slots
+    for client_id in found.survivors:
+        expected[cohort.slot_of[client_id]] += int(cohort.weights[client_id])
+    if found.counts["examples"] != expected:
+        raise SecureSumError(
+            f"the sum of the phase {terms.kind} must count {sum(expected)} examples, those of the clients in it; it "
+            f"counts {sum(found.counts['examples'])}: a client has masked, shared or counted wrongly"
+        )
+    return found
+
+
 def _factors_total(cohort: SummedCohort, terms: SumTerms, found: SumOfNumbers) -> SecureTotal:
     """Return the sums of the factors: their changes, and what all have started from."""
     weights = found.counts["examples"]
@@ -172,7 +190,8 @@ def _products_total(cohort: SummedCohort, first: SumTerms, sums: MaskedSums) -> 
         if own.size
     }
     tensors = {f"{module}.warm": rows.contiguous() for module, rows in warm.items()}
-    found = sums.total("range", first.layout(), _fields_of(first, cohort), tensors)
+    found = _sum(cohort, sums, first, tensors)
+    loss = _loss(first, found)
     products: dict[str, LoraFactors] = {}
     bases: dict[str, Tensor] = {}
     left, whole, modules = 0.0, 0.0, dict[str, ModuleTerms]()
@@ -191,7 +210,7 @@ def _products_total(cohort: SummedCohort, first: SumTerms, sums: MaskedSums) -> 
             "projection", modules, first.num_slots, first.largest_weight, first.num_clients, first.word_bits
         )
         tensors = {f"{module}.Q": Q for module, Q in bases.items()}
-        last = sums.total("projection", second.layout(), _fields_of(second, cohort), tensors)
+        last = _sum(cohort, sums, second, tensors)
         for module, Q in bases.items():
             Z = _numbers(last.values[f"{module}.Z"], second, (cohort.shapes[module][1], Q.shape[1]))
             products[module] = product_of(Q, Z)
@@ -206,7 +225,7 @@ def _products_total(cohort: SummedCohort, first: SumTerms, sums: MaskedSums) -> 
     weights = found.counts["examples"]
     total = CohortProducts(float(sum(weights)), dict(sorted(products.items())), _weight_by_rank(cohort, weights))
     error = sqrt(left / (left + whole)) if left > 0 else 0.0
-    return SecureTotal(total, found.survivors, _loss(first, found), num_clipped, error)
+    return SecureTotal(total, found.survivors, loss, num_clipped, error)
 
 
 def _scaled(factors: LoraFactors, factor: float) -> LoraFactors:

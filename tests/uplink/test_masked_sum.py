@@ -40,14 +40,14 @@ def test_with_permitted_dropouts_at_any_stage_the_sum_is_that_of_the_survivors(c
     terms = MaskingTerms(num_sums=2, threshold=0.6, num_neighbours=num_neighbours)
     cohort = cohort_of(size, num_sums=2, seed=data.draw(st.integers(0, 99)))
     neighbours = size if num_neighbours is None else min(size, num_neighbours + 1)
-    most = neighbours - terms.needed_of(neighbours)
+    most = neighbours - terms.needed_of(neighbours, size)
     dropping = data.draw(st.lists(st.sampled_from(cohort.names), unique=True, max_size=most))
     cohort.drops = {name: data.draw(st.integers(0, 2 + 2 * 2)) for name in dropping}
     # Who is gone before the shares makes the neighbourhoods smaller, and the bound with them.
     late = [name for name in dropping if cohort.drops[name] >= 1]
     first = size - (len(dropping) - len(late))
     smaller = first if num_neighbours is None else min(first, num_neighbours + 1)
-    if first < 3 or len(late) > smaller - terms.needed_of(smaller):
+    if first < 3 or len(late) > smaller - terms.needed_of(smaller, first):
         return
     if size - len(dropping) < 3:
         return

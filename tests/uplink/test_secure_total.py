@@ -11,8 +11,9 @@ from flexlora.federation.messages import Broadcast, ClientFailure, Reply, Update
 from flexlora.lora.factors import LoraFactors
 from flexlora.uplink.base import SummedCohort, Traffic
 from flexlora.uplink.masking_server import MaskedSumError
+from flexlora.uplink.phase_messages import fields_and_tensors, message
 from flexlora.uplink.phases import Holding
-from flexlora.uplink.secure_sum import SecureSum
+from flexlora.uplink.secure_sum import SecureSum, SumTerms, terms_in
 from flexlora.uplink.secure_total import SecureSumError, SecureSumSettings, sketch_size
 
 SHAPES = {"attn": (120, 100), "mlp": (90, 130), "rare": (6, 5)}
@@ -209,3 +210,30 @@ def test_weights_that_are_no_counts_are_refused():
     clients = Clients()
     with pytest.raises(SecureSumError, match="positive integers"):
         clients.total(FACTORS, weights={**clients.cohort().weights, "c00": 0.5})
+
+
+def test_a_share_that_was_altered_spoils_no_state():
+    clients = Clients()
+    answer = clients.ends["c00"].answer
+
+    def altered(kind, request):
+        data = answer(kind, request)
+        if kind != "unmask":
+            return data
+        fields, _ = fields_and_tensors(data)
+        shares = {name: f"{int(share, 16) ^ 1:0{len(share)}x}" for name, share in fields["seeds"].items()}
+        return message({**fields, "seeds": shares})
+
+    clients.ends["c00"].answer = altered
+    with pytest.raises(SecureSumError, match="must count 165 examples"):
+        clients.total(FACTORS)
+
+
+def test_the_loss_is_in_one_sum_alone():
+    # Of two sums, the difference would be the loss of a client that dropped out between them.
+    clients = Clients(size=9, drops={"c02": 4})
+    found = clients.total(replace(PRODUCTS, columns=30))
+    assert found.survivors == [name for name in clients.names if name != "c02"]
+    assert found.train_loss == pytest.approx(clients.mean_loss(clients.names), rel=1e-6)
+    terms = terms_in("projection", SumTerms("projection", {}, 2, 9, 3).as_fields())
+    assert [part.name for part in (*terms.layout().counts, *terms.layout().values)] == ["examples", "clipped"]
