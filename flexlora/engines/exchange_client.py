@@ -9,6 +9,7 @@ from flexlora.engines.exchange_folder import read_broadcast, write_reply
 from flexlora.engines.exchange_keys import check_signature, private_key
 from flexlora.engines.exchange_manifest import (
     MANIFEST_FILE,
+    MOST_LOSS,
     BroadcastManifest,
     ExchangeError,
     ReplyManifest,
@@ -55,7 +56,7 @@ class OpenedBroadcast:
             client=checked_name(client),
             num_examples=num_examples,
             started_from=self.digest,
-            loss=loss,
+            loss=loss if loss is not None and 0 <= loss <= MOST_LOSS else None,
             steps=steps,
         )
 

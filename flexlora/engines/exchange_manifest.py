@@ -31,6 +31,9 @@ MOST_SMALL_BYTES = 10_000_000
 MOST_ENTRIES = 50
 """Entries of a folder that are looked at before it is refused."""
 
+MOST_LOSS = 1e6
+"""Nats per token; the mean over a cohort of larger ones could overflow."""
+
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 ALLOWED_FILES = frozenset((*_FILES, *(f"{FROZEN_FOLDER}/{name}" for name in _FILES)))
 
@@ -84,7 +87,7 @@ class ReplyManifest(Manifest):
     client: str
     num_examples: int = Field(ge=1, le=10**12)
     started_from: Sha256
-    loss: float | None = None
+    loss: float | None = Field(default=None, ge=0, le=MOST_LOSS)
     steps: int | None = Field(default=None, ge=0)
 
 

@@ -172,7 +172,7 @@ def write_list(run: ExchangeRun, server_round: int, found: FoundReplies) -> None
 
 
 def was_used(run: ExchangeRun, server_round: int, folders: Sequence[Path]) -> bool:
-    """Return whether a round that is over has used these replies and no others."""
+    """Return whether a round that is over has used these replies, and none is of a later round."""
     path = _list_file(run, server_round)
     if not path.is_file():
         return False
@@ -184,6 +184,8 @@ def was_used(run: ExchangeRun, server_round: int, folders: Sequence[Path]) -> bo
             manifest, content = read_manifest(folder, ReplyManifest)
         except FlexLoraError:
             continue
+        if manifest.run_id == run.record.run_id and manifest.server_round > server_round:
+            return False
         if manifest.run_id == run.record.run_id and manifest.server_round == server_round:
             digest = hashlib.sha256(content).hexdigest()
             found[manifest.client] = digest if found.get(manifest.client, digest) == digest else ""

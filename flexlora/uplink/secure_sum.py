@@ -8,8 +8,8 @@ A method says what it needs of a cohort (``Traits.secure_sums``):
   a sketch would hold as many numbers as the product itself, the product, in the first sum.
 
 With either go, as counts, the weight in the place of the client's rank plan and how many numbers were clipped, and with
-the first sum the mean loss of training times the weight. A number is multiplied by ``w_i / w`` with ``w`` the largest weight of the
-round, so that its public bound holds for every client.
+the first sum the mean loss of training times the weight. A number is multiplied by ``w_i / w`` with ``w`` the largest
+weight of the round, so that its public bound holds for every client.
 """
 
 # torch.from_numpy carries no type information.

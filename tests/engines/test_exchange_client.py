@@ -83,6 +83,7 @@ def test_a_reply_says_what_it_was_trained_from_and_on_how_much(broadcasts: Path,
     # 80 % of twelve rows are trained on; the rest is for scores.
     assert (told.client, told.num_examples, told.steps, told.started_from) == ("north", 10, 1, opened.digest)
     assert told.loss == update.metrics["loss"] and (told.run_id, told.server_round) == (RUN, 1)
+    assert opened.reply_manifest("north", 10, float("nan"), 1).loss is None
     with pytest.raises(ExchangeError, match="must not exist yet"):
         train_reply(opened, own(rows), tmp_path / "reply")
 

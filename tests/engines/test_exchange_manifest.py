@@ -141,7 +141,15 @@ def test_a_damaged_manifest_is_refused_with_its_reason(folder: Path, text: str, 
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_examples": 0}, {"loss": float("nan")}, {"server_round": 0}, {"run_id": "../x"}, {"more": 1}]
+    "changes",
+    [
+        {"num_examples": 0},
+        {"loss": float("nan")},
+        {"loss": 1e300},
+        {"server_round": 0},
+        {"run_id": "../x"},
+        {"more": 1},
+    ],
 )
 def test_values_that_mean_nothing_are_no_manifest(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="validation error"):

@@ -163,6 +163,15 @@ def test_a_repeated_call_changes_nothing_and_says_so(run: Path, replies: Path) -
         aggregate_replies(run, [replies / "north"])
 
 
+def test_replies_of_the_next_round_among_those_used_are_not_passed_over(run: Path, given: Path) -> None:
+    aggregate_replies(run, [given])
+    shutil.copytree(given / "north", given / "north-2")
+    reseal(given / "north-2", server_round=2)
+    with pytest.raises(ExchangeError, match=r"round 2 needs replies") as caught:
+        aggregate_replies(run, [given])
+    assert "names another broadcast" in str(caught.value) and "came too late" in str(caught.value)
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
