@@ -11,7 +11,12 @@ MOST = 1_000_000_000
 """Of any count that has no smaller bound below."""
 
 LARGEST_SEED = 2**64 - 1
-UNCOUNTED = {"seed": LARGEST_SEED, "data.corpus_seed": LARGEST_SEED, "devices.round_bytes": 2**63 - 1}
+UNCOUNTED = {
+    "seed": LARGEST_SEED,
+    "data.corpus_seed": LARGEST_SEED,
+    "privacy.differential.noise_seed": LARGEST_SEED,
+    "devices.round_bytes": 2**63 - 1,
+}
 """Whole numbers that count nothing that would be held or repeated -> the largest that makes sense."""
 
 BYTES_EACH: Mapping[str, int] = {

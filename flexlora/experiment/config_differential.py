@@ -68,7 +68,7 @@ class DifferentialConfig(Section):
         default=None,
         ge=0,
         description=(
-            "Seed of the noise; null derives it from `seed`, which clients of a deployment may know: set a secret "
-            "number there, because whoever knows it can take the noise off."
+            "Seed of the noise and of the cohorts; null derives both from `seed`, which clients of a deployment know "
+            "and must not. Draw one of 2^64 numbers at random: whoever knows or guesses it takes the noise off."
         ),
     )

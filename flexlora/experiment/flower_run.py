@@ -42,6 +42,9 @@ from flexlora.rounds.loop_parts import Loop
 from flexlora.rounds.records import RECORDS_FILE, ReferencesRecord, read_records
 from flexlora.training.base_digest import base_digest
 
+_SMALLEST_SECRET = 2**32
+"""Smaller seeds can all be tried."""
+
 Watch = Callable[[ClientNodes, str], None]
 """Told who is connected and refused, and a line about what has changed, whenever it does."""
 
@@ -61,6 +64,18 @@ def refuse_for_flower(config: Config) -> None:
         problems.append(
             f"clients of method.name={config.method.name} keep a part of their models, which only simulations keep for "
             "them so far; choose another method"
+        )
+    differential = config.privacy.differential
+    if differential is not None and (differential.noise_seed or 0) < _SMALLEST_SECRET:
+        problems.append(
+            "privacy.differential.noise_seed must be a secret where clients are real: they are told seed, from which "
+            f"noise and cohorts come without it; draw it at random, from {_SMALLEST_SECRET} to {2**64 - 1}"
+        )
+    if differential is not None and config.rounds.checkpoint_every > 1:
+        problems.append(
+            f"rounds.checkpoint_every={config.rounds.checkpoint_every} would repeat rounds after a crash whose models "
+            "clients have seen, with the same noise and perhaps others taking part, and the difference has no noise; "
+            "set rounds.checkpoint_every=1"
         )
     if problems:
         raise ConfigError(problems, "the configuration of a run with real clients")

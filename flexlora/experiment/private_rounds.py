@@ -105,6 +105,14 @@ def privacy_of(
     return privacy
 
 
+def cohort_seed_of(config: Config) -> int | None:
+    """Return the seed of the cohorts where it is not that of the run: sampling hides nobody from one who knows it."""
+    differential = config.privacy.differential
+    if differential is None or differential.noise_seed is None:
+        return None
+    return stream_seed(differential.noise_seed, "privacy-cohorts")
+
+
 def privacy_estimate(privacy: Privacy, num_rounds: int) -> PrivacyEstimate:
     """Return what a run of so many rounds spends, or of as many as its budget allows."""
     noise, budget = privacy.mechanism.noise_multiplier, privacy.budget

@@ -14,7 +14,7 @@ from flexlora.experiment.gathered import GatheredRun
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.method_config import MethodConfig
 from flexlora.experiment.participants import clock_of
-from flexlora.experiment.private_rounds import privacy_of
+from flexlora.experiment.private_rounds import cohort_seed_of, privacy_of
 from flexlora.experiment.scoring import Scorer
 from flexlora.experiment.stages import Notify, Stage, Work
 from flexlora.experiment.workload import local_training
@@ -160,6 +160,7 @@ def round_settings(config: Config, size: int) -> RoundSettings:
         num_rounds=rounds.num_rounds,
         cohort_size=size,
         seed=config.seed,
+        cohort_seed=cohort_seed_of(config),
         evaluate_every=config.evaluation.every,
         patience=rounds.patience,
         min_updates=rounds.min_updates,

@@ -97,8 +97,11 @@ def _facts(config: Config, run_folder: Path, server_round: int, rank: int, base:
         ("Rank", str(rank)),
         ("Rounds", f"{server_round} of {config.rounds.num_rounds}"),
         ("Data", config.data.name),
-        ("Seed", str(config.seed)),
     ]
+    differential = config.privacy.differential
+    if differential is None or differential.noise_seed is not None:
+        # Otherwise the noise comes from it, and a card is for everybody.
+        facts.append(("Seed", str(config.seed)))
     if manifest is not None:
         clients = f"{manifest.num_clients}, {manifest.cohort_size} in a round" if manifest.cohort_size else ""
         facts.insert(4, ("Clients", clients or str(manifest.num_clients)))

@@ -49,7 +49,8 @@ def _sampled_work(loop: Loop, server_round: int, state: Any, progress: Progress,
     """Return the work of a round without devices: the whole sample trains."""
     settings = loop.settings
     sample = sample_poisson if settings.sampling == "poisson" else sample_cohort
-    cohort = sample(loop.federation.clients, settings.cohort_size, settings.seed, server_round)
+    seed = settings.seed if settings.cohort_seed is None else settings.cohort_seed
+    cohort = sample(loop.federation.clients, settings.cohort_size, seed, server_round)
     parcels = _parcels(loop, state, cohort, watch)
     return Work(_by_id(cohort), [_order(loop, server_round, cohort, parcels, progress)] if cohort else [], progress)
 

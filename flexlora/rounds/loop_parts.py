@@ -25,11 +25,17 @@ from flexlora.uplink.wire import WireDtype
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """How long the loop runs and what it keeps; most fields are those of ``rounds`` in the configuration."""
+    """How long the loop runs and what it keeps; most fields are those of ``rounds`` in the configuration.
+
+    Attributes:
+        seed: Of the run; clients of a deployment know it.
+        cohort_seed: Decides who takes part, where nobody else may know; None derives it from ``seed``.
+    """
 
     num_rounds: int
     cohort_size: int
     seed: int
+    cohort_seed: int | None = None
     evaluate_every: int = 1
     patience: int | None = None
     min_updates: int = 1

@@ -18,7 +18,7 @@ from flexlora.engines.flower.envelope import Envelope, from_bytes, to_bytes
 from flexlora.engines.flower.records import from_records, to_records
 from flexlora.experiment.config import Config, ConfigError
 from flexlora.experiment.config_file import parse_config
-from flexlora.experiment.flower_run import run_on_flower
+from flexlora.experiment.flower_run import refuse_for_flower, run_on_flower
 from flexlora.experiment.run import run_experiment
 from flexlora.experiment.run_folder import ExperimentError
 from flexlora.rounds.records import read_records
@@ -218,3 +218,14 @@ def test_what_only_simulations_can_do_is_refused_before_anything_is_loaded(silos
     config = config_of(silos, method={"name": "fedsa_lora"})
     with pytest.raises(ConfigError, match="keep a part of their models"):
         run_on_flower(config, tmp_path / "run", lambda: nullcontext(Silos({})))  # type: ignore[arg-type]
+
+
+def test_noise_that_clients_could_take_off_is_refused(silos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    differential = {"clip": 1.0, "noise_multiplier": 1.0, "noise_seed": 7}
+    config = config_of(silos, privacy={"differential": differential}, rounds__checkpoint_every=2)
+    with pytest.raises(ConfigError) as caught:
+        run_on_flower(config, tmp_path / "run", lambda: nullcontext(Silos({})))  # type: ignore[arg-type]
+    assert "noise_seed must be a secret where clients are real" in str(caught.value)
+    assert "set rounds.checkpoint_every=1" in str(caught.value)
+    refuse_for_flower(config_of(silos, privacy={"differential": {**differential, "noise_seed": 2**64 - 1}}))

@@ -4,7 +4,8 @@ import pytest
 
 from flexlora.aggregators.settings import Traits
 from flexlora.experiment.config import Config
-from flexlora.experiment.private_rounds import privacy_estimate, privacy_of
+from flexlora.experiment.private_rounds import cohort_seed_of, privacy_estimate, privacy_of
+from flexlora.experiment.round_loop import round_settings
 from flexlora.rounds.loop_parts import Privacy
 from flexlora.uplink.privacy_budget import PrivacyBudgetError
 
@@ -70,3 +71,14 @@ def test_counting_clients_has_noise_of_a_twentieth_of_a_cohort_or_of_the_sum() -
     large = made(num_clients=2000, cohort_size=200, noise_multiplier=1.5, adaptive={"quantile": 0.8}).mechanism
     assert small.adaptive is not None and small.adaptive.count_noise == 1.5
     assert large.adaptive is not None and (large.adaptive.count_noise, large.adaptive.quantile) == (10.0, 0.8)
+
+
+def test_cohorts_come_from_the_secret_seed_where_there_is_one() -> None:
+    seeds = []
+    for own in ({}, {"noise_seed": 6}, {"noise_seed": 7}):
+        differential = {"clip": 1.0, "noise_multiplier": 1.0, **own}
+        config = Config.model_validate({"privacy": {"differential": differential}, "seed": 5})
+        seeds.append(round_settings(config, 3).cohort_seed)
+        assert seeds[-1] == cohort_seed_of(config)
+    assert seeds[0] is None and len({*seeds, 5, 6, 7}) == 6
+    assert cohort_seed_of(Config()) is None

@@ -19,7 +19,7 @@ from flexlora.experiment.base import base_name
 from flexlora.experiment.config import Config
 from flexlora.experiment.export import export_run
 from flexlora.experiment.result import RunResult
-from flexlora.experiment.run_card import run_card
+from flexlora.experiment.run_card import _facts, run_card
 from flexlora.experiment.run_folder import ExperimentError, read_run_config
 
 
@@ -111,3 +111,12 @@ def test_what_contradicts_itself_is_refused(small_run: RunResult, tmp_path: Path
     with pytest.raises(AdapterError, match="pad_to must be at least 16"):
         export_run(small_run.folder, tmp_path / "out", pad_to=8)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("noise_seed", "is_told"), [(None, False), (7, True)])
+def test_a_seed_from_which_noise_comes_is_not_on_the_card(
+    tmp_path: Path, noise_seed: int | None, is_told: bool
+) -> None:
+    differential = {"clip": 1.0, "noise_multiplier": 1.0, "noise_seed": noise_seed}
+    config = Config.model_validate({"privacy": {"differential": differential}, "seed": 5})
+    assert (("Seed", "5") in _facts(config, tmp_path, 1, 4, "base")) is is_told

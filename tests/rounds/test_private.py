@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexlora.federation.clients import ClientSpec
+from flexlora.federation.clients import ClientSpec, sample_cohort
 from flexlora.federation.messages import ClientFailure
 from flexlora.lora.factors import LoraFactors
 from flexlora.rounds.loop import run_rounds
@@ -130,3 +130,14 @@ def test_cohorts_drawn_by_poisson_sampling_vary_and_may_be_empty(tmp_path, drift
     sizes = {len(record.clients) for record in read_records(tmp_path / "records.jsonl")[1:]}
     assert 0 in sizes and len(sizes) > 2
     assert torch.isfinite(outcome.state.spectra["block.mlp"].S).all()
+
+
+def test_cohorts_come_from_a_seed_of_their_own_where_there_is_one(tmp_path, drift, loop_in):
+    loop = loop_in(tmp_path, drift, num_rounds=6, cohort_size=2, cohort_seed=9)
+    run_rounds(private(loop))
+    found = [[one.client_id for one in record.clients] for record in read_records(tmp_path / "records.jsonl")[1:]]
+    own, of_the_run = (
+        [[one.client_id for one in sample_cohort(loop.federation.clients, 2, seed, number)] for number in range(1, 7)]
+        for seed in (9, loop.settings.seed)
+    )
+    assert found == own != of_the_run

@@ -124,6 +124,14 @@ def test_rounds_and_matrices_have_noise_of_their_own_that_can_be_repeated() -> N
         assert abs(float(np.corrcoef(first.ravel(), other.ravel())[0, 1])) < 0.15
 
 
+def test_seeds_that_share_their_lower_half_do_not_share_their_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    noises = []
+    for high in (0, 7 << 32):
+        monkeypatch.setattr("flexlora.federation.streams.stream_seed", lambda *parts, high=high: 5 + high)
+        noises.append(round_noise(ClipAndNoise(1.0, 1.0, 4.0, "factors", seed=3), 1.0, 1)("m.A", 4, 5))
+    assert not torch.isclose(*noises).any()
+
+
 def test_counting_who_is_within_the_clip_is_paid_for_by_noise_on_the_sum() -> None:
     adaptive = AdaptiveClip(0.5, 0.2, 5.0)
     mechanism = ClipAndNoise(1.0, 1.5, 20.0, "products", 0, adaptive)
