@@ -17,7 +17,7 @@ class SecureSumConfig(Section):
         le=1,
         description=(
             "Share of a client's neighbours, itself included, that must survive a round; fewer that collude with the "
-            "server learn nothing of another client."
+            "server cannot take the mask off another client's numbers."
         ),
     )
     num_neighbours: int | None = Field(

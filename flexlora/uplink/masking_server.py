@@ -35,7 +35,7 @@ class MaskingTerms:
     Attributes:
         num_sums: Sums that will be taken.
         threshold: Share of a client's neighbours, itself included, of whom so many must survive; above 0.5. Fewer that
-            collude with the server learn nothing.
+            collude with the server cannot take the mask off a client's numbers.
         num_neighbours: Of each client, even; None is everybody.
 
     Where neighbours are not everybody, one more of them must survive than more than half: dropouts could otherwise cut

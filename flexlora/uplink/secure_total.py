@@ -43,7 +43,7 @@ class SecureSumSettings:
     Attributes:
         summed: What the method needs.
         largest_change: How far a round of training can move an entry of ``A`` or ``B``, per learning rate.
-        threshold: Share of neighbours that must survive; fewer that collude with the server learn nothing.
+        threshold: Share of neighbours that must survive; fewer that collude take no mask off.
         num_neighbours: Of each client; None is everybody.
         word_bits: Bits of a number on its way.
         columns: Of a sketch; None is as many as the largest rank of the round and a few.
