@@ -21,6 +21,9 @@ that knows the seed, and is as good as the generator and as double precision are
 low-order bits of samples (Mironov 2012).
 """
 
+# torch.from_numpy carries no type information.
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import exp, isfinite
