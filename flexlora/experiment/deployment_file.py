@@ -77,17 +77,33 @@ def read_deployment(folder: Path) -> DeploymentFile:
     try:
         content: Any = read_json(path.read_bytes(), path)
         clients = content.pop("clients")
-        return DeploymentFile(
+        found = DeploymentFile(
             **content
             | {"refused": tuple(content["refused"]), "clients": tuple(ConnectedClient(**one) for one in clients)}
         )
+        _check(found)
+        return found
     except OSError as error:
         raise DeploymentError(
             f"no server runs in {folder} ({path.name} is not there); start one by: flexlora server"
             + (" --demo" if folder == DEMO_FOLDER else f" CONFIG --out {folder}")
         ) from error
-    except (ForeignError, TypeError, KeyError, AttributeError) as error:
+    except (ForeignError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise DeploymentError(f"{path} must be what flexlora server writes; start the server again: {error}") from error
+
+
+def _check(found: DeploymentFile) -> None:
+    """Raise ValueError unless the fields are what programs take them for: a signal goes to ``process``."""
+    numbers = (found.num_rounds, *(client.num_examples for client in found.clients))
+    texts = (found.address, *found.refused)
+    clients = (text for client in found.clients for text in (client.client_id, client.plan, client.device))
+    if not all(isinstance(text, str) for text in (*texts, *clients, found.certificates or "")):
+        raise ValueError("addresses, names and reasons are texts")
+    if not all(type(number) is int for number in (*numbers, found.process)):
+        raise ValueError("process, num_rounds and num_examples are whole numbers")
+    # Numbers below stand for groups of processes, or for all of them.
+    if not 0 < found.process < 1 << 31:
+        raise ValueError(f"process is the number of one process; got {found.process}")
 
 
 def is_running(deployment: DeploymentFile) -> bool:

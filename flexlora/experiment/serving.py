@@ -52,9 +52,13 @@ def serve_run(
         link.start(folder / SERVER_FOLDER)
         link.wait_until_ready()
         with open_run(link) as grid:
-            deployment.write(folder)
-            say(f"Listening at {link.listens_at}" + ("" if certificates else ", without TLS"))
-            yield grid
+            # Removed only by who has written it: while this folder is another server's, nothing comes this far.
+            try:
+                deployment.write(folder)
+                say(f"Listening at {link.listens_at}" + ("" if certificates else ", without TLS"))
+                yield grid
+            finally:
+                remove_deployment(folder)
 
     def watch(nodes: ClientNodes, line: str) -> None:
         """Show a change, and write it down for ``flexlora status``."""
@@ -65,7 +69,4 @@ def serve_run(
         )
         replace(deployment, clients=clients, refused=tuple(nodes.refused.values())).write(folder)
 
-    try:
-        return run_on_flower(config, folder, opened, resume=resume, overwrite=overwrite, notify=notify, watch=watch)
-    finally:
-        remove_deployment(folder)
+    return run_on_flower(config, folder, opened, resume=resume, overwrite=overwrite, notify=notify, watch=watch)

@@ -61,13 +61,20 @@ def stop(run: ServerArgument = Path("runs/federation")) -> None:
 
     deployment = running_deployment(run)
     with stage(err, f"Stopping process {deployment.process}"):
-        os.kill(deployment.process, signal.SIGINT)
+        try:
+            os.kill(deployment.process, signal.SIGINT)
+        except ProcessLookupError:
+            pass  # It has ended meanwhile.
+        except PermissionError:
+            raise FlexLoraError(
+                f"the server in {run} (process {deployment.process}) belongs to another user, who alone can stop it"
+            ) from None
         until = time.monotonic() + SECONDS_TO_STOP
         while is_running(deployment) and time.monotonic() < until:
             time.sleep(0.05)
     if is_running(deployment):
         raise FlexLoraError(
-            f"process {deployment.process} does not end within {SECONDS_TO_STOP:g} s; end it by: kill "
+            f"process {deployment.process} does not end within {SECONDS_TO_STOP:g} s; end it by: kill -9 "
             f"{deployment.process}"
         )
     out.print(f"Stopped. The run in {run} continues with --resume.", highlight=False, markup=False, soft_wrap=True)
