@@ -51,7 +51,9 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from flexlora.engines.flower.children import reach_directly
 from flexlora.engines.flower.refusals import LostError, RefusedError, RunOverError, UnknownKeyError, refusal
+from flexlora.engines.flower.superlink import is_loopback
 from flexlora.engines.flower.transfers import whole_message
 
 _SECONDS_BETWEEN_HEARTBEATS = HEARTBEAT_MIN_INTERVAL / 2
@@ -86,6 +88,9 @@ class Connection:
             RefusedError: If the authority's certificate cannot be read.
         """
         self._place = place
+        host = place.address.rpartition(":")[0].strip("[]")
+        if is_loopback(host):
+            reach_directly(host)
         key = place.key or generate_key_pairs()[0]
         self._public_key = public_key_to_bytes(key.public_key())
         try:

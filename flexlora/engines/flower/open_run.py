@@ -33,6 +33,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from flexlora.engines.flower.certificates import CertificateError, Certificates
+from flexlora.engines.flower.children import reach_directly
 from flexlora.engines.flower.prompt_grid import PromptGrid
 from flexlora.engines.flower.superlink import LinkError, SuperLink
 from flexlora.engines.flower.superlink_process import SECRET_HEADER
@@ -76,6 +77,7 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
     Raises:
         LinkError: If the SuperLink refuses it.
     """
+    reach_directly(link.local_host)
     control = ControlHttpClient.from_server_address(
         link.address,
         link.certificates is None,
