@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from flexlora.engines.flower.envelope import Envelope, EnvelopeError
 from flexlora.engines.flower.records import from_records, to_records
+from flexlora.text import printable
 
 MOST_HELD = 4
 """Most replies that are here at once."""
@@ -135,8 +136,10 @@ def pulled(grid: Grid, message_ids: Sequence[str]) -> dict[str, Envelope | Fault
 def _content(reply: Message) -> Envelope | Fault:
     if reply.has_error():
         what = _FAULTS.get(reply.error.code, f"Flower reported error {reply.error.code}")
-        detail = " ".join((reply.error.reason or "").split())
+        detail = printable(" ".join((reply.error.reason or "").split()))
         return Fault("train", f"{what} ({detail:.200})" if detail else what)
+    if not reply.has_content():
+        return Fault("validate", "its reply is empty")
     try:
         return from_records(reply.content)
     except EnvelopeError as error:
