@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flexlora.errors import FlexLoraError
+from flexlora.text import printable
 from flexlora.verbs.terminal import err
 
 EXIT_ERROR, EXIT_WRONG_INPUT, EXIT_NO_PROGRESS, EXIT_MACHINE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
@@ -29,7 +30,8 @@ def guarded(command: Callable[[], None]) -> int:
         command()
     except FlexLoraError as error:
         err.print("[bold red]Error:[/]", end=" ")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        # What a server or a file of others says is in some messages.
+        err.print(printable(str(error), keep_lines=True), markup=False, highlight=False, soft_wrap=True)
         return EXIT_WRONG_INPUT
     except Interrupted as interruption:
         err.print(f"Interrupted; {interruption}.")

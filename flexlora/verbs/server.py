@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from flexlora.text import printable
 from flexlora.verbs.arguments import JsonOption, OptionalConfigArgument, OverridesArgument
 from flexlora.verbs.extras import need_flower
 from flexlora.verbs.leaving import EXIT_NO_PROGRESS, interruptible
@@ -58,7 +59,7 @@ def server(
     def say(line: str) -> None:
         """Print a line above the moving bars."""
         if not (quiet or as_json):
-            err.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+            err.print(f"  {printable(line)}", highlight=False, markup=False, soft_wrap=True)
 
     with (
         interruptible("the same command with --resume continues from the last checkpoint"),

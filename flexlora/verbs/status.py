@@ -13,6 +13,7 @@ from rich.text import Text
 
 from flexlora.errors import FlexLoraError
 from flexlora.progress import stage
+from flexlora.text import printable
 from flexlora.verbs.arguments import JsonOption
 from flexlora.verbs.completion import runs
 from flexlora.verbs.terminal import err, out, print_json
@@ -46,13 +47,17 @@ def status(run: ServerArgument = Path("runs/federation"), as_json: JsonOption = 
     for header in ("Client", "Ranks", "Examples", "Device"):
         table.add_column(header, overflow="fold", justify="right" if header == "Examples" else "left")
     for client in deployment.clients:
-        table.add_row(Text(client.client_id), Text(client.plan), f"{client.num_examples:,}", Text(client.device))
+        table.add_row(
+            *(Text(printable(one)) for one in (client.client_id, client.plan)),
+            f"{client.num_examples:,}",
+            Text(printable(client.device)),
+        )
     if deployment.clients:
         out.print(table)
     else:
         out.print("No client is connected.")
     for reason in deployment.refused:
-        out.print(f"Refused: {reason}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"Refused: {printable(reason)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def stop(run: ServerArgument = Path("runs/federation")) -> None:

@@ -1,7 +1,6 @@
 """Judges what clients answer: a description that can be used, an update that fits, or a failure with its reason."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from flexlora.engines.flower.run_settings import RunSettings
 from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import ClientFailure, Reply, Update
 from flexlora.patterns import PatternError, bounded_pattern
+from flexlora.text import printable
 from flexlora.uplink.wire import WireError, decode_update, update_size
 
 _STAGES = ("refused", "broadcast", "train", "upload")
@@ -56,8 +56,13 @@ def read_description(reply: Envelope, run: RunSettings) -> Description:
     _check_base(reply, run)
     plan = _plan(reply.fields.get("plan"), run)
     versions = reply.fields.get("versions")
-    known = {str(name): str(value)[:60] for name, value in versions.items()} if isinstance(versions, dict) else {}
-    return Description(ClientSpec(client_id, plan, num_examples), str(reply.fields.get("device"))[:60], known)
+    known = (
+        {printable(str(name)[:60]): printable(str(value)[:60]) for name, value in versions.items()}
+        if isinstance(versions, dict)
+        else {}
+    )
+    device = printable(str(reply.fields.get("device"))[:60])
+    return Description(ClientSpec(client_id, plan, num_examples), device, known)
 
 
 def _plan(value: Any, run: RunSettings) -> RankPlan:
@@ -66,7 +71,7 @@ def _plan(value: Any, run: RunSettings) -> RankPlan:
     patterns = value.get("patterns") if isinstance(value, dict) else None
     pairs = [pair for pair in patterns if _is_pair(pair)] if isinstance(patterns, list) else []
     is_whole = isinstance(patterns, list) and 1 <= len(pairs) == len(patterns) <= _MOST_PATTERNS
-    if not is_whole or not isinstance(name, str) or not re.fullmatch(r"[^\x00-\x1f]{1,100}", name):
+    if not is_whole or not isinstance(name, str) or not 1 <= len(name) <= 100 or not name.isprintable():
         raise EnvelopeError("a client's plan must have a name, and pairs of a pattern and a rank")
     for pattern, rank in pairs:
         if not 0 <= rank <= run.largest_rank:
@@ -186,5 +191,5 @@ def _finite(value: Any) -> float | None:
 
 def _reason(reply: Envelope) -> str:
     """Return why a client failed, by its own account, as one line."""
-    text = " ".join(str(reply.fields.get("reason") or "it gave no reason").split())
+    text = printable(" ".join(str(reply.fields.get("reason") or "it gave no reason").split()))
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
