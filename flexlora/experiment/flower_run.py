@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from flexlora.aggregators.base import state_types
 from flexlora.engines.flower.engine import FlowerEngine, Patience
 from flexlora.engines.flower.nodes import ClientNodes
+from flexlora.engines.flower.prompt_grid import PromptGrid
 from flexlora.engines.flower.run_settings import RunSettings, training_record
 from flexlora.experiment.base import base_name, resolve_device
 from flexlora.experiment.config import Config, ConfigError
@@ -117,7 +118,8 @@ def run_on_flower(
         before = read_federation(folder) if resume else None
         run = run_settings(loaded, new_run_id() if before is None else before.run_id)
         with open_grid() as grid:
-            nodes = ClientNodes(grid, run, lambda line: watch(nodes, line))
+            name_of_key = grid.name_of_key if isinstance(grid, PromptGrid) else None
+            nodes = ClientNodes(grid, run, lambda line: watch(nodes, line), name_of_key)
             federation = before or _gathered(config, nodes, run.run_id, notify)
             if before is not None:
                 notify(Stage(f"Waiting for the {len(before.clients)} clients of this run"))

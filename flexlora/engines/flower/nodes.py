@@ -27,14 +27,22 @@ class ClientNodes:
         grid: Of the run.
         run: What every node is told.
         notify: Told a line whenever a client joins, leaves or is refused.
+        name_of_key: Node id -> the name of the key that the node has proved itself with; None where nodes have no keys,
+            and may call themselves anything.
 
     Attributes:
         run: What every node is told.
         refused: Node id -> why it cannot take part.
     """
 
-    def __init__(self, grid: Grid, run: RunSettings, notify: Callable[[str], None] = lambda line: None) -> None:
-        self._grid, self.run, self._notify = grid, run, notify
+    def __init__(
+        self,
+        grid: Grid,
+        run: RunSettings,
+        notify: Callable[[str], None] = lambda line: None,
+        name_of_key: Callable[[int], str | None] | None = None,
+    ) -> None:
+        self._grid, self.run, self._notify, self._name_of_key = grid, run, notify, name_of_key
         # Message id -> the node that was asked; node id -> what it said, in the order of the answers.
         self._asked: dict[str, int] = {}
         self._described: dict[int, Description] = {}
@@ -62,7 +70,9 @@ class ClientNodes:
         try:
             if isinstance(reply, Fault):
                 raise EnvelopeError(reply.reason)
-            self._described[node_id] = found = read_description(reply, self.run)
+            found = read_description(reply, self.run)
+            self._check_name(node_id, found.spec.client_id)
+            self._described[node_id] = found
         except EnvelopeError as error:
             self.refused[node_id] = str(error)
             self._notify(f"node {node_id} cannot take part: {error}")
@@ -72,6 +82,14 @@ class ClientNodes:
             self._notify(f"{name} is connected twice; the one that came first takes part")
             return
         self._notify(f"{name} has joined: {spec.plan.name}, {spec.num_examples} examples, {found.device}")
+
+    def _check_name(self, node_id: int, name: str) -> None:
+        """Refuse a client that calls itself as another one: it would be sent, and answer for, what is that one's."""
+        own = name if self._name_of_key is None else self._name_of_key(node_id)
+        if own != name:
+            raise EnvelopeError(
+                f"its key is that of {own or 'nobody'}, and it calls itself {name}; use --name {own or 'NAME'}"
+            )
 
     def connected(self) -> dict[str, Description]:
         """Return client id -> description of the clients that were connected at the last look, sorted."""

@@ -4,10 +4,12 @@ Flower starts a new process for a ServerApp, from an app that is uploaded first.
 takes the place of that one: it can show progress, it ends with the exit code of the run, and nothing is unpacked.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import httpx
 from flwr.cli.build import build_fab_from_files
@@ -42,6 +44,8 @@ _SECONDS_BETWEEN_HEARTBEATS = 5.0
 _SECONDS_BETWEEN_KEY_LOOKS = 0.5
 _SECONDS_FOR_A_TASK = 15.0
 _SECONDS_TO_LEAVE = 6.0
+
+_log = logging.getLogger(__name__)
 
 # What a stock SuperNode that connects is told to run for messages of this run. The ServerApp is the process that opens
 # the run, so nobody loads the one that has to be named here.
@@ -93,6 +97,7 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
         grid = PromptGrid(link.address, link.certificates is None, link.authority, token=_task_token(link, control))
         threads = [threading.Thread(target=_beat, args=(link, grid, over), daemon=True)]
         if link.certificates is not None:
+            grid.name_of_key = partial(_name_of_key, control)
             arguments = (control, link.certificates, known, over)
             threads.append(threading.Thread(target=_keep_registering, args=arguments, daemon=True))
         try:
@@ -121,13 +126,19 @@ def register_keys(control: ControlHttpClient, certificates: Certificates, known:
     """Let the clients in whose public keys are in the folder and not in ``known``, and return their names.
 
     Raises:
-        CertificateError: If a file is no public key, or two hold the same key.
+        CertificateError: If a file is no public key; the others are let in before.
+        LinkError: If the SuperLink refuses a key.
     """
-    new = []
+    new, wrong = [], None
     for path in certificates.public_keys():
         if path.stem in known:
             continue
-        key = certificates.read_public_key(path)
+        try:
+            key = certificates.read_public_key(path)
+        except CertificateError as error:
+            # It must not keep the clients out whose files come after it.
+            wrong = wrong or error
+            continue
         try:
             control.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key), name=path.stem))
         except httpx.HTTPStatusError as error:
@@ -135,6 +146,8 @@ def register_keys(control: ControlHttpClient, certificates: Certificates, known:
                 raise LinkError(f"the SuperLink refused the key {path}: {error.response.text[:300]}") from error
         known.add(path.stem)
         new.append(path.stem)
+    if wrong is not None:
+        raise wrong
     return new
 
 
@@ -174,6 +187,12 @@ def _task_token(link: SuperLink, control: ControlHttpClient) -> str:
     raise LinkError("the SuperLink accepted the run and offers no task for it; its log says more")
 
 
+def _name_of_key(control: ControlHttpClient, node_id: int) -> str | None:
+    """Return the name under which the key of a node was registered; None if there is no such node."""
+    nodes = control.ListNodes(ListNodesRequest()).nodes_info
+    return next((node.name for node in nodes if node.node_id == node_id), None)
+
+
 def _wait_until_left(control: ControlHttpClient) -> None:
     """Wait until no client is connected any more, for some seconds."""
     until = time.monotonic() + _SECONDS_TO_LEAVE
@@ -195,7 +214,15 @@ def _keep_registering(
     control: ControlHttpClient, certificates: Certificates, known: set[str], over: threading.Event
 ) -> None:
     """Register keys that appear in the folder while the server runs."""
+    last = told = ""
     while not over.wait(_SECONDS_BETWEEN_KEY_LOOKS):
-        # A file that is being copied is whole the next time.
-        with suppress(httpx.HTTPError, LinkError, CertificateError):
+        try:
             register_keys(control, certificates, known)
+        except httpx.HTTPError:
+            continue
+        except (LinkError, CertificateError) as error:
+            # A file that is being copied is whole the next time. What stays wrong is told once.
+            if str(error) == last != told:
+                _log.warning("A client cannot be let in: %s", error)
+                told = last
+            last = str(error)

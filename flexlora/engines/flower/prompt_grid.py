@@ -1,6 +1,6 @@
 """A Grid that takes replies as soon as their content is at the SuperLink."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from flwr.app import Error, Message, Metadata
 from flwr.app.message import make_message
@@ -17,7 +17,13 @@ from flexlora.engines.flower.transfers import whole_message
 
 
 class PromptGrid(HttpGrid):
-    """Flower's own Grid, which waits a second for a reply that is announced and not yet there, without that second."""
+    """Flower's own Grid, which waits a second for a reply that is announced and not yet there, without that second.
+
+    Attributes:
+        name_of_key: Node id -> the name under which the key of its client is registered; None without keys.
+    """
+
+    name_of_key: Callable[[int], str | None] | None = None
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to some messages that are there; one whose content is lost is an error in its place."""

@@ -223,6 +223,15 @@ def test_a_node_with_another_base_model_cannot_take_part(grid: Any, flower_run: 
     assert "must have the same weights" in nodes.refused[11] and len(lines) == 2
 
 
+def test_a_node_takes_part_under_the_name_of_its_key_alone(grid: Any, flower_run: RunSettings) -> None:
+    lines: list[str] = []
+    nodes = ClientNodes(grid, flower_run, lines.append, {11: "north", 12: "north"}.get)
+    assert nodes.wait_for(lambda names: bool(names) and not nodes.num_pending, 60)
+    assert list(nodes.connected()) == ["north"] and nodes.node_of("north") == 11
+    assert "its key is that of north, and it calls itself south" in nodes.refused[12]
+    assert any("use --name north" in line for line in lines)
+
+
 def test_replies_of_a_large_cohort_are_never_all_in_memory(
     grid: Any, flower_run: RunSettings, silo_works: Any, order_of: Callable[..., RoundOrder], first_broadcast: Any
 ) -> None:
