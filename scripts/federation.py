@@ -5,6 +5,7 @@
 What it shows is what the server and the clients show; nothing is left running.
 """
 
+import signal
 import subprocess
 import sys
 import threading
@@ -55,6 +56,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # Whoever ends this script ends what it has started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

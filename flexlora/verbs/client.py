@@ -11,7 +11,7 @@ import typer
 from flexlora.errors import FlexLoraError
 from flexlora.progress import stage
 from flexlora.verbs.extras import need_flower
-from flexlora.verbs.leaving import interruptible
+from flexlora.verbs.leaving import ended_by_sigterm, interruptible
 from flexlora.verbs.terminal import err
 
 if TYPE_CHECKING:
@@ -58,8 +58,12 @@ def client(
     folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for its log and its state; runs/clients/NAME if left out.")
     ] = None,
-    wait: Annotated[float, typer.Option("--wait", help="Seconds to try to reach a server that does not answer.")] = 300,
-    stays: Annotated[bool, typer.Option("--stay", help="Wait for the next run when one is over.")] = False,
+    wait: Annotated[
+        float, typer.Option("--wait", help="Seconds to try to reach a server that does not answer, without --stay.")
+    ] = 300,
+    stays: Annotated[
+        bool, typer.Option("--stay", help="Wait for the next run when one is over, and for its server.")
+    ] = False,
     demo: Annotated[
         bool, typer.Option("--demo", help="Join flexlora server --demo on this machine, with made-up data.")
     ] = False,
@@ -93,7 +97,11 @@ def client(
             demo=demo,
         )
     )
-    with interruptible("the server goes on without this client, which can join again"), _screen(setup, quiet) as screen:
+    with (
+        ended_by_sigterm(),
+        interruptible("the server goes on without this client, which can join again"),
+        _screen(setup, quiet) as screen,
+    ):
         from flexlora.engines.flower.children import make_quiet
 
         make_quiet()

@@ -1,5 +1,7 @@
 """How a command ends: its exit codes and what it says about each."""
 
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,19 @@ def interruptible(consequence: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Interrupted(consequence) from None
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C in the ``with`` block: containers and service managers end a process by it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def guarded(command: Callable[[], None]) -> int:

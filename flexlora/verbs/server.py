@@ -9,7 +9,7 @@ from rich.markup import escape
 from flexlora.text import printable
 from flexlora.verbs.arguments import JsonOption, OptionalConfigArgument, OverridesArgument
 from flexlora.verbs.extras import need_flower
-from flexlora.verbs.leaving import EXIT_NO_PROGRESS, interruptible
+from flexlora.verbs.leaving import EXIT_NO_PROGRESS, ended_by_sigterm, interruptible
 from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json, reading
 
 
@@ -62,6 +62,7 @@ def server(
             err.print(f"  {printable(line)}", highlight=False, markup=False, soft_wrap=True)
 
     with (
+        ended_by_sigterm(),
         interruptible("the same command with --resume continues from the last checkpoint"),
         link,
         LiveProgress(err, hidden=quiet or as_json) as progress,

@@ -1,6 +1,7 @@
 """Serves a server as one of its clients: connects, answers what it asks, connects again when the connection is lost."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,8 +64,8 @@ class ClientLoop:
         answer: Request to reply.
         notify: Told what happens.
         remember: Told the number that Flower gave this client, for ``earlier_node`` after it was killed.
-        wait_seconds: How long to try to reach a server that does not answer.
-        stays: Whether to wait for another run when one is over.
+        wait_seconds: How long to try to reach a server that does not answer, unless it ``stays``.
+        stays: Whether to wait for another run when one is over, and for its server however long that takes.
     """
 
     place: Place
@@ -108,7 +109,8 @@ class ClientLoop:
             except (LostError, UnknownKeyError) as error:
                 waited = time.monotonic() - begin
                 is_key = isinstance(error, UnknownKeyError)
-                if waited > (_SECONDS_FOR_A_NEW_KEY if is_key else self.wait_seconds):
+                patience = math.inf if self.stays else self.wait_seconds
+                if waited > (_SECONDS_FOR_A_NEW_KEY if is_key else patience):
                     raise
                 if not is_key:
                     self.notify(News("waiting", reason=str(error)))
