@@ -28,6 +28,7 @@ MOST_BYTES = 1 << 36
 
 _SECONDS_TO_START = 120.0
 _SECONDS_BETWEEN_LOOKS = 0.02
+_SECONDS_TO_END = 2.0
 _LAST_WORDS = 1500
 
 _log = logging.getLogger(__name__)
@@ -122,12 +123,12 @@ class Resident:
             try:
                 return ask(self.socket, request)
             except ResidentError:
+                code = self._exit_code()
                 if is_last or self._is_closed:
-                    raise ResidentError(
-                        f"the process that trains ended twice (exit code {self._process.wait()}); it said: "
-                        f"{self._last_words()}"
-                    ) from None
-                _log.warning("The process that trains ended and is started again.")
+                    how = "does not answer" if code is None else f"ended twice (exit code {code})"
+                    raise ResidentError(f"the process that trains {how}; it said: {self._last_words()}") from None
+                if code is not None:
+                    _log.warning("The process that trains ended (exit code %d) and is started again.", code)
         raise AssertionError
 
     def close(self) -> None:
@@ -171,14 +172,30 @@ class Resident:
                 self.socket.unlink(missing_ok=True)
                 self._process = self._started()
             until = time.monotonic() + _SECONDS_TO_START
-            while not self.socket.exists():
+            while not _is_listening(self.socket):
                 if self._process.poll() is not None or time.monotonic() > until:
                     raise ResidentError(f"the process that trains did not start; it said: {self._last_words()}")
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
 
+    def _exit_code(self) -> int | None:
+        """Return what the process ended with; None if it is still there a moment after its connection was lost."""
+        try:
+            return self._process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            return None
+
     def _last_words(self) -> str:
         text = self._log_path.read_text(errors="replace")[-_LAST_WORDS:].strip()
         return f"{text or 'nothing'} (more in {self._log_path})"
+
+
+def _is_listening(path: Path) -> bool:
+    """Return whether a worker takes connections: its socket is there a moment before it does."""
+    try:
+        with Client(str(path), family="AF_UNIX"):
+            return True
+    except OSError:
+        return False
 
 
 def resident_of_environment() -> Path | None:

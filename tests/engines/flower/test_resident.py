@@ -1,5 +1,6 @@
 """A worker at a socket: replies, errors, and what happens when it is not there."""
 
+import socket
 import threading
 import time
 from multiprocessing.connection import Client
@@ -9,7 +10,16 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from flexlora.engines.flower.resident import SOCKET_VARIABLE, ResidentError, ask, resident_of_environment, serve
+from flexlora.engines.flower import resident
+from flexlora.engines.flower.resident import (
+    SOCKET_VARIABLE,
+    Resident,
+    ResidentError,
+    _is_listening,
+    ask,
+    resident_of_environment,
+    serve,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +67,26 @@ def test_a_client_app_finds_its_worker_by_its_environment(monkeypatch: pytest.Mo
     assert resident_of_environment() is None
     monkeypatch.setenv(SOCKET_VARIABLE, "/run/socket")
     assert resident_of_environment() == Path("/run/socket")
+
+
+def test_a_socket_that_nobody_listens_at_is_not_ready(tmp_path: Path) -> None:
+    """It is there from when it is bound, a moment before it takes connections."""
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+        assert path.exists() and not _is_listening(path)
+        bound.listen()
+        assert _is_listening(path)
+
+
+def test_a_worker_that_is_alive_and_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closes each connection at once, as one does whose reply could not be made."""
+    module = tmp_path / "closes_at_once.py"
+    module.write_text(
+        "import sys\nfrom multiprocessing.connection import Listener\n"
+        "with Listener(sys.argv[1], family='AF_UNIX') as listener:\n    while True: listener.accept().close()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(resident, "_SECONDS_TO_END", 0.05)
+    with Resident("closes_at_once", b"", tmp_path / "log") as worker, pytest.raises(ResidentError, match="not answer"):
+        worker.answer(b"x")
