@@ -7,7 +7,7 @@ takes the place of that one: it can show progress, it ends with the exit code of
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -30,7 +30,7 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.interceptors.http.utils import add_headers
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
-from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -42,6 +42,7 @@ from flexlora.engines.flower.superlink_process import SECRET_HEADER
 
 _SECONDS_BETWEEN_HEARTBEATS = 5.0
 _SECONDS_BETWEEN_KEY_LOOKS = 0.5
+_SECONDS_BETWEEN_LINK_LOOKS = 0.5
 _SECONDS_FOR_A_TASK = 15.0
 _SECONDS_TO_LEAVE = 6.0
 
@@ -82,12 +83,13 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
         LinkError: If the SuperLink refuses it.
     """
     reach_directly(link.local_host)
+    control_retry = make_simple_http_retry_invoker()
     control = ControlHttpClient.from_server_address(
         link.address,
         link.certificates is None,
         link.authority,
         [RuntimeVersionHttpInterceptor("flwr"), _Secret(link.control_secret)],
-        retry_invoker=make_simple_http_retry_invoker(),
+        retry_invoker=control_retry,
     )
     over = threading.Event()
     with control:
@@ -95,7 +97,11 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
         if link.certificates is not None:
             register_keys(control, link.certificates, known)
         grid = PromptGrid(link.address, link.certificates is None, link.authority, token=_task_token(link, control))
-        threads = [threading.Thread(target=_beat, args=(link, grid, over), daemon=True)]
+        retries = (control_retry, grid._retry_invoker)
+        threads = [
+            threading.Thread(target=_beat, args=(grid, over), daemon=True),
+            threading.Thread(target=_watch_link, args=(link, retries, over), daemon=True),
+        ]
         if link.certificates is not None:
             grid.name_of_key = partial(_name_of_key, control)
             arguments = (control, link.certificates, known, over)
@@ -108,7 +114,14 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
             TaskIdentity.node_id = task.context.node_id
             for thread in threads:
                 thread.start()
-            yield grid
+            try:
+                yield grid
+            except httpx.TransportError as error:
+                if link.has_ended:
+                    raise LinkError(
+                        f"the SuperLink ended again and again; --resume continues the run. It said: {link.last_words()}"
+                    ) from error
+                raise
             # The server process may be gone; what the run came to is in its records.
             grid._retry_invoker.max_tries = 1
             with suppress(httpx.HTTPError):
@@ -116,6 +129,7 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
                 _wait_until_left(control)
         finally:
             over.set()
+            _give_up(retries)
             for thread in threads:
                 if thread.is_alive():
                     thread.join()
@@ -203,11 +217,23 @@ def _wait_until_left(control: ControlHttpClient) -> None:
         time.sleep(0.2)
 
 
-def _beat(link: SuperLink, grid: PromptGrid, over: threading.Event) -> None:
+def _beat(grid: PromptGrid, over: threading.Event) -> None:
     """Tell the SuperLink that the run is alive; one that is started again takes it up where it was."""
     while not over.wait(_SECONDS_BETWEEN_HEARTBEATS):
         with suppress(httpx.HTTPError):
             grid._runtime_client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+
+
+def _watch_link(link: SuperLink, retries: Sequence[RetryInvoker], over: threading.Event) -> None:
+    """Have requests fail once nobody will answer them any more; they are tried again for ever until then."""
+    while not over.wait(_SECONDS_BETWEEN_LINK_LOOKS):
+        if link.has_ended:
+            _give_up(retries)
+
+
+def _give_up(retries: Sequence[RetryInvoker]) -> None:
+    for one in retries:
+        one.max_time = 0.0
 
 
 def _keep_registering(

@@ -32,6 +32,8 @@ LOG = "superlink.log"
 _SECONDS_TO_START = 90.0
 _SECONDS_BETWEEN_LOOKS = 0.05
 _MOST_RESTARTS = 5
+# One that served for so long did not fail to start.
+_SECONDS_OF_A_GOOD_START = 60.0
 _LAST_WORDS = 1500
 
 _log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ class SuperLink:
         self.port: int = self._socket.getsockname()[1]
         self.control_secret = secrets.token_hex(32)
         self._closing = threading.Event()
-        self._num_restarts = 0
+        self._num_restarts, self._has_ended = 0, False
         self._process: subprocess.Popen[bytes] | None = None
         self._watch = threading.Thread(target=self._keep_running, daemon=True)
 
@@ -110,6 +112,11 @@ class SuperLink:
         """How often the process has been started again."""
         return self._num_restarts
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended so often in a row that it is not started again."""
+        return self._has_ended
+
     def wait_until_ready(self) -> None:
         """Return once it answers.
 
@@ -126,11 +133,10 @@ class SuperLink:
                 with opener.open(f"{scheme}://{self.address}/health", timeout=2):
                     return
             except OSError:
-                process = self._process
-                if process is not None and process.poll() is not None and self._num_restarts >= _MOST_RESTARTS:
+                if self._has_ended:
                     break
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        raise LinkError(f"the SuperLink did not start; it said: {self._last_words()}")
+        raise LinkError(f"the SuperLink did not start; it said: {self.last_words()}")
 
     def close(self) -> None:
         """End the process and free the port; its state is removed, its log stays."""
@@ -199,6 +205,7 @@ class SuperLink:
         return process
 
     def _keep_running(self) -> None:
+        num_in_a_row, began = 0, time.monotonic()
         while not self._closing.is_set():
             process = self._process
             assert process is not None
@@ -206,13 +213,18 @@ class SuperLink:
                 process.wait(0.2)
             except subprocess.TimeoutExpired:
                 continue
-            if self._closing.is_set() or self._num_restarts >= _MOST_RESTARTS:
+            if self._closing.is_set():
+                return
+            num_in_a_row = 1 if time.monotonic() - began > _SECONDS_OF_A_GOOD_START else num_in_a_row + 1
+            if num_in_a_row > _MOST_RESTARTS:
+                self._has_ended = True
                 return
             _log.warning("The SuperLink ended (exit code %s) and is started again.", process.returncode)
-            self._num_restarts += 1
+            self._num_restarts, began = self._num_restarts + 1, time.monotonic()
             self._process = self._started()
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """Return the end of its log, and where the rest is."""
         text = self._log_path.read_text(errors="replace")[-_LAST_WORDS:].strip()
         return f"{text or 'nothing'} (more in {self._log_path})"
 
