@@ -23,6 +23,9 @@ from flexlora.orphans import end_with_parent
 
 SECRET_HEADER = "x-flexlora-control"
 
+MOST_BODY_BYTES = 1 << 26
+"""The longest request that is read, which happens before its sender is known; factors come in pieces of 5 MB."""
+
 _GUARDED = ("/v1/control/", "/v1/runtime/acquire-task", "/docs", "/openapi.json")
 _FOR_CLIENTS, _OPENING = "/v1/fleet/", "/v1/control/start-run"
 
@@ -67,13 +70,34 @@ class Guard:
             await _refuse(send, 403, b"Runs of this server are started by flexlora alone.\n")
         elif path.startswith(_FOR_CLIENTS) and not self._is_open:
             await _refuse(send, 503, b"The server is starting.\n")
+        elif _length(scope) > MOST_BODY_BYTES:
+            await _refuse(send, 413, b"The request is too long.\n")
         else:
-            await self._app(scope, receive, send)
+            await self._app(scope, _bounded(receive), send)
             self._is_open = self._is_open or path == _OPENING
 
     def _knows_secret(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == SECRET_HEADER.encode()]
         return len(given) == 1 and hmac.compare_digest(given[0], self._secret)
+
+
+def _length(scope: Scope) -> int:
+    """Return the length of its body that a request announces, 0 if it announces none."""
+    told = [value for name, value in scope.get("headers", ()) if name == b"content-length"]
+    return int(told[0]) if told and told[0].isdigit() else 0
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Return ``receive`` that ends a request whose body goes on for too long, as if its sender had left."""
+    num_bytes = 0
+
+    async def receive_some() -> MutableMapping[str, Any]:
+        nonlocal num_bytes
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        return {"type": "http.disconnect"} if num_bytes > MOST_BODY_BYTES else message
+
+    return receive_some
 
 
 async def _refuse(send: Send, status: int, body: bytes) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flexlora.engines.flower.superlink_process import SECRET_HEADER, Guard
+from flexlora.engines.flower.superlink_process import MOST_BODY_BYTES, SECRET_HEADER, Guard
 
 
 def status_of(guard: Guard, path: str, secret: str | None = None, number: int = 1) -> int:
@@ -51,3 +51,26 @@ def test_clients_are_let_in_once_a_run_has_been_started() -> None:
 
 def test_a_server_that_is_started_again_lets_clients_in_at_once() -> None:
     assert status_of(guarded(is_open=True), "/v1/fleet/pull-messages") == 200
+
+
+def test_a_request_that_is_too_long_is_not_read() -> None:
+    """Neither one that says so, nor one that goes on; the application keeps at most what is allowed."""
+    read, sent = [0], list[Any]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] != "http.disconnect":
+            read[0] += len(message["body"])
+        await send({"type": "left"})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    guard, path = Guard(app, "secret", True), "/v1/fleet/push-object"
+    length = [(b"content-length", str(MOST_BODY_BYTES + 1).encode())]
+    asyncio.run(guard({"type": "http", "path": path, "headers": length}, receive, send))
+    assert sent[0]["status"] == 413 and not read[0]
+    asyncio.run(guard({"type": "http", "path": path, "headers": []}, receive, send))
+    assert sent[-1]["type"] == "left" and 0 < read[0] <= MOST_BODY_BYTES
