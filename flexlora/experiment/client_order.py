@@ -144,8 +144,8 @@ def _proofs(request: ClientRequest) -> tuple[Path | None, Path | None]:
 
 def _key_in(folder: Path, name: str | None) -> Path:
     """Return the key of a client in a folder of certificates, that of ``name`` or the only one."""
-    keys = sorted({*folder.glob("*.key"), *(folder / CLIENT_FOLDER).glob("*.key")})
-    keys = [path for path in keys if path.name not in ("ca.key", "server.key")]
+    own = (path for path in folder.glob("*.key") if path.name not in ("ca.key", "server.key"))
+    keys = sorted({*own, *(folder / CLIENT_FOLDER).glob("*.key")})
     if name is not None:
         keys = [path for path in keys if path.stem == name]
     if len(keys) != 1:

@@ -28,11 +28,6 @@ def write_server_rows(path: Path) -> Path:
     return _write(path, _split()[0], ROWS_HELD_OUT)
 
 
-def held_out_tasks() -> tuple[str, ...]:
-    """Return the labels of the rows that only the server has."""
-    return tuple(task.task_id for task in _split()[0])
-
-
 def _split() -> tuple[list[GeneratedTask], list[GeneratedTask]]:
     """Return the tasks that are held out and all others; the base model was pretrained on none of them."""
     tasks = [task for task in all_tasks(_SEED) if split_of(task) == "federated"]
