@@ -141,15 +141,16 @@ class SuperLink:
     def close(self) -> None:
         """End the process and free the port; its state is removed, its log stays."""
         self._closing.set()
-        process = self._process
-        if process is not None:
+        if self._process is not None:
+            # First of all: it may be starting another process at this moment.
+            self._watch.join()
+            process = self._process
             process.terminate()
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            self._watch.join()
             self._remove_state(self._database.parent)
         self._socket.close()
 
