@@ -9,7 +9,7 @@ from flexlora.data.examples import Example, ExampleSplits, FederatedCorpus
 from flexlora.data.instruction_schemas import RowReader
 from flexlora.data.instructions import read_instructions
 from flexlora.experiment.client_plans import config_plans
-from flexlora.experiment.config import Config
+from flexlora.experiment.config import Config, ConfigError
 from flexlora.experiment.config_data import GeneratedData, InstructionsData, NaturalInstructionsData
 from flexlora.experiment.corpora import corpus_of
 from flexlora.experiment.participants import Participants
@@ -54,6 +54,9 @@ def _unseen(config: Config) -> dict[str, ExampleSplits]:
 
 def _labelled(config: Config, path: Path) -> dict[str, ExampleSplits]:
     """Return the rows of a file, each label a task."""
+    if not path.exists():
+        problem = f"deployment.scored_on must be a file or folder of rows; there is none at {path}"
+        raise ConfigError([problem], "the configuration of a run with real clients")
     data = config.data
     is_instructions = isinstance(data, InstructionsData)
     label_column = data.label_column if is_instructions else None
