@@ -120,7 +120,7 @@ def test_what_is_folded_round_by_round_is_said_to_be_left_out(name: str) -> None
 
 def test_an_estimate_is_plain_json(estimate: Estimate) -> None:
     tree = json.loads(json.dumps(estimate.to_json(), allow_nan=False))
-    assert list(tree) == ["run", "types", "devices", "notes"]
+    assert list(tree) == ["run", "types", "devices", "privacy", "notes"]
     assert tree["types"]["type4"]["num_clients"] == 2 and tree["types"]["type4"]["num_trainable"] > 0
 
 

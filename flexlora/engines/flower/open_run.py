@@ -98,8 +98,12 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
             register_keys(control, link.certificates, known)
         grid = PromptGrid(link.address, link.certificates is None, link.authority, token=_task_token(link, control))
         retries = (control_retry, grid._retry_invoker)
+        for one in retries:
+            without_interrupts(one)
+        is_done = threading.Event()
+        beating = threading.Thread(target=_beat, args=(grid, is_done), daemon=True)
         threads = [
-            threading.Thread(target=_beat, args=(grid, over), daemon=True),
+            beating,
             threading.Thread(target=_watch_link, args=(link, retries, over), daemon=True),
         ]
         if link.certificates is not None:
@@ -122,18 +126,35 @@ def open_run(link: SuperLink) -> Iterator[Grid]:
                         f"the SuperLink ended again and again; --resume continues the run. It said: {link.last_words()}"
                     ) from error
                 raise
+            # The token ends with the task: a heartbeat that came after it would be refused.
+            is_done.set()
+            beating.join()
             # The server process may be gone; what the run came to is in its records.
             grid._retry_invoker.max_tries = 1
             with suppress(httpx.HTTPError):
                 grid._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
                 _wait_until_left(control)
         finally:
+            is_done.set()
             over.set()
             _give_up(retries)
             for thread in threads:
                 if thread.is_alive():
                     thread.join()
             grid.close()
+
+
+def without_interrupts(invoker: RetryInvoker) -> None:
+    """Have a request that is refused as unauthorized fail; Flower would send this process an interruption instead."""
+    before = invoker.should_giveup
+
+    def should_give_up(error: Exception) -> bool:
+        """Return whether to raise an error instead of trying again."""
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+            return True
+        return before is not None and before(error)
+
+    invoker.should_giveup = should_give_up
 
 
 def register_keys(control: ControlHttpClient, certificates: Certificates, known: set[str]) -> list[str]:
@@ -184,12 +205,14 @@ def _task_token(link: SuperLink, control: ControlHttpClient) -> str:
         started = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab("", content, {}))))
     except httpx.HTTPStatusError as error:
         raise LinkError(f"the SuperLink refused the run: {error.response.text[:300]}") from error
+    retry = make_simple_http_retry_invoker()
+    without_interrupts(retry)
     runtime = RuntimeHttpClient.from_server_address(
         link.address,
         link.certificates is None,
         link.authority,
         [RuntimeVersionHttpInterceptor("SuperExec"), _Secret(link.control_secret)],
-        retry_invoker=make_simple_http_retry_invoker(),
+        retry_invoker=retry,
     )
     until = time.monotonic() + _SECONDS_FOR_A_TASK
     with runtime:

@@ -9,8 +9,11 @@ import pytest
 
 pytest.importorskip("flwr")
 
+import httpx
+from flwr.supercore.retry import make_simple_http_retry_invoker
+
 from flexlora.engines.flower.certificates import CertificateError, Certificates, make_certificates
-from flexlora.engines.flower.open_run import _keep_registering, register_keys
+from flexlora.engines.flower.open_run import _keep_registering, register_keys, without_interrupts
 
 
 class Control:
@@ -46,3 +49,18 @@ def test_a_file_that_is_no_key_keeps_no_other_client_out_and_is_told_once(
         _keep_registering(control, Certificates(tmp_path), known, Looks())  # type: ignore[arg-type]
     assert caplog.text.count("odd.pub must be a public key") == 1
     assert control.names == ["north", "south"]
+
+
+def test_a_request_that_is_unauthorized_fails_and_does_not_interrupt_the_process() -> None:
+    """Flower's own rule sends SIGINT here, which would end these tests."""
+    invoker, calls = make_simple_http_retry_invoker(), []
+    without_interrupts(invoker)
+
+    def refused() -> None:
+        calls.append(1)
+        request = httpx.Request("POST", "http://127.0.0.1:1/heartbeat")
+        httpx.Response(401, request=request).raise_for_status()
+
+    with pytest.raises(httpx.HTTPStatusError, match="401"):
+        invoker.invoke(refused)
+    assert len(calls) == 1
