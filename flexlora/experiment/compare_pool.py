@@ -125,7 +125,7 @@ def _begin(study: Study, num_processes: int) -> None:
 
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    if torch.cuda.is_available():  # Kept for whatever runs there; a study on the CPU never asks.
+    if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(_GPU_SHARE / num_processes)
     _draws, _study = Draws(study), study
 
