@@ -17,6 +17,7 @@ from studies import STUDIES, StudySpec
 
 from flexlora.experiment.compare import CompareEvent, run_comparison
 from flexlora.experiment.compare_arms import read_arms
+from flexlora.experiment.compare_folder import append_rows, locked_comparison, open_comparison
 from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_study import make_study
 from flexlora.limits import num_cores
@@ -105,14 +106,21 @@ def shared_rows(spec: StudySpec) -> list[dict[str, Any]]:
 
 
 def take_up(name: str, folder: Path) -> None:
-    """Fill an empty folder with the rows that results/ has of a study, or of one that shares its rows."""
-    path = RESULTS / f"{name}.jsonl"
-    if (folder / "study.json").exists() or not path.exists():
-        return
-    head = json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_rows(path)), encoding="utf-8")
-    (folder / "study.json").write_text(json.dumps(head["described"]), encoding="utf-8")
+    """Fill the folder of a study with the rows that results/ has of it, and of the study that shares its rows."""
+    path, spec = RESULTS / f"{name}.jsonl", STUDIES[name]
+    if not (folder / "study.json").exists() and path.exists():
+        head = json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_rows(path)), encoding="utf-8")
+        (folder / "study.json").write_text(json.dumps(head["described"]), encoding="utf-8")
+    if spec.shares is not None:
+        with locked_comparison(folder):
+            known = {_key(row) for row in open_comparison(study_of(spec), folder, overwrite=False)}
+            append_rows(folder, [row for row in shared_rows(spec) if _key(row) not in known])
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["phase"], row["draw"], row["distribution"], row["arm"], row["learning_rate"]
 
 
 def main() -> None:
