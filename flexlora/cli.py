@@ -39,6 +39,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 
 from flexlora import __version__
+from flexlora.foreign_logs import quiet_libraries
 from flexlora.text import printable
 
 ENDLESS_COLUMNS = 10_000
@@ -114,8 +115,7 @@ def _options(
     handler = RichHandler(console=err, show_path=False, show_time=False)
     handler.setFormatter(_OneLine("%(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
-    # It is imported by PEFT, and warns that a faster kernel is missing even where nothing is quantised.
-    logging.getLogger("bitsandbytes").setLevel(logging.INFO if verbose else logging.ERROR)
+    quiet_libraries(verbose=verbose)
 
 
 def main() -> None:

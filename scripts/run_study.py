@@ -20,6 +20,7 @@ from flexlora.experiment.compare_arms import read_arms
 from flexlora.experiment.compare_folder import append_rows, locked_comparison, open_comparison
 from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_study import make_study
+from flexlora.foreign_logs import quiet_libraries
 from flexlora.limits import num_cores
 from flexlora.report.study_rows import read_rows
 
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--on", help="distributions to run in this sitting, separated by commas")
     parser.add_argument("--export", action="store_true", help="run nothing")
     options = parser.parse_args()
+    quiet_libraries()
     name = options.study
     folder = options.out or Path("runs/studies") / name
     take_up(name, folder)

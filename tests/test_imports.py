@@ -22,6 +22,7 @@ RANKS = {
     "hub_reach": 0,
     "limits": 0,
     "pattern_tree": 0,
+    "foreign_logs": 0,
     "orphans": 0,
     "time_limit": 0,
     "console": 0,

@@ -14,6 +14,7 @@ import threading
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
+from flexlora.foreign_logs import quiet_libraries
 from flexlora.orphans import end_with_parent
 
 READY = b"ready"
@@ -22,6 +23,7 @@ READY = b"ready"
 def main() -> None:
     """Train what comes over the socket until it is closed."""
     end_with_parent(int(sys.argv[3]))
+    quiet_libraries()
     # Only now: importing torch takes longer than this process may outlive the other one.
     from flexlora.engines.chunk_trainer import AskTask, ChunkTrainer
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from flexlora.experiment.compare_jobs import Job, Study
 from flexlora.experiment.compare_rows import row_of_dead
+from flexlora.foreign import read_yaml
+from flexlora.foreign_logs import quiet_libraries
 from flexlora.orphans import call_watched, packed_call
 
 SCRATCH_FOLDER = "scratch"
@@ -118,6 +120,7 @@ _study: Study | None = None
 def _begin(study: Study, num_processes: int) -> None:
     """Prepare a process of the pool: one thread, its share of a GPU, and a place for the draw it works on."""
     global _draws, _study
+    quiet_libraries()
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -125,7 +128,8 @@ def _begin(study: Study, num_processes: int) -> None:
 
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
+    on_cpu = read_yaml(study.settings, study.config)["model"]["device"] == "cpu"
+    if not on_cpu and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(_GPU_SHARE / num_processes)
     _draws, _study = Draws(study), study
 

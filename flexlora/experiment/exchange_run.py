@@ -23,19 +23,17 @@ from flexlora.data.examples import FederatedCorpus
 from flexlora.engines.base import Parcel
 from flexlora.engines.exchange_folder import ExchangeFolderEngine, write_broadcast
 from flexlora.engines.exchange_manifest import BroadcastManifest, ExchangeError, read_regular
-from flexlora.engines.flower.run_settings import RunSettings, training_record
-from flexlora.experiment.base import base_name, check_length, check_tokenizer, load_empty
+from flexlora.experiment.base import check_length, check_tokenizer, load_empty
 from flexlora.experiment.config import Config
-from flexlora.experiment.config_data import InstructionsData
 from flexlora.experiment.config_file import dump_config
 from flexlora.experiment.exchange_limits import offered_plans
 from flexlora.experiment.loaded import adapted_shapes, scaling_rule
 from flexlora.experiment.participants import Participants
 from flexlora.experiment.round_loop import aggregator_of, learning_rates, round_settings
 from flexlora.experiment.run_folder import BROADCASTS_FOLDER, EXCHANGE_FILE, read_run_config
+from flexlora.experiment.settings_for_clients import settings_for_clients
 from flexlora.experiment.stages import Notify, Stage, ignore
 from flexlora.experiment.target_patterns import check_patterns
-from flexlora.experiment.workload import local_training
 from flexlora.federation.clients import ClientSpec, RankPlan, largest_ranks
 from flexlora.federation.messages import Broadcast
 from flexlora.federation.streams import stream_seed
@@ -170,32 +168,13 @@ class ExchangeRun:
             scalings={},
             files={},
             learning_rate=learning_rates(self.config)(server_round),
-            run=self._settings(),
-        )
-
-    def _settings(self) -> RunSettings:
-        """Return the part of the configuration that clients need."""
-        config, data = self.config, self.config.data
-        rows = data if isinstance(data, InstructionsData) else None
-        return RunSettings(
-            run_id=self.record.run_id,
-            seed=config.seed,
-            base_model=base_name(config),
-            base_sha256=self.record.base_sha256,
-            dtype=config.model.dtype,
-            dropout=config.lora.dropout,
-            largest_rank=max(max(plan.resolve(self.shapes).values()) for plan in self.plans.values()),
-            target_modules=config.lora.target_modules,
-            scaling=config.lora.scaling,
-            lora_alpha=config.lora.lora_alpha,
-            template=data.template,
-            max_length=data.max_length,
-            loss_on=data.loss_on,
-            columns={} if rows is None else rows.columns,
-            label_column=None if rows is None else rows.label_column,
-            unseen_labels=() if rows is None else rows.unseen_labels,
-            wire_dtype=config.rounds.wire_dtype,
-            training=training_record(local_training(config)),
+            run=settings_for_clients(
+                self.config,
+                run_id=self.record.run_id,
+                base_sha256=self.record.base_sha256,
+                plans=self.plans,
+                shapes=self.shapes,
+            ),
         )
 
 

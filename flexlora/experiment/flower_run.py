@@ -12,10 +12,8 @@ from flexlora.aggregators.base import state_types
 from flexlora.engines.flower.engine import FlowerEngine, Patience
 from flexlora.engines.flower.nodes import ClientNodes
 from flexlora.engines.flower.prompt_grid import PromptGrid
-from flexlora.engines.flower.run_settings import RunSettings, training_record
-from flexlora.experiment.base import base_name, resolve_device
+from flexlora.experiment.base import resolve_device
 from flexlora.experiment.config import Config, ConfigError
-from flexlora.experiment.config_data import InstructionsData
 from flexlora.experiment.export import write_run_adapters
 from flexlora.experiment.federation_file import (
     KnownFederation,
@@ -34,8 +32,8 @@ from flexlora.experiment.round_loop import aggregator_of, round_loop, rounds_sta
 from flexlora.experiment.run_folder import ExperimentError, held_folder, open_folder
 from flexlora.experiment.scoring import Scorer
 from flexlora.experiment.server_data import with_clients, without_clients
+from flexlora.experiment.settings_for_clients import settings_for_clients
 from flexlora.experiment.stages import Notify, Stage, ignore
-from flexlora.experiment.workload import local_training
 from flexlora.report.answer_file import FEDERATED
 from flexlora.report.page import write_report
 from flexlora.rounds.loop import run_rounds
@@ -116,7 +114,13 @@ def run_on_flower(
         notify(Stage("Reading data"))
         loaded = LoadedRun.load(config, without_clients(config), notify)
         before = read_federation(folder) if resume else None
-        run = run_settings(loaded, new_run_id() if before is None else before.run_id)
+        run = settings_for_clients(
+            config,
+            run_id=new_run_id() if before is None else before.run_id,
+            base_sha256=base_digest(config.model.name_or_path, config.model.dtype, config.model.revision),
+            plans=loaded.participants.plans,
+            shapes=loaded.shapes,
+        )
         with open_grid() as grid:
             name_of_key = grid.name_of_key if isinstance(grid, PromptGrid) else None
             nodes = ClientNodes(grid, run, lambda line: watch(nodes, line), name_of_key)
@@ -180,32 +184,6 @@ def _flower_loop(loaded: LoadedRun, folder: Path, notify: Notify) -> Loop:
     loop = round_loop(loaded, loaded.config.method, loaded.participants.clients, folder, notify)
     scorer = Scorer(loaded, answer_keeper(loaded, folder, FEDERATED)) if loaded.participants.corpus.unseen else None
     return dataclasses.replace(loop, evaluator=scorer)
-
-
-def run_settings(loaded: LoadedRun, run_id: str) -> RunSettings:
-    """Return what the clients of a run are told about it."""
-    config, data, model = loaded.config, loaded.config.data, loaded.config.model
-    is_rows = isinstance(data, InstructionsData)
-    return RunSettings(
-        run_id=run_id,
-        seed=config.seed,
-        base_model=base_name(config),
-        base_sha256=base_digest(model.name_or_path, model.dtype, model.revision),
-        dtype=model.dtype,
-        dropout=config.lora.dropout,
-        largest_rank=max(rank for plan in loaded.participants.plans.values() for _, rank in plan.patterns),
-        target_modules=config.lora.target_modules,
-        scaling=config.lora.scaling,
-        lora_alpha=config.lora.lora_alpha,
-        template=data.template,
-        max_length=data.max_length,
-        loss_on=data.loss_on,
-        columns=data.columns if is_rows else {},
-        label_column=data.label_column if is_rows else None,
-        unseen_labels=data.unseen_labels if is_rows else (),
-        wire_dtype=config.rounds.wire_dtype,
-        training=training_record(local_training(config)),
-    )
 
 
 def _gathered(config: Config, nodes: ClientNodes, run_id: str, notify: Notify) -> KnownFederation:
