@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from flexlora.aggregators.base import check_state
-from flexlora.federation.messages import KeptFactors
+from flexlora.rounds.aggregation import aggregate_cohort
 from flexlora.rounds.checkpoint import (
     Checkpoint,
     drop_checkpoints,
@@ -15,12 +15,10 @@ from flexlora.rounds.checkpoint import (
 from flexlora.rounds.cohort import cohort_work
 from flexlora.rounds.history import history_lines, line_in, write_history
 from flexlora.rounds.loop_parts import Loop, Outcome, Progress, RoundEvent, Stopwatch
-from flexlora.rounds.outcomes import aggregated, checked, round_record, trained
-from flexlora.rounds.private import privately_aggregated
+from flexlora.rounds.outcomes import round_record
 from flexlora.rounds.records import (
     CHECKPOINTS_FOLDER,
     RECORDS_FILE,
-    ClientRecord,
     RecordsError,
     RoundRecord,
     append_record,
@@ -29,8 +27,6 @@ from flexlora.rounds.records import (
     lines_of,
     to_line,
 )
-from flexlora.rounds.robust import robustly_aggregated
-from flexlora.rounds.summed import summed
 
 
 def run_rounds(loop: Loop) -> Outcome:
@@ -46,37 +42,16 @@ def run_rounds(loop: Loop) -> Outcome:
         with watch.stage("total"):
             work = cohort_work(loop, server_round, state, progress, watch)
             loop.notify(RoundEvent("cohort", server_round, len(work.clients)))
-            clients: list[ClientRecord] = []
-            kept: dict[str, KeptFactors] = {}
-            release, believed = None, None
-            outcomes, secure_sum = trained(loop.engine, work.orders, watch), None
-            if loop.secure_sum is not None:
-                state, problem, secure_sum = summed(loop, server_round, work, state, outcomes, clients, watch)
-            else:
-                updates = checked(loop, server_round, work, outcomes, clients, kept)
-                if loop.privacy is not None:
-                    state, problem, release = privately_aggregated(
-                        loop, loop.privacy, server_round, work, state, updates, watch
-                    )
-                elif loop.robust is not None:
-                    state, problem, believed = robustly_aggregated(
-                        loop, loop.robust, server_round, work, state, updates, watch
-                    )
-                else:
-                    state, problem = aggregated(loop, server_round, work, state, updates, watch)
-                del updates
-            num_ok = sum(client.outcome == "ok" for client in clients) if problem is None else 0
-            progress = work.progress.keeping(kept)
+            came = aggregate_cohort(loop, server_round, work, state, watch)
+            state, progress = came.state, work.progress.keeping(came.kept)
             # A cohort drawn by Poisson sampling may be empty, which is no failure.
             if work.clients:
-                progress = progress.after_updates(num_ok, settings.max_failed_rounds)
-            if release is not None:
-                progress = progress.after_release(release.spent, release.stopped)
+                progress = progress.after_updates(came.num_ok, settings.max_failed_rounds)
+            if came.release is not None:
+                progress = progress.after_release(came.release.spent, came.release.stopped)
             # What clients were sent is freed before the next round's broadcasts are made.
-            del work, outcomes
-            record = round_record(loop, server_round, state, clients, problem, watch, secure_sum)
-            extra = {"privacy": release and release.record, "robust": believed}
-            record = record.model_copy(update=extra)
+            del work
+            record = round_record(loop, server_round, state, came.clients, came.note, watch, came.parts)
         record = record.model_copy(update=_end_of_round(loop, before, progress, watch))
         progress = _finish_round(loop, state, progress, record)
     has_progress = progress.num_updates > 0 and progress.failed_rounds_in_a_row < settings.max_failed_rounds

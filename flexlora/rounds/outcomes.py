@@ -232,9 +232,13 @@ def round_record(
     clients: Sequence[ClientRecord],
     problem: str | None,
     watch: Stopwatch,
-    secure_sum: SecureSumRecord | None = None,
+    parts: Mapping[str, Any],
 ) -> RoundRecord:
-    """Return what a round that has not been scored did; when and why the loop stopped is for the loop to add."""
+    """Return what a round that has not been scored did; when and why the loop stopped is for the loop to add.
+
+    ``parts`` are further fields of the record, by name.
+    """
+    secure_sum: SecureSumRecord | None = parts.get("secure_sum")
     with watch.stage("spectra"):
         spectra = loop.aggregator.spectra(state)
         plans = sorted({client.plan for client in loop.federation.clients}, key=lambda plan: plan.name)
@@ -248,7 +252,6 @@ def round_record(
         num_ok=sum(client.outcome == "ok" for client in clients),
         num_failed=sum(client.outcome == "failed" for client in clients),
         train_loss=_mean_loss(clients) if secure_sum is None else secure_sum.train_loss,
-        secure_sum=secure_sum,
         spectra={
             module: SpectrumRecord(
                 singular_values=[rounded(value) for value in spectrum.S.tolist()], tail=rounded(spectrum.tail)
@@ -258,6 +261,7 @@ def round_record(
         energy_kept={name: rounded(share) for name, share in kept.items()},
         energy_above_smallest=rounded(1.0 - min(kept.values())),
         note=problem,
+        **parts,
     )
 
 
