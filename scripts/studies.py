@@ -75,6 +75,22 @@ def _of_smollm2(title: str, question: str, data: str, config: str, *overrides: s
     )
 
 
+def _of_collapse(title: str, question: str, *overrides: str) -> StudySpec:
+    """Return a study of what a change of the main study's federation does to the order, with two of its controls."""
+    return StudySpec(
+        title,
+        question,
+        f"rank_1=fedit:clients=smallest,rank_16=fedit:clients=largest,flexlora,{COMPENSATED},aligned",
+        ("heavy_tail_light", "heavy_tail_strong"),
+        draws=4,
+        overrides=(*RUNS, *overrides),
+        tune_on="heavy_tail_strong",
+        reference="rank_1",
+        with_controls=False,
+        text=False,
+    )
+
+
 STUDIES: Mapping[str, StudySpec] = {
     "main": StudySpec(
         "The paper's methods, plain and with FlexLoRA, and ours",
@@ -129,23 +145,16 @@ STUDIES: Mapping[str, StudySpec] = {
         reference="aligned",
         shares="main",
     ),
-    "small_cohorts": StudySpec(
+    "small_cohorts": _of_collapse(
         "Small cohorts",
         "Does the order hold when few clients take part in a round?",
-        f"flexlora,{COMPENSATED},aligned",
-        ("heavy_tail_light", "heavy_tail_strong"),
-        draws=4,
-        overrides=(*RUNS, "rounds.num_rounds=90", "rounds.cohort_size=4"),
-        text=False,
+        "rounds.num_rounds=90",
+        "rounds.cohort_size=4",
     ),
-    "constant_rate": StudySpec(
+    "constant_rate": _of_collapse(
         "Rank collapse and the schedule of the learning rate",
         "Does a constant learning rate keep the directions alive that coverage takes away?",
-        f"flexlora,{COMPENSATED},aligned",
-        ("heavy_tail_light", "heavy_tail_strong"),
-        draws=4,
-        overrides=(*RUNS, "training.schedule=constant"),
-        text=False,
+        "training.schedule=constant",
     ),
     "demo": StudySpec(
         "What rank is worth in the demo",
