@@ -35,7 +35,6 @@ from flexlora.experiment.server_data import with_clients, without_clients
 from flexlora.experiment.settings_for_clients import settings_for_clients
 from flexlora.experiment.stages import Notify, Stage, ignore
 from flexlora.report.answer_file import FEDERATED
-from flexlora.report.page import write_report
 from flexlora.rounds.loop import run_rounds
 from flexlora.rounds.loop_parts import Loop
 from flexlora.rounds.records import RECORDS_FILE, ReferencesRecord, read_records
@@ -167,16 +166,7 @@ def _run_with(
         if outcome.has_progress:
             write_run_adapters(loaded, loop, outcome, folder)
     notify(Stage("Writing the report"))
-    return RunResult(
-        folder=folder,
-        report=write_report(folder),
-        method=config.method.name,
-        server_round=outcome.server_round,
-        stopped=outcome.stopped,
-        has_progress=outcome.has_progress,
-        rounds=read_records(folder / RECORDS_FILE),
-        references=ReferencesRecord(),
-    )
+    return RunResult.of(folder, config.method.name, outcome, read_records(folder / RECORDS_FILE), ReferencesRecord())
 
 
 def _flower_loop(loaded: LoadedRun, folder: Path, notify: Notify) -> Loop:

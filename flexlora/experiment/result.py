@@ -14,9 +14,10 @@ from flexlora.experiment.export import adapter_of_run, export_run
 from flexlora.experiment.result_rows import client_rows
 from flexlora.experiment.run_folder import ADAPTERS_FOLDER, read_run_config
 from flexlora.lora.factors import AdapterState
-from flexlora.report.page import REPORT_FILE
+from flexlora.report.page import REPORT_FILE, write_report
 from flexlora.report.plain_rows import Row, round_rows, score_rows
 from flexlora.report.scores import last_evaluated
+from flexlora.rounds.loop_parts import Outcome
 from flexlora.rounds.records import (
     MANIFEST_FILE,
     RECORDS_FILE,
@@ -59,6 +60,22 @@ class RunResult:
     has_progress: bool
     rounds: Sequence[RoundRecord]
     references: ReferencesRecord
+
+    @staticmethod
+    def of(
+        folder: Path, method: str, outcome: Outcome, rounds: Sequence[RoundRecord], references: ReferencesRecord
+    ) -> "RunResult":
+        """Return the result of a run that has just ended, after writing its report."""
+        return RunResult(
+            folder=folder,
+            report=write_report(folder),
+            method=method,
+            server_round=outcome.server_round,
+            stopped=outcome.stopped,
+            has_progress=outcome.has_progress,
+            rounds=rounds,
+            references=references,
+        )
 
     def scores(self) -> "DataFrame | list[Row]":
         """Return the unseen-task scores of the base model, the references and the federated model, one row each.

@@ -23,7 +23,6 @@ from flexlora.experiment.scoring import Scorer
 from flexlora.experiment.stages import Notify, Stage, ignore
 from flexlora.experiment.work_left import remaining_work, total
 from flexlora.report.answer_file import BASE, FEDERATED
-from flexlora.report.page import write_report
 from flexlora.rounds.loop import run_rounds
 from flexlora.rounds.records import (
     RECORDS_FILE,
@@ -113,16 +112,7 @@ def _run_in(
     rounds, references = read_records(folder / RECORDS_FILE), read_references(folder / REFERENCES_FILE)
     tell_of_lost_answers(loaded, folder, _answering(loaded, rounds, references))
     notify(Stage("Writing the report"))
-    return RunResult(
-        folder=folder,
-        report=write_report(folder),
-        method=config.method.name,
-        server_round=outcome.server_round,
-        stopped=outcome.stopped,
-        has_progress=outcome.has_progress,
-        rounds=rounds,
-        references=references,
-    )
+    return RunResult.of(folder, config.method.name, outcome, rounds, references)
 
 
 def _answering(loaded: LoadedRun, rounds: Iterable[RoundRecord], references: ReferencesRecord) -> list[str]:

@@ -138,25 +138,22 @@ def _changes(policy: Policy, server_round: int, work: Work, updates: Iterable[Up
     """Yield the updates as changes.
 
     Raises:
-        AggregationError: If an update is not that of one client.
+        AggregationError: If an update is not that of one client, or of cores.
     """
     order_of = _order_of(work)
-    for update in updates:
-        client_id = str(update.client_id)
-        if client_id not in order_of:
-            raise AggregationError(
-                "clock.policy=async must know whose an update is, but an uplink step folded several into one; "
-                "leave the step out or choose another clock.policy"
-            )
+    for update, start in starts_of(work, updates, "clock.policy=async"):
         if update.cores is not None:
             raise AggregationError("clock.policy=async adds up changes of factors, but clients train cores here")
-        order = order_of[client_id]
-        start = order.parcel_of(work.clients[client_id]).arrived.trainable
-        yield Change(update, start, policy.discount(server_round - order.server_round))
+        yield Change(update, start, policy.discount(server_round - order_of[str(update.client_id)].server_round))
 
 
-def starts_of(work: Work, updates: Iterable[Update]) -> Iterator[tuple[Update, AdapterState]]:
+def starts_of(work: Work, updates: Iterable[Update], needed_by: str) -> Iterator[tuple[Update, AdapterState]]:
     """Yield each update with what its client was sent, as it arrived there.
+
+    Args:
+        work: Of the round.
+        updates: Of its clients.
+        needed_by: The setting for which it has to be known.
 
     Raises:
         AggregationError: If an update is not that of one client.
@@ -166,8 +163,8 @@ def starts_of(work: Work, updates: Iterable[Update]) -> Iterator[tuple[Update, A
         client_id = str(update.client_id)
         if client_id not in order_of:
             raise AggregationError(
-                "clipping and robust rules must know whose an update is, but an uplink step folded several into one; "
-                "leave the step out"
+                f"{needed_by} must know whose an update is, but an uplink step folded several into one; leave the "
+                "step out"
             )
         yield update, order_of[client_id].parcel_of(work.clients[client_id]).arrived.trainable
 

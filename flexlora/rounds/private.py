@@ -60,7 +60,8 @@ def privately_aggregated(
     rng = torch.Generator().manual_seed(stream_seed(loop.settings.seed, "uplink", server_round))
     try:
         with watch.stage("aggregate"):
-            changes = (Change(update, start) for update, start in starts_of(work, receive(loop.uplink, updates, rng)))
+            received = starts_of(work, receive(loop.uplink, updates, rng), "privacy.differential")
+            changes = (Change(update, start) for update, start in received)
             bounded = clipped(changes, before.clip, mechanism.space, tally)
             state = loop.aggregator.add_noisy_changes(state, bounded, mechanism.denominator, noise)
         note = None if tally.norms else "no client survived; the state has the noise of the round alone"

@@ -37,7 +37,7 @@ def robustly_aggregated(
     try:
         changes = [
             Change(dataclasses.replace(one, weight=1.0), start)
-            for one, start in starts_of(work, receive(loop.uplink, updates, rng))
+            for one, start in starts_of(work, receive(loop.uplink, updates, rng), "rounds.robust")
         ]
         least = loop.settings.min_updates
         if len(changes) < least:

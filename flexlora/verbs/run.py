@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from flexlora.verbs.arguments import ConfigArgument, JsonOption, OverridesArgument
-from flexlora.verbs.leaving import EXIT_NO_PROGRESS, interruptible
-from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json, reading
+from flexlora.verbs.leaving import interruptible
+from flexlora.verbs.run_end import tell_result
+from flexlora.verbs.terminal import err, hide_other_progress_bars, reading
 
 
 def run(
@@ -36,17 +36,7 @@ def run(
         progress(Stage("Loading libraries"))
         # Only here: loading torch takes seconds, and a mistake is told before.
         from flexlora.experiment.run import run_experiment
-        from flexlora.experiment.terminal import print_summary
 
         hide_other_progress_bars()
         result = run_experiment(settings, folder, resume=resume, overwrite=overwrite, notify=progress)
-    if as_json:
-        print_json(result.summary())
-    else:
-        print_summary(out, result)
-    if not result.has_progress:
-        err.print(
-            f"[bold red]No progress:[/] {escape(result.stopped or 'no client ever sent a usable update')}. "
-            f"The reasons are in {escape(str(result.report))}."
-        )
-        raise typer.Exit(EXIT_NO_PROGRESS)
+    tell_result(result, as_json=as_json)

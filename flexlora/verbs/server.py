@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from flexlora.text import printable
 from flexlora.verbs.arguments import JsonOption, OptionalConfigArgument, OverridesArgument
 from flexlora.verbs.extras import need_flower
-from flexlora.verbs.leaving import EXIT_NO_PROGRESS, ended_by_sigterm, interruptible
-from flexlora.verbs.terminal import err, hide_other_progress_bars, out, print_json, reading
+from flexlora.verbs.leaving import ended_by_sigterm, interruptible
+from flexlora.verbs.run_end import tell_result
+from flexlora.verbs.terminal import err, hide_other_progress_bars, reading
 
 
 def server(
@@ -73,17 +73,7 @@ def server(
         make_quiet()
         # Only here: loading torch and Flower takes seconds, and a mistake is told before.
         from flexlora.experiment.serving import serve_run
-        from flexlora.experiment.terminal import print_summary
 
         hide_other_progress_bars()
         result = serve_run(settings, place, link, resume=resume, overwrite=overwrite, notify=progress, say=say)
-    if as_json:
-        print_json(result.summary())
-    else:
-        print_summary(out, result)
-    if not result.has_progress:
-        err.print(
-            f"[bold red]No progress:[/] {escape(result.stopped or 'no client ever sent a usable update')}. "
-            f"The reasons are in {escape(str(result.report))}."
-        )
-        raise typer.Exit(EXIT_NO_PROGRESS)
+    tell_result(result, as_json=as_json)
