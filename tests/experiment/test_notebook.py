@@ -205,6 +205,7 @@ def test_torch_and_transformers_are_left_as_they_were(
         assert not transformers_logging.is_progress_bar_enabled()
 
     monkeypatch.setattr(notebook, "run_experiment", change)
+    transformers_logging.enable_progress_bar()  # Other tests of the same process may have turned it off.
     before = torch.get_num_threads()
     run("demo", quiet=True)
     assert torch.get_num_threads() == before and not torch.are_deterministic_algorithms_enabled()
