@@ -4,7 +4,7 @@
 
 A server and its clients run as processes of their own on this machine, over TLS on loopback. Each client notes how long
 its worker was busy with a message: unpacking, training, packing. What a round takes beyond the slowest of them is what
-the deployment costs: Flower, the way to the worker, and the server's own work without its evaluations, which are off.
+the deployment costs: Flower, the way to the worker, and the server's own work, without evaluations and checkpoints.
 Without a resident worker each message starts a process that imports and loads everything, as Flower's own ClientApps
 do. The first round is left out: models are loaded in it. Every figure is a median over rounds, with the lowest and
 the highest.
@@ -109,7 +109,7 @@ def measure(folder: Path, names: list[str], rounds: int, steps: int, worker: str
         serve = ["-m", "flexlora.cli", "server", str(folder / "config.yaml"), "--port", "0", "--out", str(run)]
         serve += ["--certificates", str(folder / "certificates")]
         server = stack.enter_context(started(serve, folder / "server.log"))
-        port = port_of(run, server)
+        port = port_of(run, server, folder / "server.log")
         clients = []
         for number, name in enumerate(names):
             own = ["-c", CLIENT, str(folder / f"{name}.times"), worker, "client", "--server", f"localhost:{port}"]
@@ -132,12 +132,12 @@ def measure(folder: Path, names: list[str], rounds: int, steps: int, worker: str
     return Measured(whole, [max(busy[record.server_round]) for record in records])
 
 
-def port_of(run: Path, server: "subprocess.Popen[bytes]") -> int:
+def port_of(run: Path, server: "subprocess.Popen[bytes]", log: Path) -> int:
     """Wait until a server listens, and return its port."""
     path, until = run / "server" / "deployment.json", time.monotonic() + SECONDS_TO_START
     while not path.exists():
         if server.poll() is not None or time.monotonic() > until:
-            raise SystemExit("the server did not start; see server.log")
+            raise SystemExit(f"the server did not start; it said:\n{log.read_text(errors='replace')}")
         time.sleep(0.1)
     return int(json.loads(path.read_text())["address"].rpartition(":")[2])
 

@@ -1,6 +1,6 @@
 """Can one tell from the final model whether a client took part? Two standard attacks, with and without noise.
 
-    python benchmarks/membership.py --runs 10 --jobs 2      # about a quarter of an hour on two cores
+    python benchmarks/membership.py --runs 10 --jobs 2
 
 Each run takes a random half of a pool of clients (generated tasks, one a client) and trains a federation on it, once
 without and once with differential privacy of clients. The attacker has the final model and all examples of a client:
@@ -9,7 +9,7 @@ without and once with differential privacy of clients. The attacker has the fina
     lira        how much more likely that loss is in runs with the client than in runs without it, by a normal
                 distribution of each, from all other runs (Carlini et al., 2022, with one variance for all clients)
 
-0.5 is guessing. Differential privacy bounds every attack: with epsilon and delta, the share of members found is at most
+An area under the curve (AUC) of 0.5 is guessing. Differential privacy bounds every attack: with epsilon and delta, the share of members found is at most
 ``exp(epsilon)`` times the share of others taken for members, and delta more.
 """
 
