@@ -9,8 +9,8 @@ without and once with differential privacy of clients. The attacker has the fina
     lira        how much more likely that loss is in runs with the client than in runs without it, by a normal
                 distribution of each, from all other runs (Carlini et al., 2022, with one variance for all clients)
 
-An area under the curve (AUC) of 0.5 is guessing. Differential privacy bounds every attack: with epsilon and delta, the share of members found is at most
-``exp(epsilon)`` times the share of others taken for members, and delta more.
+An area under the curve (AUC) of 0.5 is guessing. Differential privacy bounds every attack: with epsilon and delta, the
+share of members found is at most ``exp(epsilon)`` times the share of others taken for members, and delta more.
 """
 
 import argparse
