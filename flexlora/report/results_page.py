@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexlora.report.capacity_tables import capacity_part
+from flexlora.report.markdown_table import markdown_table
 from flexlora.report.paired import DEFAULT_REFERENCE, StudyError, Summary, summary
-from flexlora.report.study_details import cost_rows
+from flexlora.report.paper_tables import paper_part
+from flexlora.report.study_details import RatesRow, cost_rows, rates_table
 from flexlora.report.study_figures import draws_words
 from flexlora.report.study_rows import read_lines, read_rows
 from flexlora.report.study_tables import MAIN_COLUMNS, main_rows
@@ -165,7 +167,7 @@ def study_part(study: Study) -> Iterator[str]:
             continue
         verdict = found.verdicts[measure.key, where]
         yield from ("", f"**{where}.** {verdict_sentence(verdict, measure, False)}", "")
-        yield from _table(MAIN_COLUMNS, [row.cells for row in main_rows(found, measure, where)])
+        yield from markdown_table(MAIN_COLUMNS, [row.cells for row in main_rows(found, measure, where)])
     yield ""
     yield (
         f"{measure.title}, {measure.unit}; differences are to `{found.reference}`, paired by draw; "
@@ -173,11 +175,14 @@ def study_part(study: Study) -> Iterator[str]:
         "three draws whose mean difference has the other sign. Needs: draws for a power of 80 %."
     )
     yield from _costs(found)
+    yield from _rates(found)
     if found.flags:
         yield from ("", "Reservations:", "")
         yield from (f"- {flag.distribution}, `{flag.arm}`: {_escaped(flag.detail)}." for flag in found.flags)
     yield from ("", f"Configuration `{study.config}`; {study.machine}. Rows: `results/{study.name}.jsonl`; made by", "")
     yield from ("```bash", study.command, "```")
+    if study.in_verdict:
+        yield from ("", "#### In the shape of the paper's tables", "", *paper_part(found))
 
 
 def _costs(found: Summary) -> Iterator[str]:
@@ -195,14 +200,27 @@ def _costs(found: Summary) -> Iterator[str]:
     ]
     if rows:
         yield from ("", f"Cost of a run on {where}, bytes as means, times as medians:", "")
-        yield from _table(("arm", "up", "down", "both, to reference", "server", "clients"), rows)
+        yield from markdown_table(("arm", "up", "down", "both, to reference", "server", "clients"), rows)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(columns)} |"
-    yield f"| --- |{' ---: |' * (len(columns) - 1)}"
-    for first, *rest in rows:
-        yield f"| {' | '.join([f'`{first}`', *rest])} |".replace("\u202f", " ")
+def _rates(found: Summary) -> Iterator[str]:
+    tables = {where: rates_table(found, where) for where in found.distributions}
+    if not any(rows for _, rows in tables.values()):
+        return
+    yield from ("", "<details><summary>Learning rates tried</summary>", "")
+    yield "Validation loss on the tuning draws, the rate that was chosen in bold."
+    for where, (rates, rows) in tables.items():
+        if rows:
+            yield from ("", f"{where}:", "")
+            columns = ("arm", *(f"{rate:g}" for rate in rates))
+            yield from markdown_table(columns, [(row.arm, *_tried(row)) for row in rows])
+    yield from ("", "</details>")
+
+
+def _tried(row: RatesRow) -> Iterator[str]:
+    for one in row.tried:
+        loss = number_text(one.mean_loss if one else None, 4)
+        yield f"**{loss}**" if one and one.learning_rate == row.choice.learning_rate else loss
 
 
 def _escaped(words: str) -> str:

@@ -72,6 +72,19 @@ def test_only_studies_that_decide_are_in_the_first_paragraph(tmp_path: Path, stu
     assert verdict_part(studies) == "No study has been recorded that decides yet."
 
 
+def test_rates_that_were_tried_stand_on_the_page_with_the_choice_in_bold(tmp_path: Path, study_row: MakeRow) -> None:
+    rows = [*study(study_row), *(study_row.tuning("flexlora", rate, 1 + rate) for rate in (0.01, 0.02))]
+    page = filled_page(PAGE, read_studies(write(tmp_path, rows)))
+    assert "| `flexlora` | **1.0100** | 1.0200 |" in page
+
+
+def test_the_papers_tables_follow_the_study_that_decides(tmp_path: Path, study_row: MakeRow) -> None:
+    studies = read_studies(write(tmp_path, study(study_row)))
+    assert "#### In the shape of the paper's tables" in filled_page(PAGE, studies)
+    studies = read_studies(write(tmp_path, study(study_row), verdict=False))
+    assert "#### In the shape of the paper's tables" not in filled_page(PAGE, studies)
+
+
 def test_reservations_are_listed_and_cannot_break_the_page(tmp_path: Path, study_row: MakeRow) -> None:
     rows = [*study(study_row), study_row("wild", 0, failure="bad | <b>*x*</b>\nline")]
     page = filled_page(PAGE, read_studies(write(tmp_path, rows)))
