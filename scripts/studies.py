@@ -16,6 +16,9 @@ LONG_RUNS = ("rounds.num_rounds=40", "rounds.cohort_size=24", "training.max_step
 RUNS_OF_SMOLLM2 = ("data.validation_examples=128",)
 """A real model, some minutes a run on two cores. ``datasets/`` holds what is not ours, or links to it."""
 
+RATES_OF_MAIN = "rank_1=fedit:clients=type1@0.048,rank_16=fedit:clients=type4@0.024,flexlora@0.024,aligned@0.024"
+"""Arms at the learning rates that the main study chose on heavy_tail_strong."""
+
 COMPENSATED = "compensated=flexlora:error_compensation=true:fold_tail=true"
 
 
@@ -91,6 +94,21 @@ def _of_collapse(title: str, question: str, *overrides: str) -> StudySpec:
     )
 
 
+def _of_paper(title: str, question: str, methods: str, distribution: str, *overrides: str) -> StudySpec:
+    """Return a study of the settings of another of the paper's tables or figures; arms with a rate are not tuned."""
+    return StudySpec(
+        title,
+        question,
+        methods,
+        (distribution,),
+        draws=4,
+        overrides=(*RUNS, *overrides),
+        reference="rank_1",
+        with_controls=False,
+        text=False,
+    )
+
+
 STUDIES: Mapping[str, StudySpec] = {
     "main": StudySpec(
         "The paper's methods, plain and with FlexLoRA, and ours",
@@ -123,12 +141,12 @@ STUDIES: Mapping[str, StudySpec] = {
     ),
     "aligned": StudySpec(
         "What makes aligned averaging work",
-        "Which weights, which split, how often to decompose, and how large a server step?",
+        "Which weights, which split, how often to decompose, and how large a server step? And if all have rank 16?",
         f"flexlora,{COMPENSATED},aligned,"
         "between=aligned:holder_exponent=0.5,holders=aligned:holder_exponent=1.0,"
         "balanced=aligned:split=balanced,nested=aligned:decompose_every=null,every_5=aligned:decompose_every=5,"
-        "no_fold=aligned:fold_tail=false,larger_step=aligned:server_learning_rate=1.5",
-        ("heavy_tail_light", "heavy_tail_strong"),
+        "no_fold=aligned:fold_tail=false,larger_step=aligned:server_learning_rate=1.5,rank_16=aligned:clients=largest",
+        ("heavy_tail_strong",),
         draws=4,
         reference="aligned",
         shares="main",
@@ -155,6 +173,33 @@ STUDIES: Mapping[str, StudySpec] = {
         "Rank collapse and the schedule of the learning rate",
         "Does a constant learning rate keep the directions alive that coverage takes away?",
         "training.schedule=constant",
+    ),
+    "fig1": _of_paper(
+        "Figure 1: few large clients",
+        "Nine in ten clients at rank 1, one in twenty each at rank 4 and 16: is FlexLoRA near FedIT at larger ranks?",
+        "rank_1=fedit:clients=type1,rank_4=fedit:clients=type2,rank_16=fedit:clients=type4,flexlora,aligned",
+        "extreme_heavy_tail",
+    ),
+    "fig5_100": _of_paper(
+        "Figure 5: a hundred clients",
+        "Does the order hold where the same cohorts are drawn from a hundred clients, not nineteen hundred?",
+        RATES_OF_MAIN,
+        "heavy_tail_strong",
+        "data.num_clients=100",
+    ),
+    "fig5_400": _of_paper(
+        "Figure 5: four hundred clients",
+        "And from four hundred?",
+        RATES_OF_MAIN,
+        "heavy_tail_strong",
+        "data.num_clients=400",
+    ),
+    "table9": _of_paper(
+        "Table 9: adapters on attention alone",
+        "What do ranks buy where only the attention has adapters?",
+        "rank_1=fedit:clients=type1,rank_16=fedit:clients=type4,flexlora,aligned",
+        "uniform",
+        "lora.target_modules=[q_proj, k_proj, v_proj, o_proj]",
     ),
     "demo": StudySpec(
         "What rank is worth in the demo",

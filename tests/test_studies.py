@@ -41,3 +41,10 @@ def test_shared_rows_are_taken_up_once(run_study: ModuleType, tmp_path: Path) ->
     keys = [run_study._key(row) for row in rows]
     assert rows
     assert len(keys) == len(set(keys))
+
+
+def test_every_study_of_our_own_data_can_be_made(run_study: ModuleType) -> None:
+    own = {name: spec for name, spec in run_study.STUDIES.items() if not name.startswith("smollm2")}
+    for name, spec in own.items():
+        study = run_study.study_of(spec)
+        assert spec.reference in {arm.label for arm in study.arms}, name

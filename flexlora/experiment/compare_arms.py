@@ -20,7 +20,8 @@ from flexlora.experiment.method_config import (
 from flexlora.foreign import ForeignError, read_yaml
 
 ArmKind = Literal["method", "base", "centralised", "alone"]
-ArmClients = Literal["own", "smallest", "largest", "only_largest"]
+RANKS_OF = ("own", "smallest", "largest", "only_largest")
+"""What ``clients`` of an arm may be, besides the name of a client type."""
 
 ALLOWED_SETTINGS = ("training.", "lora.scaling", "lora.lora_alpha")
 """Settings an arm may have of its own; all others belong to the draw, which all arms share."""
@@ -42,8 +43,8 @@ class Arm:
         kind: ``method``, or a control that is no federated method.
         method: Its ``method`` section.
         settings: ``key=value`` overrides of its own.
-        clients: Whose ranks are used: the clients' ``own``, the ``smallest`` or ``largest`` for everybody, or own ranks
-            of those clients ``only_largest`` alone.
+        clients: Whose ranks are used: the clients' ``own``, the ``smallest`` or ``largest`` for everybody, those of the
+            client type of this name for everybody, or own ranks of those clients ``only_largest`` alone.
         learning_rate: Fixed; None is chosen on tuning draws.
         start: Where its trials begin; None is the learning rate of the configuration.
     """
@@ -52,9 +53,14 @@ class Arm:
     kind: ArmKind = "method"
     method: Mapping[str, Any] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
-    clients: ArmClients = "own"
+    clients: str = "own"
     learning_rate: float | None = None
     start: float | None = None
+
+    @property
+    def client_type(self) -> str | None:
+        """The client type whose ranks everybody has; None unless one is named."""
+        return None if self.clients in RANKS_OF else self.clients
 
     @property
     def depends_on_ranks(self) -> bool:
@@ -137,7 +143,7 @@ def _read_arm(entry: str) -> Arm:
     for pair in pairs:
         key, _, value = pair.partition("=")
         if key == "clients":
-            clients = value
+            clients = value.strip()
         elif key == "start":
             start = _rate(entry, value)
         elif "." in key:
@@ -152,14 +158,9 @@ def _read_arm(entry: str) -> Arm:
     section = _section(entry, method)
     if clients is None:
         clients = "smallest" if section.traits().needs_one_rank else "own"
-    if clients not in ("own", "smallest", "largest", "only_largest"):
-        raise CompareError(
-            f"--methods: clients of {entry!r} must be own, smallest, largest or only_largest; got {clients}"
-        )
     if clients == "own" and section.traits().needs_one_rank:
         raise CompareError(f"--methods: {name} needs one rank for all clients; give {entry!r} clients=smallest")
-    own: Any = clients
-    return Arm(label or _label_of(body), "method", method, tuple(settings), own, _rate(entry, rate), start)
+    return Arm(label or _label_of(body), "method", method, tuple(settings), clients, _rate(entry, rate), start)
 
 
 def _section(entry: str, method: Mapping[str, Any]) -> MethodConfig:

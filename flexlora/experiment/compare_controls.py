@@ -10,7 +10,13 @@ from flexlora.experiment.client_plans import config_plans
 from flexlora.experiment.compare_arms import Arm
 from flexlora.experiment.compare_jobs import Job
 from flexlora.experiment.compare_scores import loss_on_own, mean_of, own_clients, unseen_loss
-from flexlora.experiment.control_clients import at_largest_ranks, at_smallest_ranks, largest_plan, only_largest
+from flexlora.experiment.control_clients import (
+    at_largest_ranks,
+    at_ranks_of,
+    at_smallest_ranks,
+    largest_plan,
+    only_largest,
+)
 from flexlora.experiment.loaded import LoadedRun
 from flexlora.experiment.round_loop import cohort_size
 from flexlora.experiment.workload import local_training
@@ -34,6 +40,8 @@ def clients_of(arm: Arm, loaded: LoadedRun, types: Sequence[str]) -> Sequence[Cl
     if arm.clients == "own" and arm.kind == "method":
         return clients
     named = config_plans(loaded.config)
+    if arm.client_type is not None:
+        return at_ranks_of(named[arm.client_type], clients)
     plans = [named[name] for name in types if name in named]
     if arm.clients == "smallest":
         return at_smallest_ranks(loaded, plans)

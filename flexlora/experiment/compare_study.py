@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.experiment.client_plans import config_plans
-from flexlora.experiment.compare_arms import RUNS_TO_ITS_END, Arm, CompareError, controls
+from flexlora.experiment.compare_arms import RANKS_OF, RUNS_TO_ITS_END, Arm, CompareError, controls
 from flexlora.experiment.compare_jobs import Study
 from flexlora.experiment.config import Config
 from flexlora.experiment.config_file import dump_config, override_config, read_settings
@@ -68,6 +68,7 @@ def make_study(
     if tune_on is not None and tune_on not in names:
         raise CompareError(f"--tune-on must be one of the distributions, {', '.join(names)}; got {tune_on}")
     for arm in arms:
+        _check_clients(config, arm)
         own = [RUNS_TO_ITS_END, f"method={json.dumps(dict(arm.method))}", *arm.settings]
         override_config(tree, source, [*overrides, *own])
     for name in names:
@@ -120,6 +121,16 @@ def reference_of(study: Study, label: str | None) -> str:
     if label not in labels:
         raise CompareError(f"--reference must be the label of an arm, one of {', '.join(labels)}; got {label}")
     return label
+
+
+def _check_clients(config: Config, arm: Arm) -> None:
+    """Raise where the ranks of an arm are those of a client type that does not exist."""
+    types = config_plans(config)
+    if arm.client_type is not None and arm.client_type not in types:
+        raise CompareError(
+            f"--methods: clients of {arm.label} must be {', '.join(RANKS_OF)} or a client type, one of "
+            f"{', '.join(types)}; got {arm.clients!r}"
+        )
 
 
 def _check_distribution(config: Config, name: str) -> None:

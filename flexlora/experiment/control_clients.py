@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 from flexlora.experiment.gathered import GatheredRun
@@ -19,13 +19,17 @@ def at_smallest_ranks(loaded: GatheredRun, plans: Sequence[RankPlan] = ()) -> li
     """
     ranks = smallest_ranks(plans or list(loaded.participants.plans.values()), loaded.shapes)
     plan = RankPlan("smallest", tuple((f"^{re.escape(module)}$", rank) for module, rank in ranks.items()))
-    return [dataclasses.replace(client, plan=plan) for client in loaded.participants.clients]
+    return at_ranks_of(plan, loaded.participants.clients)
 
 
 def at_largest_ranks(loaded: GatheredRun, plans: Sequence[RankPlan] = ()) -> list[ClientSpec]:
     """Return the same clients, each with the largest plan: what it would be if all could afford it."""
-    plan = largest_plan(loaded, plans)
-    return [dataclasses.replace(client, plan=plan) for client in loaded.participants.clients]
+    return at_ranks_of(largest_plan(loaded, plans), loaded.participants.clients)
+
+
+def at_ranks_of(plan: RankPlan, clients: Iterable[ClientSpec]) -> list[ClientSpec]:
+    """Return the same clients, all with one rank plan."""
+    return [dataclasses.replace(client, plan=plan) for client in clients]
 
 
 def only_largest(loaded: GatheredRun) -> list[ClientSpec]:

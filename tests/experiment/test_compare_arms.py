@@ -50,7 +50,6 @@ def test_an_entry_without_a_label_is_called_as_it_is_written() -> None:
         ("flexlora@nan", "number above 0"),
         ("flexlora:data.num_clients=3", "belongs to the draw"),
         ("flexlora:training.learning_rate=3", "write the learning rate"),
-        ("flexlora:clients=all", "own, smallest, largest or only_largest"),
         ("fedit:clients=own", "one rank"),
         ("x=", "names no method"),
         ("flexlora:fold_tail", "option without a value"),

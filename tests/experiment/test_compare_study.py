@@ -86,6 +86,12 @@ def test_a_configuration_file_that_changes_later_changes_nothing(tmp_path: Path)
     assert config == expected
 
 
+@pytest.mark.parametrize("entry", ["flexlora:clients=all", "fedit:clients=", "x=aligned:clients=type5"])
+def test_ranks_of_a_client_type_that_does_not_exist_are_refused_with_those_that_do(entry: str) -> None:
+    with pytest.raises(FlexLoraError, match="or a client type, one of type1, type2, type3, type4; got"):
+        study(methods=entry)
+
+
 def test_the_reference_is_an_arm_that_is_there() -> None:
     assert reference_of(study(), None) == "fedit_smallest"
     assert reference_of(study(methods="aligned,flexlora", with_controls=False), None) == "aligned"
@@ -111,6 +117,9 @@ def test_controls_have_the_ranks_of_the_distribution_even_where_a_draw_lacks_a_t
     assert ranks("fedit_smallest") == [{1}] * 3
     assert ranks("fedit_largest") == [{16}] * 3
     assert ranks("centralised") == [{16}]
+    (arm,) = read_arms("fedit:clients=type2")
+    assert [client.plan for client in clients_of(arm, loaded, ("type1",))] == [types["type2"]] * 3
+    assert not arm.depends_on_ranks
     # Nobody affords the largest rank here; those with the largest that occurs train.
     assert ranks("large_alone") == [{4, 16}]
 
