@@ -194,6 +194,20 @@ STUDIES: Mapping[str, StudySpec] = {
         "heavy_tail_strong",
         "data.num_clients=400",
     ),
+    "uplink": StudySpec(
+        "What travels: rounded updates and secure sums",
+        "What do updates of 8 and 4 bits cost in loss, and sums that hide every update?",
+        "aligned@0.024,bits_8=aligned:rounds.upload_bits=8@0.024,bits_4=aligned:rounds.upload_bits=4@0.024,"
+        "feedback=aligned:rounds.upload_bits=4:rounds.error_feedback=true@0.024,"
+        "secure=aligned:privacy.secure_sum={}@0.024,flexlora@0.024,"
+        "flexlora_4=flexlora:rounds.upload_bits=4@0.024,flexlora_secure=flexlora:privacy.secure_sum={}@0.024",
+        ("heavy_tail_strong",),
+        draws=4,
+        tuning_draws=0,
+        reference="aligned",
+        with_controls=False,
+        text=False,
+    ),
     "table9": _of_paper(
         "Table 9: adapters on attention alone",
         "What do ranks buy where only the attention has adapters?",

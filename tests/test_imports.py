@@ -53,7 +53,8 @@ NARROW = {
     "rounds": {
         "aggregators": {"base"},
         "engines": {"base"},
-        "uplink": {"base", "clip_and_noise", "privacy_budget", "robust_settings", "robust_weights", "wire"},
+        "uplink": {"base", "clip_and_noise", "compression", "privacy_budget", "quantise", "robust_settings"}
+        | {"robust_weights", "wire"},
         "training": set(),
     },
     "report": {room: set() for room in ("lora", "federation", "data", "uplink", "adapters")}

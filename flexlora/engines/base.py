@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import Broadcast, ClientFailure, KeptFactors, Reply, Update
 from flexlora.uplink.base import UplinkStep
+from flexlora.uplink.compression import Compression
 from flexlora.uplink.phases import ClientPhases
 from flexlora.uplink.wire import WireDtype, decode_broadcast, encode_broadcast
 
@@ -52,9 +53,11 @@ class RoundOrder:
         uplink: The steps whose client ends run on each update before it is encoded.
         cohort: Who trains.
         parcels: What clients are sent: one for each rank plan, or one for each client if all get their own.
-        kept: Client id -> the factor that it kept of an earlier round; those that have none are missing.
+        kept: Client id -> what it kept of an earlier round: a factor, or what rounding lost; those that have none are
+            missing.
         phases: What clients do in the further phases of the round; they hold what they train and send word of it only.
             None sends updates.
+        compression: How updates are made smaller than ``wire_dtype``; None sends them in that.
     """
 
     server_round: int
@@ -66,6 +69,7 @@ class RoundOrder:
     parcels: Mapping[ParcelKey, Parcel]
     kept: Mapping[str, KeptFactors] = field(default_factory=dict)
     phases: ClientPhases | None = None
+    compression: Compression | None = None
 
     def key_of(self, client: ClientSpec) -> ParcelKey:
         """Return the key of the parcel that a client is sent."""

@@ -114,7 +114,7 @@ def packed(outcome: Update | ClientFailure) -> bytes:
         return pickle.dumps((outcome, None))
     factors = {module: (_bits(one.A), _bits(one.B), one.scaling) for module, one in outcome.payload.items()}
     others = [None if parts is None else _all_bits(parts) for parts in (outcome.cores, outcome.kept)]
-    bare = dataclasses.replace(outcome, payload={}, cores=None, kept=None)
+    bare = dataclasses.replace(outcome, payload={}, cores=None, kept=None, packet=None)
     return pickle.dumps((bare, (factors, *others)), protocol=5)
 
 

@@ -16,13 +16,14 @@ from flexlora.errors import FlexLoraError
 from flexlora.federation.clients import ClientSpec
 from flexlora.federation.kept_factors import kept_of, with_kept, without_kept
 from flexlora.federation.messages import Broadcast, ClientFailure, Reply, Update
-from flexlora.federation.streams import stream_seed
+from flexlora.federation.streams import stream, stream_seed
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.group import TrainedClient, train_group
 from flexlora.training.group_layers import reason_against_groups, trains_alone
 from flexlora.training.group_passes import GroupJob
 from flexlora.training.one_client import LocalTraining, TrainClient, train_client
 from flexlora.uplink.base import send
+from flexlora.uplink.compression import compressed, read_compressed
 from flexlora.uplink.phases import Holding, HoldingClient
 from flexlora.uplink.wire import received_update
 
@@ -171,14 +172,21 @@ class SimulationEngine:
             sent, weight = arrival.sent, float(client.num_examples)
             own = Update(client.client_id, without_kept(outcome.adapter, sent), weight, told, cores=outcome.cores)
             own = send(order.uplink, own, rng)
-            if order.phases is None:
+            kept = kept_of(outcome.adapter, sent.kept)
+            if order.phases is None and order.compression is not None:
+                rng = stream(order.seed, "upload-rounding", order.server_round, client.client_id)
+                before = order.kept.get(client.client_id)
+                packet, remembered = compressed(own, sent, order.compression, rng, before)
+                update = read_compressed(packet, own, sent, order.compression)
+                update = dataclasses.replace(update, packet=packet)
+                kept = {**(kept or {}), **remembered} or None
+            elif order.phases is None:
                 update = received_update(own, sent, order.wire_dtype)
             else:
                 seed = stream_seed(order.seed, "phases", order.server_round, client.client_id)
                 holding = Holding(own, sent, order.server_round, seed)
                 self._holders[client.client_id] = order.phases.begin(holding)
                 update = Update(client.client_id, {}, weight, is_held=True)
-            kept = kept_of(outcome.adapter, sent.kept)
         except Exception as error:
             return ClientFailure(client.client_id, "upload", reason_of(error), arrival.down_bytes)
         return dataclasses.replace(

@@ -23,8 +23,18 @@ ArmKind = Literal["method", "base", "centralised", "alone"]
 RANKS_OF = ("own", "smallest", "largest", "only_largest")
 """What ``clients`` of an arm may be, besides the name of a client type."""
 
-ALLOWED_SETTINGS = ("training.", "lora.scaling", "lora.lora_alpha")
-"""Settings an arm may have of its own; all others belong to the draw, which all arms share."""
+ALLOWED_SETTINGS = (
+    "training.",
+    "lora.scaling",
+    "lora.lora_alpha",
+    "rounds.wire_dtype",
+    "rounds.upload_bits",
+    "rounds.error_feedback",
+    "rounds.robust",
+    "privacy.secure_sum",
+)
+"""Settings an arm may have of its own, by how they begin: how clients train, and how their updates travel and are
+combined. All others belong to the draw, which all arms share."""
 
 RUNS_TO_ITS_END = "rounds.patience=null"
 """A setting of every arm, whatever the configuration says: curves of one length can be compared."""
@@ -99,7 +109,7 @@ def read_arms(text: str) -> tuple[Arm, ...]:
     """Return the arms of ``--methods``: ``[LABEL=]METHOD[:KEY=VALUE]...[@RATE]``, separated by commas.
 
     A key without a dot is an option of the method, but ``clients`` says whose ranks are used and ``start`` at which
-    learning rate the trials begin. A key with a dot is a setting of training or scaling.
+    learning rate the trials begin. A key with a dot is one of `ALLOWED_SETTINGS`.
 
     Raises:
         CompareError: If an entry cannot be read, names no method or refuses its options, or two have one label.

@@ -202,6 +202,20 @@ class RoundsConfig(Section):
     wire_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Type in which factors travel."
     )
+    upload_bits: Literal[8, 4] | None = Field(
+        default=None,
+        description=(
+            "Bits of a number on its way to the server: what training changed is rounded at random, right in the mean; "
+            "null sends factors in `wire_dtype`."
+        ),
+    )
+    error_feedback: bool = Field(
+        default=False,
+        description=(
+            "Clients remember what `upload_bits` lost of their product and add it to their next update; it pays where "
+            "they come back often."
+        ),
+    )
 
 
 class EvaluationConfig(Section):

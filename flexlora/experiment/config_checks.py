@@ -81,6 +81,7 @@ def disagreements(config: Config) -> Iterator[str]:
     yield from _type_disagreements(config, known)
     yield from _device_disagreements(config, known)
     yield from _clock_disagreements(config)
+    yield from _compression_disagreements(config)
     yield from privacy_disagreements(config)
     yield from differential_disagreements(config)
     yield from robust_disagreements(config)
@@ -102,6 +103,17 @@ def _phone_book_disagreements(config: Config, data: PhoneBookData, known: Sequen
         yield "data.facts_by_type needs client types and clients.ranks_from=devices has none; set data.facts_per_client"
     elif unknown := sorted(data.facts_by_type.keys() - set(known)):
         yield f"data.facts_by_type names {', '.join(unknown)}; clients.types has {', '.join(known)}"
+
+
+def _compression_disagreements(config: Config) -> Iterator[str]:
+    bits = config.rounds.upload_bits
+    if bits is not None and config.privacy.secure_sum is not None:
+        yield (
+            f"rounds.upload_bits={bits} rounds each update on its own, and under privacy.secure_sum updates travel in "
+            "a fixed point of privacy.secure_sum.word_bits; set rounds.upload_bits=null"
+        )
+    if config.rounds.error_feedback and bits is None:
+        yield "rounds.error_feedback is about what rounds.upload_bits loses; set rounds.upload_bits to 8 or 4"
 
 
 def _data_disagreements(config: Config) -> Iterator[str]:

@@ -156,7 +156,7 @@ def estimate_experiment(config: Config) -> Estimate:
     def traffic_of(own: Sequence[ClientSpec]) -> tuple[float, float, float]:
         """Return seconds, bytes up and bytes down of clients of one plan."""
         cost, down_bytes = cost_of(own)
-        return cost.train_seconds, cost.transfer_bytes, down_bytes
+        return cost.train_seconds, cost.up_bytes, down_bytes
 
     totals = run_totals(Gathered(config, participants, shapes), workload, traffic_of, num_processes, scoring_rate)
     devices = _device_estimates(config, participants, workload, shapes, folded_ranks)

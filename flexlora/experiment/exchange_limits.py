@@ -49,6 +49,11 @@ def _problems(config: Config, plans: Mapping[str, RankPlan]) -> Iterator[str]:
             f"clients of method.name={name} train cores or chosen entries, or under a penalty, in some rounds, "
             "and no PEFT folder can carry that; choose another method"
         )
+    if config.rounds.upload_bits is not None:
+        yield (
+            f"rounds.upload_bits={config.rounds.upload_bits} rounds what is sent over a network, and PEFT folders have "
+            "no such type; set rounds.upload_bits=null"
+        )
     if config.devices.profiles is not None or config.clients.ranks_from == "devices":
         yield (
             "devices.profiles and clients.ranks_from=devices are about simulated devices; leave them out, real clients "

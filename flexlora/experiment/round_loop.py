@@ -25,6 +25,7 @@ from flexlora.rounds.clock import clients_per_round
 from flexlora.rounds.loop_parts import Federation, Loop, RoundSettings
 from flexlora.rounds.records import RECORDS_FILE, last_round
 from flexlora.training.schedule import learning_rate_at
+from flexlora.uplink.compression import Compression
 from flexlora.uplink.robust_settings import RobustSettings
 from flexlora.uplink.secure_total import SecureSumSettings, sketch_size
 
@@ -73,6 +74,7 @@ def round_loop(
             initial_adapter=loaded.model.initial_adapter(ranks, loaded.scaling, seed),
             scaling=loaded.scaling,
             wire_dtype=rounds.wire_dtype,
+            compression=compression_of(loaded.config),
         ),
         settings=round_settings(loaded.config, size),
         learning_rate=learning_rates(loaded.config, base_learning_rate),
@@ -84,6 +86,12 @@ def round_loop(
         robust=None if rounds.robust is None else RobustSettings(**rounds.robust.model_dump()),
         privacy=privacy_of(loaded.config, traits, len(clients), size, ranks, method.name),
     )
+
+
+def compression_of(config: Config) -> Compression | None:
+    """Return how updates are made smaller than the type in which factors travel."""
+    rounds = config.rounds
+    return None if rounds.upload_bits is None else Compression(rounds.upload_bits, rounds.error_feedback)
 
 
 def _secure_sum(loaded: LoadedRun, traits: Traits, clients: Sequence[ClientSpec]) -> SecureSumSettings | None:

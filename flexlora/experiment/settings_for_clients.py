@@ -47,5 +47,7 @@ def settings_for_clients(
         label_column=None if rows is None else rows.label_column,
         unseen_labels=() if rows is None else rows.unseen_labels,
         wire_dtype=config.rounds.wire_dtype,
+        upload_bits=config.rounds.upload_bits,
+        error_feedback=config.rounds.error_feedback,
         training=training_record(local_training(config)),
     )

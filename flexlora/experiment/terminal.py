@@ -61,7 +61,7 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
             f"{row.cost.num_trainable:,}",
             bytes_text(row.cost.memory_bytes),
             bytes_text(row.down_bytes),
-            bytes_text(row.cost.transfer_bytes),
+            bytes_text(row.cost.up_bytes),
             seconds_text(row.cost.train_seconds),
         )
         for row in estimate.types

@@ -27,6 +27,7 @@ from flexlora.rounds.devices import DeviceProfile
 from flexlora.training.one_client import LocalTraining
 from flexlora.training.quantized_base import STORED_BYTES
 from flexlora.training.targets import find_targets
+from flexlora.uplink.quantise import Bits
 
 # A batch is as long as its longest example.
 PADDING = 1.25
@@ -43,6 +44,7 @@ class Workload:
         answer_tokens: Tokens of such a pass that the loss looks at.
         training: How clients train.
         wire_bytes: Of one number on its way.
+        upload_bits: Of one number on its way to the server, where updates are compressed.
         notes: Sentences about what of the base gets no adapter.
     """
 
@@ -52,6 +54,7 @@ class Workload:
     answer_tokens: float
     training: LocalTraining
     wire_bytes: int
+    upload_bits: Bits | None = None
     notes: tuple[str, ...] = ()
 
     def cost(self, ranks: Mapping[str, int], num_examples: float, flops_per_second: float) -> ClientCost:
@@ -71,7 +74,7 @@ class Workload:
             answer_tokens=share * self.answer_tokens,
             optimizer=self.training.optimizer,
         )
-        return client_cost(self.base, ranks, self.shapes, work, flops_per_second, self.wire_bytes)
+        return client_cost(self.base, ranks, self.shapes, work, flops_per_second, self.wire_bytes, self.upload_bits)
 
     def num_seen(self, num_examples: float) -> float:
         """Return how many examples a client's round trains on, those of later epochs again."""
@@ -147,6 +150,7 @@ def measure_workload(
         answer_tokens=answers * training.batch_size,
         training=local_training(config),
         wire_bytes={"float32": 4, "bfloat16": 2, "float16": 2}[config.rounds.wire_dtype],
+        upload_bits=config.rounds.upload_bits,
         notes=targets.notes,
     )
 
@@ -173,4 +177,4 @@ def cost_on_device(
     """
     cost = workload.cost(ranks, num_examples, matrix_rate(profile))
     down_bytes = cost.transfer_bytes + workload.tail_bytes(ranks, folded_ranks)
-    return device_cost(profile, cost, down_bytes, cost.transfer_bytes)
+    return device_cost(profile, cost, down_bytes, cost.up_bytes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from flexlora.lora.factors import AdapterState
 
 KeptFactors = Mapping[str, Tensor]
-"""Module path -> the factor, ``A`` or ``B``, that one client keeps between rounds."""
+"""What one client keeps between rounds: module path -> the factor, ``A`` or ``B``; other keepers use other names."""
 
 
 TrainedFactors = Literal["both", "A", "B", "core"]
@@ -115,6 +115,7 @@ class Update:
         cores: The trained cores, if ``train_factors`` was ``core``.
         kept: Module -> the factor that the client keeps for its next round (``Broadcast.kept``). It never reaches a
             server: whoever simulates clients stores it for them. Not part of ``up_bytes``.
+        packet: The payload as it travels, where it is compressed and cannot be written again from what it says.
         is_held: Whether the client holds what it trained for the further phases of the round, and has sent only word of
             it: ``payload`` and ``metrics`` are empty.
     """
@@ -128,6 +129,7 @@ class Update:
     train_seconds: float = 0.0
     cores: Mapping[str, Float[Tensor, "rank rank"]] | None = None
     kept: KeptFactors | None = None
+    packet: bytes | None = None
     is_held: bool = False
 
 

@@ -7,7 +7,7 @@ times the bytes of a round.
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexlora.report.markdown_table import markdown_table
 from flexlora.report.measures import curve_of, went_wrong
@@ -82,17 +82,16 @@ def paper_part(summary: Summary) -> list[str]:
 
 def improvements(summary: Summary) -> list[Improvement]:
     """Return what mixed ranks add to each method of `PAIRS` on each distribution; p corrected over all of them."""
-    found = []
+    found: list[Improvement] = []
     for plain, mixed in PAIRS:
         for where in summary.distributions:
             own, other = (_by_draw(summary, where, arm) for arm in (plain, mixed))
             shared = differences(other, own)
             if shared:
-                means = [statistics.fmean(values.values()) for values in (own, other)]
-                found.append((where, plain, mixed, *means, pair_statistics(shared)))
-    tested = [p for *_, pairs in found if (p := pairs.p) is not None]
-    corrected = iter(holm(tested))
-    return [Improvement(*one, None if one[-1].p is None else next(corrected)) for one in found]
+                before, after = (statistics.fmean(values.values()) for values in (own, other))
+                found.append(Improvement(where, plain, mixed, before, after, pair_statistics(shared), None))
+    corrected = iter(holm([p for one in found if (p := one.pairs.p) is not None]))
+    return [one if one.pairs.p is None else replace(one, p_holm=next(corrected)) for one in found]
 
 
 def category_scores(summary: Summary, where: str, arm: str) -> dict[str, float]:

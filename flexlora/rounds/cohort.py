@@ -12,6 +12,7 @@ from flexlora.federation.messages import Broadcast, ClientFailure
 from flexlora.rounds.buffer import FilledBuffer, fill_buffer, still_needed
 from flexlora.rounds.clock import Clock, ClockState, Trip, close_round, open_round, start_trip
 from flexlora.rounds.loop_parts import Loop, Progress, Stopwatch
+from flexlora.uplink.compression import compressed_size
 from flexlora.uplink.wire import update_size
 
 
@@ -61,7 +62,7 @@ def _timed_work(loop: Loop, clock: Clock, server_round: int, state: Any, progres
     begins, cohort = open_round(clock, loop.federation.clients, cohort_size, server_round, progress.clock.now)
     parcels = _parcels(loop, state, cohort, watch)
     order = _order(loop, server_round, cohort, parcels, progress)
-    sizes = {key: _sizes(parcel) for key, parcel in parcels.items()}
+    sizes = {key: _sizes(loop, parcel) for key, parcel in parcels.items()}
     trips = [start_trip(clock, client, server_round, begins, *sizes[order.key_of(client)]) for client in cohort]
     closed = close_round(clock.policy, trips, cohort_size, begins)
     arrived = set(closed.arrived)
@@ -86,7 +87,7 @@ def _buffered_work(
         """Make a plan's broadcast when its first client starts."""
         if plan not in fresh:
             fresh[plan] = _parcel(loop, state, plan, None, watch)
-        return _sizes(fresh[plan])
+        return _sizes(loop, fresh[plan])
 
     filled = fill_buffer(clock, clients, loop.settings.cohort_size, server_round, progress.clock, sizes_of)
     trips = {trip.client_id: trip for trip in (*filled.arrived, *filled.gone)}
@@ -163,6 +164,7 @@ def _order(
         cohort=cohort,
         parcels=parcels,
         kept=progress.kept,
+        compression=loop.federation.compression,
         phases=None if loop.secure_sum is None else loop.secure_sum.phases,
     )
 
@@ -180,6 +182,7 @@ def _parcel(loop: Loop, state: Any, plan: RankPlan, client_id: str | None, watch
     return Parcel(broadcast, loop.federation.wire_dtype)
 
 
-def _sizes(parcel: Parcel) -> tuple[int, int]:
+def _sizes(loop: Loop, parcel: Parcel) -> tuple[int, int]:
     """Return the bytes of a broadcast and of the update that it will come back as."""
-    return len(parcel.packet), update_size(None, parcel.broadcast, parcel.wire_dtype)
+    how, sent = loop.federation.compression, parcel.broadcast
+    return len(parcel.packet), update_size(None, sent, parcel.wire_dtype) if how is None else compressed_size(sent, how)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flexlora.rounds.devices import DeviceProfile
+from flexlora.uplink.quantise import Bits, quantised_shapes
 
 FLOAT32_BYTES = 4
 # Safetensors: 8 bytes of length, then a JSON header with one entry per tensor; measured, not part of the format.
@@ -66,13 +67,15 @@ class ClientCost:
     Attributes:
         num_trainable: Trained parameters.
         memory_bytes: Peak while training: weights, factors with gradients and optimiser, activations.
-        transfer_bytes: One way, one round.
+        transfer_bytes: Down, one round, without a folded tail.
+        up_bytes: Up, one round.
         train_seconds: One round, on this machine.
     """
 
     num_trainable: int
     memory_bytes: int
     transfer_bytes: int
+    up_bytes: int
     train_seconds: float
 
 
@@ -83,6 +86,7 @@ def client_cost(
     work: LocalWork,
     flops_per_second: float,
     wire_bytes: int,
+    upload_bits: Bits | None = None,
 ) -> ClientCost:
     """Return what a client with these ranks per module spends in one round.
 
@@ -102,12 +106,25 @@ def client_cost(
     logits = work.answer_tokens * base.vocab_size * FLOAT32_BYTES * 3
     flops_per_token = 4 * base.num_parameters + 6 * num_trainable
     stored_bytes = base.bytes_per_parameter if base.stored_bytes is None else base.stored_bytes
+    transfer_bytes = num_trainable * wire_bytes + 2 * len(ranks) * HEADER_BYTES_PER_TENSOR
+    up_bytes = transfer_bytes if upload_bits is None else _compressed_bytes(ranks, shapes, upload_bits)
     return ClientCost(
         num_trainable=num_trainable,
         memory_bytes=int(base.num_parameters * stored_bytes + adapter_bytes + activations + logits),
-        transfer_bytes=num_trainable * wire_bytes + 2 * len(ranks) * HEADER_BYTES_PER_TENSOR,
+        transfer_bytes=transfer_bytes,
+        up_bytes=up_bytes,
         train_seconds=work.num_tokens * flops_per_token / (flops_per_second * STEP_EFFICIENCY),
     )
+
+
+def _compressed_bytes(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], bits: Bits) -> int:
+    """Return the bytes of rounded factors: codes and scales of both, direction by direction."""
+    total = 4 * len(ranks) * HEADER_BYTES_PER_TENSOR
+    for module, rank in ranks.items():
+        for width in shapes[module]:
+            codes, scales = quantised_shapes(rank, width, bits)
+            total += codes[0] + FLOAT32_BYTES * scales[0] * scales[1]
+    return total
 
 
 def measure_flops_per_second(hidden_size: int, intermediate_size: int, num_tokens: int, device: str) -> float:

@@ -18,6 +18,7 @@ from flexlora.rounds.records import ClientRecord, EvaluationRecord, RankGroupRec
 from flexlora.text import count_text
 from flexlora.uplink.base import CohortStep, UplinkStep
 from flexlora.uplink.clip_and_noise import ClipAndNoise
+from flexlora.uplink.compression import Compression
 from flexlora.uplink.privacy_budget import PrivacyBudget, Spending
 from flexlora.uplink.robust_settings import RobustSettings
 from flexlora.uplink.wire import WireDtype
@@ -56,6 +57,7 @@ class Federation:
         initial_adapter: PEFT's initial factors at the server ranks.
         scaling: The rule every client's scaling follows.
         wire_dtype: Dtype of the factors on their way.
+        compression: How updates are made smaller than that; None sends them in ``wire_dtype``.
     """
 
     clients: Sequence[ClientSpec]
@@ -64,6 +66,7 @@ class Federation:
     initial_adapter: AdapterState
     scaling: Scaling
     wire_dtype: WireDtype = "float32"
+    compression: Compression | None = None
 
 
 @dataclass(frozen=True)

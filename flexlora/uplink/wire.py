@@ -6,7 +6,7 @@ trained and does not keep, and the server puts the rest in from what it sent.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -14,10 +14,20 @@ import torch
 from torch import Tensor
 
 from flexlora.errors import FlexLoraError
-from flexlora.federation.known_rows import known_rows, mask_of, num_chosen
+from flexlora.federation.known_rows import known_rows, mask_of
 from flexlora.federation.messages import Broadcast, SparseMask, TailPenalty, Update
 from flexlora.lora.factors import AdapterState, LoraFactors
 from flexlora.uplink.blob import Blob, WireError, pack, unpack
+from flexlora.uplink.travelling import (
+    Parts,
+    dispatched_parts,
+    masked,
+    part_shapes,
+    put_back,
+    require_update,
+    returned_parts,
+    unmasked,
+)
 
 __all__ = [
     "WireDtype",
@@ -43,22 +53,9 @@ _SHAPES = "shapes"
 """Field of a broadcast: module -> ``[out_features, rank, in_features]``, where the tensors do not tell."""
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Which parts of each module travel in one direction.
-
-    Attributes:
-        names: Of ``A``, ``B`` and ``core``.
-        mask: The entries of ``B`` that travel; None is all.
-    """
-
-    names: tuple[str, ...] = ("A", "B")
-    mask: SparseMask | None = None
-
-
 def encode(adapter: AdapterState, dtype: WireDtype) -> bytes:
     """Return ``adapter`` as bytes with both factors in ``dtype``; beyond 65504 a float16 becomes infinite."""
-    return _packed(adapter, {}, _Parts(), dtype)
+    return _packed(adapter, {}, Parts(), dtype)
 
 
 def decode(data: bytes) -> AdapterState:
@@ -68,7 +65,7 @@ def decode(data: bytes) -> AdapterState:
         WireError: If ``data`` was cut off, altered or written by something else.
     """
     blob = unpack(data)
-    _require_update(blob)
+    require_update(blob)
     return _whole_branch(blob, "adapter")
 
 
@@ -80,7 +77,7 @@ def encode_update(update: Update, sent: Broadcast, dtype: WireDtype) -> bytes:
         sent: What the client was sent, as it arrived there.
         dtype: Of the tensors on their way.
     """
-    return _packed(update.payload, update.cores or {}, _returned(sent), dtype)
+    return _packed(update.payload, update.cores or {}, returned_parts(sent), dtype)
 
 
 def decode_update(data: bytes, update: Update, sent: Broadcast) -> Update:
@@ -94,9 +91,9 @@ def decode_update(data: bytes, update: Update, sent: Broadcast) -> Update:
     Raises:
         WireError: If ``data`` was cut off, altered or written by something else, or does not fit ``sent``.
     """
-    blob, parts = unpack(data), _returned(sent)
-    _require_update(blob)
-    if parts == _Parts():
+    blob, parts = unpack(data), returned_parts(sent)
+    require_update(blob)
+    if parts == Parts():
         return replace(update, payload=_whole_branch(blob, "adapter"), up_bytes=len(data))
     payload: dict[str, LoraFactors] = {}
     cores: dict[str, Tensor] = {}
@@ -108,8 +105,8 @@ def decode_update(data: bytes, update: Update, sent: Broadcast) -> Update:
             )
         B = found.get("B")
         if parts.mask is not None and B is not None:
-            found["B"] = _unmasked(B, parts.mask, module, sent.trainable[module].B)
-        payload[module] = _put_back(found, sent.trainable[module], scaling)
+            found["B"] = unmasked(B, parts.mask, module, sent.trainable[module].B)
+        payload[module] = put_back(found, sent.trainable[module], scaling)
         if (core := found.get("core")) is not None:
             cores[module] = core
     return replace(update, payload=payload, cores=cores or None, up_bytes=len(data))
@@ -120,18 +117,18 @@ def received_update(update: Update, sent: Broadcast, dtype: WireDtype) -> Update
 
     A module that does not fit what was sent is passed on as it is, for ``check_update`` to name.
     """
-    parts = _returned(sent)
+    parts = returned_parts(sent)
     payload: dict[str, LoraFactors] = {}
     for module, one in sorted(update.payload.items()):
         own = sent.trainable.get(module)
-        if parts == _Parts() or own is None or (one.A.shape, one.B.shape) != (own.A.shape, own.B.shape):
+        if parts == Parts() or own is None or (one.A.shape, one.B.shape) != (own.A.shape, own.B.shape):
             payload[module] = LoraFactors(_on_wire(one.A, dtype), _on_wire(one.B, dtype), float(one.scaling))
             continue
         found = {name: _on_wire(getattr(one, name), dtype) for name in parts.names if name != "core"}
         if parts.mask is not None and "B" in found:
             chosen = mask_of(parts.mask, module, (own.B.shape[0], own.B.shape[1]))
             found["B"] = found["B"] * chosen
-        payload[module] = _put_back(found, own, float(one.scaling))
+        payload[module] = put_back(found, own, float(one.scaling))
     cores = None
     if "core" in parts.names:
         cores = {module: _on_wire(core, dtype) for module, core in sorted((update.cores or {}).items())}
@@ -150,14 +147,14 @@ def update_size(update: Update | None, sent: Broadcast, dtype: WireDtype) -> int
     cores = (sent.cores if update is None else update.cores) or {}
     modules = tuple((name, *one.shape, one.rank, one.scaling) for name, one in sorted(payload.items()))
     sizes = tuple((name, *core.shape) for name, core in sorted(cores.items()))
-    return _size_of(modules, sizes, _returned(sent), dtype)
+    return _size_of(modules, sizes, returned_parts(sent), dtype)
 
 
 @lru_cache
 def _size_of(
     modules: tuple[tuple[str, int, int, int, float], ...],
     cores: tuple[tuple[str, int, int], ...],
-    parts: _Parts,
+    parts: Parts,
     dtype: WireDtype,
 ) -> int:
     adapter = {
@@ -169,11 +166,11 @@ def _size_of(
 
 def encode_broadcast(broadcast: Broadcast, dtype: WireDtype) -> bytes:
     """Return what the server sends to one client as bytes, every tensor in ``dtype``."""
-    parts = _dispatched(broadcast)
+    parts = dispatched_parts(broadcast)
     tensors = dict(_tensors("trainable", broadcast.trainable, broadcast.cores or {}, parts, dtype))
     scalings = {"trainable": _scalings(broadcast.trainable)}
     if broadcast.frozen is not None:
-        tensors = {**dict(_tensors("frozen", broadcast.frozen, {}, _Parts(), dtype)), **tensors}
+        tensors = {**dict(_tensors("frozen", broadcast.frozen, {}, Parts(), dtype)), **tensors}
         scalings["frozen"] = _scalings(broadcast.frozen)
     return pack(Blob(tensors, scalings, _fields(broadcast)))
 
@@ -230,22 +227,10 @@ def _made(module: str, blob: Blob, broadcast: Broadcast, scaling: float) -> Lora
     known, mask, travelled = broadcast.known_A, broadcast.mask, blob.tensors[f"trainable/{module}.B"]
     whole = torch.zeros(out_features, rank, dtype=travelled.dtype)
     A = blob.tensors[f"trainable/{module}.A"] if known is None else known_rows(known, module, rank, in_features)
-    B = travelled if mask is None else _unmasked(travelled, mask, module, whole)
+    B = travelled if mask is None else unmasked(travelled, mask, module, whole)
     if tuple(A.shape) != (rank, in_features) or tuple(B.shape) != (out_features, rank):
         raise WireError(f"{module}: the payload must hold A [rank, in_features] and B [out_features, rank]")
     return LoraFactors(A, B, scaling)
-
-
-def _returned(sent: Broadcast) -> _Parts:
-    """Return what travels back of a broadcast."""
-    trained = {"both": ("A", "B"), "A": ("A",), "B": ("B",), "core": ("core",)}[sent.train_factors]
-    return _Parts(tuple(name for name in trained if name != sent.kept), sent.mask)
-
-
-def _dispatched(broadcast: Broadcast) -> _Parts:
-    """Return what travels of the trainable branch of a broadcast."""
-    names = ("B",) if broadcast.known_A is not None else ("A", "B")
-    return _Parts((*names, "core") if broadcast.train_factors == "core" else names, broadcast.mask)
 
 
 def _fields(broadcast: Broadcast) -> dict[str, Any]:
@@ -265,13 +250,13 @@ def _fields(broadcast: Broadcast) -> dict[str, Any]:
     return fields
 
 
-def _packed(adapter: AdapterState, cores: Mapping[str, Tensor], parts: _Parts, dtype: WireDtype) -> bytes:
+def _packed(adapter: AdapterState, cores: Mapping[str, Tensor], parts: Parts, dtype: WireDtype) -> bytes:
     tensors = dict(_tensors("adapter", adapter, cores, parts, dtype))
     return pack(Blob(tensors, {"adapter": _scalings(adapter)}, {}))
 
 
 def _tensors(
-    branch: str, adapter: AdapterState, cores: Mapping[str, Tensor], parts: _Parts, dtype: WireDtype
+    branch: str, adapter: AdapterState, cores: Mapping[str, Tensor], parts: Parts, dtype: WireDtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield name and value of every tensor of a branch that travels."""
     for module, factors in sorted(adapter.items()):
@@ -280,9 +265,7 @@ def _tensors(
             if name not in found:
                 continue
             tensor = _on_wire(found[name], dtype)
-            if name == "B" and parts.mask is not None:
-                tensor = tensor[mask_of(parts.mask, module, (tensor.shape[0], tensor.shape[1]))]
-            yield f"{branch}/{module}.{name}", tensor
+            yield f"{branch}/{module}.{name}", masked(tensor, parts.mask, module) if name == "B" else tensor
 
 
 def _scalings(adapter: AdapterState) -> dict[str, float]:
@@ -293,36 +276,10 @@ def _on_wire(factor: Tensor, dtype: WireDtype) -> Tensor:
     return factor.detach().to(device="cpu", dtype=_DTYPES[dtype]).contiguous()
 
 
-def _unmasked(values: Tensor, mask: SparseMask, module: str, like: Tensor) -> Tensor:
-    """Return a ``B`` that is zero but for the values at the chosen entries."""
-    chosen = mask_of(mask, module, (like.shape[0], like.shape[1]))
-    if values.ndim != 1 or values.shape[0] != int(chosen.sum()):
-        raise WireError(f"{module}: a masked B must hold {int(chosen.sum())} values; got {tuple(values.shape)}")
-    B = torch.zeros(like.shape, dtype=values.dtype)
-    B[chosen] = values
-    return B
-
-
-def _fits(module: str, found: Mapping[str, Tensor | None], sent: Broadcast, parts: _Parts) -> bool:
+def _fits(module: str, found: Mapping[str, Tensor | None], sent: Broadcast, parts: Parts) -> bool:
     """Return whether what travelled of a module has the shapes that were sent."""
-    own = sent.trainable[module]
-    shapes = {"A": tuple(own.A.shape), "B": tuple(own.B.shape), "core": (own.rank, own.rank)}
-    if parts.mask is not None:
-        shapes["B"] = (num_chosen(parts.mask, (own.B.shape[0], own.B.shape[1])),)
+    shapes = part_shapes(sent.trainable[module], parts)
     return all(tensor is not None and tuple(tensor.shape) == shapes[name] for name, tensor in found.items())
-
-
-def _put_back(found: Mapping[str, Tensor | None], sent: LoraFactors, scaling: float) -> LoraFactors:
-    """Return factors with what did not travel as it was sent."""
-    A, B = found.get("A"), found.get("B")
-    return LoraFactors(sent.A if A is None else A, sent.B if B is None else B, scaling)
-
-
-def _require_update(blob: Blob) -> None:
-    if set(blob.scalings) != {"adapter"}:
-        raise WireError(
-            f"an adapter was expected, but the payload holds {sorted(blob.scalings)}; it is another message"
-        )
 
 
 def _whole_branch(blob: Blob, branch: str) -> dict[str, LoraFactors]:

@@ -22,6 +22,7 @@ from flexlora.federation.streams import stream_seed
 from flexlora.lora.factors import LoraFactors
 from flexlora.training.base_model import target_modules
 from flexlora.training.one_client import LocalTraining, train_client
+from flexlora.uplink.compression import Compression, compressed_size, read_compressed
 from flexlora.uplink.wire import encode_update
 
 PLAN = RankPlan("plan", (("q_proj|down_proj", 3),))
@@ -143,12 +144,15 @@ def test_every_client_trains_from_its_own_broadcast(engine, model, adapter, orde
         assert update.down_bytes == len(order.parcels[client.client_id].packet)
 
 
-@pytest.mark.parametrize("kind", ["kept", "core"])
+@pytest.mark.parametrize("kind", ["kept", "core", "compressed"])
 def test_processes_train_the_same_bits_with_what_is_a_clients_own(engine, model, adapter, order_of, kind, monkeypatch):
     order = own_order(order_of, adapter, kept={"cyd": {path: 2 * own.B for path, own in adapter.items()}})
     if kind == "core":
         sent = Broadcast(adapter, train_factors="core", cores={path: torch.eye(3) for path in adapter})
         order = order_of(1, COHORT, {PLAN: sent})
+    if kind == "compressed":
+        kept = {f"residual/{path}.{name}": getattr(own, name) for path, own in adapter.items() for name in ("A", "B")}
+        order = order_of(1, COHORT, {PLAN: Broadcast(adapter)}, compression=Compression(4, True), kept={"cyd": kept})
     # One step of a client has at most 24 tokens: a chunk for each.
     monkeypatch.setattr("flexlora.engines.chunks._STEP_TOKENS", {"cpu": (1, 1)})
     children = ChildProcesses(model, ["cpu"], 1, seconds_before_children=0.0)
@@ -178,6 +182,30 @@ def test_processes_train_the_same_bits_with_what_is_a_clients_own(engine, model,
             mine, theirs = getattr(expected, name), getattr(found, name)
             assert (mine is None) == (theirs is None)
             assert all(torch.equal(theirs[path], tensor) for path, tensor in (mine or {}).items())
+
+
+def test_compressed_updates_are_what_travels_and_their_clients_remember_the_rest(engine, adapter, order_of):
+    how, sent = Compression(8, True), Broadcast(adapter)
+    whole = list(engine.train(order_of(1, COHORT, {PLAN: sent})))
+    first = list(engine.train(order_of(1, COHORT, {PLAN: sent}, compression=how)))
+    assert {update.up_bytes for update in first} == {compressed_size(sent, how)}
+    for update, plain in zip(first, whole, strict=True):
+        again = read_compressed(update.packet, update, sent, how)
+        for path, own in update.payload.items():
+            assert torch.equal(again.payload[path].A, own.A) and torch.equal(again.payload[path].B, own.B)
+            change = (plain.payload[path].B - adapter[path].B).abs().max()
+            assert (own.B - plain.payload[path].B).abs().max() <= change / 127 * 1.001
+            error = (plain.payload[path].delta() - own.delta()).float()
+            left = update.kept[f"residual/{path}.B"] @ update.kept[f"residual/{path}.A"]
+            assert torch.allclose(error, left, atol=1e-5)
+    # Each client rounds in its own way, and in another one each round.
+    kept = {update.client_id: update.kept for update in first}
+    second = list(engine.train(order_of(1, COHORT, {PLAN: sent}, compression=how, kept=kept)))
+    without = list(engine.train(order_of(1, COHORT, {PLAN: sent}, compression=how)))
+    for update, plain, expected in zip(second, without, first, strict=True):
+        path = next(iter(adapter))
+        assert torch.equal(plain.payload[path].B, expected.payload[path].B)
+        assert not torch.equal(update.payload[path].B, plain.payload[path].B)
 
 
 def test_a_task_holds_what_its_clients_need_and_no_more(engine, adapter, order_of, monkeypatch):

@@ -29,6 +29,14 @@ def test_options_settings_label_clients_and_rate_are_read() -> None:
     assert (arm.clients, arm.learning_rate) == ("largest", 0.5)
 
 
+def test_how_updates_travel_may_differ_between_arms() -> None:
+    text = "aligned,four=aligned:rounds.upload_bits=4:rounds.error_feedback=true,secure=aligned:privacy.secure_sum={}"
+    settings = [arm.settings for arm in read_arms(text)]
+    assert settings == [(), ("rounds.upload_bits=4", "rounds.error_feedback=true"), ("privacy.secure_sum={}",)]
+    with pytest.raises(FlexLoraError, match=r"rounds\.cohort_size of .* belongs to the draw"):
+        read_arms("aligned:rounds.cohort_size=3")
+
+
 def test_an_entry_without_a_label_is_called_as_it_is_written() -> None:
     assert [arm.label for arm in read_arms("flexlora:fold_tail=true, flexlora")] == [
         "flexlora:fold_tail=true",

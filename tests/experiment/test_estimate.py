@@ -69,7 +69,7 @@ def test_trained_numbers_and_transfers_follow_from_the_shapes(estimate: Estimate
     assert row.cost.num_trainable == expected
     # Four bytes a number, and headers.
     assert 4 * expected < row.cost.transfer_bytes < 4 * expected + 200 * 2 * len(base_shapes())
-    assert row.down_bytes == row.cost.transfer_bytes
+    assert row.down_bytes == row.cost.transfer_bytes == row.cost.up_bytes
 
 
 def test_facts_count_clients_rounds_and_traffic(estimate: Estimate) -> None:

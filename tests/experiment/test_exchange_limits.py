@@ -23,6 +23,7 @@ def config_of(**sections: object) -> Config:
         ({"method": {"name": "fs_lora"}}, "method.name=fs_lora sends every client something of its own"),
         ({"devices": {"profiles": "built_in"}}, "simulated devices"),
         ({"rounds": {"patience": 2}}, "the server has no data"),
+        ({"rounds": {"upload_bits": 8}}, "set rounds.upload_bits=null"),
         ({"rounds": {"cohort_size": 3}}, "everybody who replies takes part"),
         ({"privacy": {"secure_sum": {}}, "method": {"name": "aligned"}}, "the server sees every update"),
         ({"deployment": {"min_clients": 3}}, "say --min-clients"),

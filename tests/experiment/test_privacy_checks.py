@@ -36,6 +36,7 @@ def test_a_method_that_needs_single_updates_is_refused_by_name(name):
 @pytest.mark.parametrize(
     ("secure_sum", "sections", "message"),
     [
+        ({}, {"method": {"name": "aligned"}, "rounds": {"upload_bits": 4}}, "rounds.upload_bits=4 rounds each update"),
         (
             {"sketch_columns": 8},
             {"method": {"name": "aligned"}},

@@ -18,7 +18,7 @@ from flexlora.rounds.records import EvaluationRecord, ReferencesRecord, RoundRec
 def test_an_estimate_shows_names_of_types_devices_and_files_as_they_are(
     console: Console, shown: Callable[[Console], str], names: tuple[str, ...]
 ) -> None:
-    cost, device_cost = ClientCost(1, 2, 3, 4.0), DeviceCost(1, 2, 3, 4.0, 5.0, 6.0)
+    cost, device_cost = ClientCost(1, 2, 3, 3, 4.0), DeviceCost(1, 2, 3, 4.0, 5.0, 6.0)
     types = [ClientEstimate(name, {f"{name}.q_proj": 8, "v_proj": 4}, 3, cost, 5) for name in names]
     devices = [
         DeviceEstimate(name, "", {}, 1, 9.0, device_cost, "memory", {f"type {name}": "memory"}) for name in names
@@ -30,7 +30,7 @@ def test_an_estimate_shows_names_of_types_devices_and_files_as_they_are(
 
 @pytest.mark.parametrize("width", [60, 120])
 def test_what_a_plan_prints_is_whole_at_any_width(width: int, names: tuple[str, ...]) -> None:
-    cost, device_cost = ClientCost(123_456, 2 * 10**9, 3 * 10**8, 4.0), DeviceCost(1, 2, 3, 4.0, 5.0, 6.0)
+    cost, device_cost = ClientCost(123_456, 2 * 10**9, 3 * 10**8, 3 * 10**8, 4.0), DeviceCost(1, 2, 3, 4.0, 5.0, 6.0)
     types = [ClientEstimate(name, {"q_proj": 8, "v_proj": 4}, 3000, cost, 5 * 10**8) for name in names]
     devices = [DeviceEstimate(name, "", {}, 1, 9.0, device_cost, "memory", {}) for name in names]
     console = Console(file=StringIO(), force_terminal=True, color_system=None, width=width, emoji=False)

@@ -161,7 +161,7 @@ def clocked(loop: Loop, policy: Policy, **changes: object) -> Loop:
         for name in SECONDS
     }
     clients = [dataclasses.replace(client, device=client.plan.name) for client in loop.federation.clients]
-    clock = Clock(profiles, lambda client: ClientCost(1, 10, 1, SECONDS[client.device]), policy, loop.settings.seed)
+    clock = Clock(profiles, lambda client: ClientCost(1, 10, 1, 1, SECONDS[client.device]), policy, loop.settings.seed)
     return dataclasses.replace(loop, federation=dataclasses.replace(loop.federation, clients=clients), clock=clock)
 
 

@@ -21,7 +21,7 @@ def clock_of(policy: Policy, **changes: object) -> Clock:
         name: dataclasses.replace(DeviceProfile(name, 1000.0, 1.0, 1.0, 1.0), **changes)  # type: ignore[arg-type]
         for name in SECONDS
     }
-    return Clock(profiles, lambda client: ClientCost(1, 10, 0, SECONDS[client.device]), policy, 0)
+    return Clock(profiles, lambda client: ClientCost(1, 10, 0, 0, SECONDS[client.device]), policy, 0)
 
 
 def no_bytes(plan: RankPlan) -> tuple[int, int]:

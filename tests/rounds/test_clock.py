@@ -27,7 +27,7 @@ BOX = DeviceProfile("box", 1000.0, 1.0, 100.0, 50.0, latency_seconds=0.5)
 
 
 def clock_of(policy: Policy, *profiles: DeviceProfile, memory: int = 10, seconds: float = 4.0, seed: int = 0) -> Clock:
-    cost = ClientCost(num_trainable=1, memory_bytes=memory, transfer_bytes=1, train_seconds=seconds)
+    cost = ClientCost(num_trainable=1, memory_bytes=memory, transfer_bytes=1, up_bytes=1, train_seconds=seconds)
     return Clock({profile.name: profile for profile in profiles or (BOX,)}, lambda client: cost, policy, seed)
 
 

@@ -1,7 +1,12 @@
 """Costs by hand: memory, traffic and time of small shapes."""
 
-import pytest
+from typing import Literal
 
+import pytest
+import torch
+
+from flexlora.federation.messages import Broadcast
+from flexlora.lora.factors import LoraFactors
 from flexlora.rounds.costs import (
     HEADER_BYTES_PER_TENSOR,
     STEP_EFFICIENCY,
@@ -13,6 +18,7 @@ from flexlora.rounds.costs import (
     tail_bytes,
 )
 from flexlora.rounds.devices import DeviceProfile
+from flexlora.uplink.compression import Compression, compressed_size
 
 SHAPES = {"attn": (12, 8), "mlp": (20, 8)}
 BASE = BaseShape(
@@ -31,6 +37,16 @@ def test_a_client_pays_for_weights_factors_activations_and_logits(optimizer: str
     assert cost.memory_bytes == 1000 * 2 + trained * 4 * copies + kept + 10 * 30 * 4 * 3
     assert cost.transfer_bytes == trained * 2 + 4 * HEADER_BYTES_PER_TENSOR
     assert cost.train_seconds == pytest.approx(600 * (4 * 1000 + 6 * trained) / (1e6 * STEP_EFFICIENCY))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_updates_cost_what_they_take_on_the_way(bits: Literal[8, 4]) -> None:
+    shapes = {f"model.layers.{number}.self_attn.q_proj": (96, 300) for number in range(4)}
+    work = LocalWork(num_tokens=10, batch_tokens=5, answer_tokens=2, optimizer="sgd")
+    cost = client_cost(BASE, dict.fromkeys(shapes, 5), shapes, work, 1e6, 4, bits)
+    sent = Broadcast({name: LoraFactors(torch.zeros(5, 300), torch.zeros(96, 5), 1.0) for name in shapes})
+    assert cost.up_bytes == pytest.approx(compressed_size(sent, Compression(bits)), rel=0.05)
+    assert cost.transfer_bytes == client_cost(BASE, dict.fromkeys(shapes, 5), shapes, work, 1e6, 4).up_bytes
 
 
 def test_a_device_trains_at_the_rate_of_its_profile_and_pays_latency_both_ways() -> None:

@@ -25,7 +25,7 @@ from flexlora.engines.process_layout import choose_processes
 from flexlora.engines.simulation import SimulationEngine, reason_of
 from flexlora.errors import FlexLoraError
 from flexlora.federation.clients import ClientSpec, RankPlan
-from flexlora.federation.messages import Broadcast, ClientFailure
+from flexlora.federation.messages import Broadcast, ClientFailure, KeptFactors
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.base_digest import base_digest
 from flexlora.training.base_model import load_base_model
@@ -66,6 +66,8 @@ class ClientWork:
         self._plan: RankPlan | None = own.plan
         # The engine that holds what was trained for the further phases of a round, and that round.
         self._holding: tuple[SimulationEngine, int] | None = None
+        # What rounding lost of the last update; gone with this process, which costs accuracy and nothing else.
+        self._kept: KeptFactors | None = None
 
     def answer(self, request: bytes) -> bytes:
         """Return the reply to a request; anything that goes wrong is a reply of kind ``failure``, never an error.
@@ -101,7 +103,7 @@ class ClientWork:
         """Return the base model, with everything ready for a run."""
         if self._run == run and self._model is not None:
             return self._model
-        self._holding = None
+        self._holding = self._kept = None
         self._check_base_name(run)
         model = self._loaded(run)
         if self._digest != run.base_sha256:
@@ -201,6 +203,8 @@ class ClientWork:
             cohort=(client,),
             parcels={client_id: Parcel(sent, run.wire_dtype, asked.payload)},
             phases=phases,
+            kept={client_id: self._kept} if self._kept else {},
+            compression=run.compression,
         )
         engine = SimulationEngine(model, lambda _: self._examples, run.training.settings(), self._train_one)
         (outcome,) = engine.train(order)
@@ -210,12 +214,14 @@ class ClientWork:
         if outcome.is_held:
             self._holding = engine, server_round
             return Envelope("held", {**_echo(asked), **told, "base_sha256": self._digest})
+        self._kept = outcome.kept
+        packet = encode_update(outcome, sent, run.wire_dtype) if outcome.packet is None else outcome.packet
         told |= {
             "metrics": dict(outcome.metrics),
             "train_seconds": outcome.train_seconds,
             "base_sha256": self._digest,
         }
-        return Envelope("update", {**_echo(asked), **told}, encode_update(outcome, sent, run.wire_dtype))
+        return Envelope("update", {**_echo(asked), **told}, packet)
 
     def _replied(self, asked: Envelope) -> Envelope:
         """Return the answer to a request of a further phase of the round that this client has trained in."""

@@ -12,6 +12,7 @@ from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import ClientFailure, Reply, Update
 from flexlora.patterns import PatternError, bounded_pattern
 from flexlora.text import printable
+from flexlora.uplink.compression import compressed_size, read_compressed
 from flexlora.uplink.wire import WireError, decode_update, update_size
 
 _STAGES = ("refused", "broadcast", "train", "upload")
@@ -126,7 +127,9 @@ def update_of(reply: Envelope, client: ClientSpec, order: RoundOrder, run: RunSe
     if order.phases is not None:
         return _held(reply, client, run, down_bytes)
     sent = order.parcel_of(client).arrived
-    most = update_size(None, sent, order.wire_dtype) + _SPARE_BYTES
+    how = order.compression
+    size = update_size(None, sent, order.wire_dtype) if how is None else compressed_size(sent, how)
+    most = size + _SPARE_BYTES
     try:
         if reply.kind != "update":
             raise EnvelopeError(f"an update was expected; the client answered {reply.kind!r:.60}")
@@ -141,7 +144,9 @@ def update_of(reply: Envelope, client: ClientSpec, order: RoundOrder, run: RunSe
             down_bytes=down_bytes,
             train_seconds=max(0.0, _finite(reply.fields.get("train_seconds")) or 0.0),
         )
-        return decode_update(reply.payload, own, sent)
+        return (
+            decode_update(reply.payload, own, sent) if how is None else read_compressed(reply.payload, own, sent, how)
+        )
     except (EnvelopeError, WireError) as error:
         return failed("validate", str(error))
 

@@ -13,6 +13,7 @@ from flexlora.data.prompt_templates import Template
 from flexlora.data.prompts import LossOn
 from flexlora.engines.flower.envelope import EnvelopeError
 from flexlora.training.one_client import LocalTraining
+from flexlora.uplink.compression import Compression
 from flexlora.uplink.wire import WireDtype
 
 _Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -61,6 +62,8 @@ class RunSettings(BaseModel):
         label_column: Column with labels, None without.
         unseen_labels: Labels whose rows no client trains on.
         wire_dtype: Dtype of factors on their way.
+        upload_bits: Of a number on its way to the server, where updates are compressed.
+        error_feedback: Whether clients add what that loses to their next update.
         training: How clients train.
     """
 
@@ -83,7 +86,14 @@ class RunSettings(BaseModel):
     label_column: str | None = None
     unseen_labels: tuple[str, ...] = ()
     wire_dtype: WireDtype
+    upload_bits: Literal[8, 4] | None = None
+    error_feedback: bool = False
     training: LocalTrainingRecord
+
+    @property
+    def compression(self) -> Compression | None:
+        """How updates are made smaller than ``wire_dtype``."""
+        return None if self.upload_bits is None else Compression(self.upload_bits, self.error_feedback)
 
 
 def training_record(settings: LocalTraining) -> LocalTrainingRecord:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from flexlora.federation.clients import ClientSpec
 from flexlora.federation.messages import Broadcast, Update
 from flexlora.training.adapted_model import AdaptedModel
 from flexlora.training.one_client import LocalTraining
-from flexlora.uplink.wire import decode_update, encode_broadcast
+from flexlora.uplink.compression import compressed_size, read_compressed
+from flexlora.uplink.wire import decode_broadcast, decode_update, encode_broadcast
 
 TRAINING = LocalTraining(batch_size=4, max_steps=2)
 SEED, RANK = 7, 3
@@ -49,6 +51,29 @@ def test_a_client_is_described_without_its_data(silos: Path, flower_run: RunSett
     assert described.fields["plan"] == {"name": "rank-3", "patterns": [list(one) for one in uniform_plan(3).patterns]}
     assert described.fields["base_sha256"] == flower_run.base_sha256
     assert "north 3" not in json.dumps(dict(described.fields)) and described.payload == b""
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_compressed_updates_are_those_of_the_simulation(
+    silos: Path, flower_run: RunSettings, broadcast: Broadcast, bits: Literal[8, 4]
+) -> None:
+    run = flower_run.model_copy(update={"upload_bits": bits, "error_feedback": True})
+    work, packet = ClientWork(settings_of(silos)), encode_broadcast(broadcast, "bfloat16")
+    replies = [asked(work, "train", run, packet, learning_rate=0.01) for _ in range(2)]
+    fresh = asked(ClientWork(settings_of(silos)), "train", run, packet, learning_rate=0.01)
+    how = run.compression
+    assert how is not None
+    assert len(replies[0].payload) == compressed_size(decode_broadcast(packet), how)
+    assert replies[0].payload == fresh.payload
+    # What the first one lost is in the second one.
+    assert replies[1].payload != fresh.payload
+    whole = asked(work, "train", flower_run, packet, learning_rate=0.01)
+    first = read_compressed(replies[0].payload, Update("north", {}, 1.0), decode_broadcast(packet), how)
+    expected = decode_update(whole.payload, Update("north", {}, 1.0), broadcast)
+    for module, factors in expected.payload.items():
+        change = (factors.B.float() - broadcast.trainable[module].B).abs().max()
+        error = (first.payload[module].B - factors.B.float()).abs().max()
+        assert error <= change / (2 ** (bits - 1) - 1) + 2**-7
 
 
 def test_training_gives_what_the_simulation_of_the_same_folder_gives(

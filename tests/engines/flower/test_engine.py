@@ -17,7 +17,9 @@ from flexlora.engines.flower.nodes import ClientNodes
 from flexlora.engines.flower.records import FACTORS, to_records
 from flexlora.engines.flower.run_settings import RunSettings
 from flexlora.federation.clients import ClientSpec
+from flexlora.federation.message_checks import check_update
 from flexlora.federation.messages import Broadcast, ClientFailure, Reply, Update
+from flexlora.uplink.compression import Compression, compressed_size
 from flexlora.uplink.phase_messages import message
 from flexlora.uplink.secure_sum import SecureSum
 from flexlora.uplink.wire import decode_broadcast, encode_update
@@ -73,6 +75,33 @@ def test_updates_come_in_cohort_order_with_the_bytes_that_travelled(engine: Flow
     assert north.down_bytes == len(order.parcel_of(order.cohort[0]).packet)
     assert north.up_bytes == len(encode_update(north, order.parcel_of(order.cohort[0]).arrived, "bfloat16"))
     assert north.metrics["steps"] == 2 and north.weight == 20.0
+
+
+def test_compressed_updates_arrive_in_the_bytes_announced_and_whole_ones_are_refused(
+    grid: Any,
+    flower_run: RunSettings,
+    order_of: Callable[..., RoundOrder],
+    first_broadcast: Callable[[int], Broadcast],
+) -> None:
+    run = flower_run.model_copy(update={"upload_bits": 4})
+    nodes = ClientNodes(grid, run)
+    assert nodes.wait_for(lambda names: len(names) == 2, 60)
+    engine = FlowerEngine(grid, run, nodes, Patience(rejoin_seconds=0.0))
+    cohort = [found.spec for found in engine.nodes.connected().values()]
+    broadcasts = {client.plan: first_broadcast(max(rank for _, rank in client.plan.patterns)) for client in cohort}
+    how = Compression(4)
+    order = order_of(1, cohort, broadcasts, seed=7, wire_dtype="bfloat16", compression=how)
+    for client, update in zip(cohort, engine.train(order), strict=True):
+        assert isinstance(update, Update), update
+        sent = order.parcel_of(client).arrived
+        assert update.up_bytes == compressed_size(sent, how)
+        check_update(update, sent, {name: own.shape for name, own in sent.trainable.items()})
+        assert any(own.B.any() for own in update.payload.values())
+    eight = dataclasses.replace(order, compression=Compression(8))
+    refused = list(engine.train(eight))
+    assert all(
+        isinstance(one, ClientFailure) and "8 bits a number was expected; got 4" in one.reason for one in refused
+    )
 
 
 def test_a_round_gives_the_same_twice(engine: FlowerEngine, order: RoundOrder) -> None:
