@@ -66,7 +66,7 @@ class ClientWork:
         self._plan: RankPlan | None = own.plan
         # The engine that holds what was trained for the further phases of a round, and that round.
         self._holding: tuple[SimulationEngine, int] | None = None
-        # What rounding lost of the last update; gone with this process, which costs accuracy and nothing else.
+        # What rounding lost of the last update; lost itself if this process ends, which costs accuracy only.
         self._kept: KeptFactors | None = None
 
     def answer(self, request: bytes) -> bytes:
