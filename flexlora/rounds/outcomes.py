@@ -84,7 +84,7 @@ def checked(
         if isinstance(outcome, Update):
             if outcome.kept is not None:
                 kept[client.client_id] = outcome.kept
-            yield dataclasses.replace(outcome, kept=None)
+            yield dataclasses.replace(outcome, kept=None, packet=None)
     for client_id, client in sorted(due.items()):
         record(client, ClientFailure(client_id, "train", "the engine gave no outcome for this client"))
 
