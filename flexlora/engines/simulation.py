@@ -179,7 +179,8 @@ class SimulationEngine:
                 packet, remembered = compressed(own, sent, order.compression, rng, before)
                 update = read_compressed(packet, own, sent, order.compression)
                 update = dataclasses.replace(update, packet=packet)
-                kept = {**(kept or {}), **remembered} or None
+                if order.compression.error_feedback:
+                    kept = {**(kept or {}), **remembered}
             elif order.phases is None:
                 update = received_update(own, sent, order.wire_dtype)
             else:

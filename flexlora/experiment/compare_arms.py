@@ -24,7 +24,7 @@ RANKS_OF = ("own", "smallest", "largest", "only_largest")
 """What ``clients`` of an arm may be, besides the name of a client type."""
 
 ALLOWED_SETTINGS = (
-    "training.",
+    "training",
     "lora.scaling",
     "lora.lora_alpha",
     "rounds.wire_dtype",
@@ -33,8 +33,8 @@ ALLOWED_SETTINGS = (
     "rounds.robust",
     "privacy.secure_sum",
 )
-"""Settings an arm may have of its own, by how they begin: how clients train, and how their updates travel and are
-combined. All others belong to the draw, which all arms share."""
+"""Settings and sections an arm may have of its own: how clients train, and how their updates travel and are combined.
+All others belong to the draw, which all arms share."""
 
 RUNS_TO_ITS_END = "rounds.patience=null"
 """A setting of every arm, whatever the configuration says: curves of one length can be compared."""
@@ -190,7 +190,7 @@ def _label_of(body: str) -> str:
 
 
 def _own_setting(entry: str, key: str, value: str) -> str:
-    if not key.startswith(ALLOWED_SETTINGS):
+    if not any(key == own or key.startswith(f"{own}.") for own in ALLOWED_SETTINGS):
         raise CompareError(
             f"--methods: {key} of {entry!r} belongs to the draw, which all methods share; set it for all of them "
             f"(KEY=VALUE behind CONFIG), an entry may only set {', '.join(ALLOWED_SETTINGS)}"

@@ -60,7 +60,8 @@ def pooled(loop: Loop, loaded: LoadedRun) -> Loop:
     settings: LocalTraining = dataclasses.replace(training, max_steps=num_steps, num_epochs=1e9)
     engine = SimulationEngine(loaded.model, lambda client_id: pooled, settings, loaded.train_one)
     # One machine is none of the simulated devices, and nobody waits for it.
-    return dataclasses.replace(loop, engine=engine, clock=None)
+    federation = dataclasses.replace(loop.federation, compression=None)
+    return dataclasses.replace(loop, engine=engine, clock=None, federation=federation)
 
 
 class PooledExamples(Sequence[EncodedExample]):

@@ -205,15 +205,15 @@ class RoundsConfig(Section):
     upload_bits: Literal[8, 4] | None = Field(
         default=None,
         description=(
-            "Bits of a number on its way to the server: what training changed is rounded at random, right in the mean; "
-            "null sends factors in `wire_dtype`."
+            "Bits per number in what clients send: what training changed is rounded at random, correct on average; null "
+            "sends factors in `wire_dtype`."
         ),
     )
     error_feedback: bool = Field(
         default=False,
         description=(
-            "Clients remember what `upload_bits` lost of their product and add it to their next update; it pays where "
-            "they come back often."
+            "Clients add what `upload_bits` lost of their product to their next update; not for methods whose clients "
+            "keep a factor."
         ),
     )
 

@@ -112,8 +112,20 @@ def _compression_disagreements(config: Config) -> Iterator[str]:
             f"rounds.upload_bits={bits} rounds each update on its own, and under privacy.secure_sum updates travel in "
             "a fixed point of privacy.secure_sum.word_bits; set rounds.upload_bits=null"
         )
-    if config.rounds.error_feedback and bits is None:
+    if not config.rounds.error_feedback:
+        return
+    if bits is None:
         yield "rounds.error_feedback is about what rounds.upload_bits loses; set rounds.upload_bits to 8 or 4"
+    if config.method.traits().personal:
+        yield (
+            f"rounds.error_feedback corrects products, and clients of method.name={config.method.name} send one factor "
+            "only; set rounds.error_feedback=false"
+        )
+    if config.rounds.robust is not None:
+        yield (
+            "rounds.error_feedback adds to an update what was lost of the last one, and with rounds.robust its client "
+            "cannot know whether that one counted; set rounds.error_feedback=false or rounds.robust=null"
+        )
 
 
 def _data_disagreements(config: Config) -> Iterator[str]:

@@ -162,6 +162,12 @@ def estimate_experiment(config: Config) -> Estimate:
     devices = _device_estimates(config, participants, workload, shapes, folded_ranks)
     notes = participants.warnings + workload.notes + ESTIMATE_NOTES + _method_notes(config, workload, shapes)
     notes += DEVICE_NOTES if devices else ()
+    if config.rounds.error_feedback:
+        numbers = sum(row.num_clients * row.cost.num_trainable for row in types)
+        notes += (
+            f"Once all clients have trained, what they remember of rounding takes {bytes_text(8 * numbers)} of memory "
+            "and of every checkpoint.",
+        )
     return Estimate(totals, types, notes, devices, _privacy(config, totals, shapes, participants))
 
 

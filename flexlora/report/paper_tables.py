@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flexlora.report.markdown_table import markdown_table
-from flexlora.report.measures import curve_of, went_wrong
+from flexlora.report.measures import MEASURES, curve_of, scores, went_wrong
 from flexlora.report.pair_statistics import PairStatistics, holm, pair_statistics
 from flexlora.report.paired import Summary
 from flexlora.report.study_details import cost_rows
@@ -33,7 +33,7 @@ SHOWN = ("flexlora", "aligned")
 SHARE_OF_PROGRESS = 0.95
 """How far on the reference's way the target of the rounds lies: on this base, the first rounds are most of the way."""
 
-ROUGE_L = "rouge_l"
+ROUGE_L = next(measure for measure in MEASURES if measure.key == "rouge_l")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RoundsToTarget:
     """How many rounds an arm took to a loss, and what they cost.
 
     Attributes:
-        rounds: Median over the draws, between evaluations by a straight line; None where fewer than half got there.
+        rounds: Median over the draws, between evaluations by a straight line; None unless more than half got there.
         num_reached: Draws that got there.
         cost: Bytes of a round, to those of the reference; 0 where no factors travel.
     """
@@ -81,15 +81,19 @@ def paper_part(summary: Summary) -> list[str]:
 
 
 def improvements(summary: Summary) -> list[Improvement]:
-    """Return what mixed ranks add to each method of `PAIRS` on each distribution; p corrected over all of them."""
+    """Return what mixed ranks add to each method of `PAIRS` on each distribution; p corrected over all of them.
+
+    A run that diverged counts as the worst of its draw, as everywhere.
+    """
     found: list[Improvement] = []
+    values = scores(summary.runs, ROUGE_L)
     for plain, mixed in PAIRS:
         for where in summary.distributions:
-            own, other = (_by_draw(summary, where, arm) for arm in (plain, mixed))
-            shared = differences(other, own)
-            if shared:
-                before, after = (statistics.fmean(values.values()) for values in (own, other))
-                found.append(Improvement(where, plain, mixed, before, after, pair_statistics(shared), None))
+            own, other = (values.get((where, arm), {}) for arm in (plain, mixed))
+            if draws := sorted(own.keys() & other.keys()):
+                before, after = (statistics.fmean(one[draw] for draw in draws) for one in (own, other))
+                pairs = pair_statistics(differences(other, own))
+                found.append(Improvement(where, plain, mixed, before, after, pairs, None))
     corrected = iter(holm([p for one in found if (p := one.pairs.p) is not None]))
     return [one if one.pairs.p is None else replace(one, p_holm=next(corrected)) for one in found]
 
@@ -100,7 +104,7 @@ def category_scores(summary: Summary, where: str, arm: str) -> dict[str, float]:
     for run in _runs(summary, where, arm):
         categories = run.get("categories")
         for name, score in categories.items() if isinstance(categories, dict) else ():
-            value = number(score.get(ROUGE_L)) if isinstance(score, dict) else None
+            value = number(score.get(ROUGE_L.key)) if isinstance(score, dict) else None
             if value is not None:
                 values[name].append(value)
     return {name: statistics.fmean(found) for name, found in sorted(values.items())}
@@ -108,7 +112,8 @@ def category_scores(summary: Summary, where: str, arm: str) -> dict[str, float]:
 
 def rounds_to_target(summary: Summary, where: str) -> list[RoundsToTarget]:
     """Return the rounds that each trained arm takes to the target of its draw; see `target_of`."""
-    targets = {run["draw"]: target_of(run) for run in _runs(summary, where, summary.reference)}
+    found = {run["draw"]: target_of(run) for run in _runs(summary, where, summary.reference)}
+    targets = {draw: target for draw, target in found.items() if target is not None}
     rows = []
     for cost in cost_rows(summary, where):
         runs = [run for run in _runs(summary, where, cost.arm) if run["rounds"] and run["draw"] in targets]
@@ -131,11 +136,11 @@ def target_of(run: Row) -> float | None:
     return losses[0.0] - SHARE_OF_PROGRESS * (losses[0.0] - min(losses.values()))
 
 
-def _first_round(run: Row, target: float | None) -> float | None:
+def _first_round(run: Row, target: float) -> float | None:
     """Return the round at which the curve of a run first comes down to a loss; None if it never does."""
     before: tuple[float, float] | None = None
     for at, loss in sorted(curve_of(run, "unseen_loss")):
-        if target is not None and loss <= target:
+        if loss <= target:
             if before is None:
                 return at
             return before[0] + (at - before[0]) * (before[1] - target) / (before[1] - loss)
@@ -197,7 +202,7 @@ def _category_lines(summary: Summary) -> Iterator[str]:
     counted = [
         (arm, *(_counted(scores[where, arm], scores[where, summary.reference]) for where in wheres)) for arm in SHOWN
     ]
-    yield from markdown_table(("categories ahead, behind", *wheres), counted)
+    yield from markdown_table(("categories ahead, equal, behind", *wheres), counted)
     yield from ("", f"<details><summary>All {len(names)} categories</summary>", "")
     columns = ["category", "base", summary.reference, *(f"{arm}, {where}" for where in wheres for arm in SHOWN)]
     first = wheres[0]
@@ -246,16 +251,12 @@ def _place(tables: Mapping[str, Sequence[RoundsToTarget]], arm: str) -> tuple[fl
 
 def _counted(own: Mapping[str, float], reference: Mapping[str, float]) -> str:
     gains = [own[name] - reference[name] for name in own.keys() & reference.keys()]
-    return f"{sum(gain > 0 for gain in gains)}, {sum(gain < 0 for gain in gains)}" if gains else NONE
+    numbers = (sum(gain > 0 for gain in gains), gains.count(0.0), sum(gain < 0 for gain in gains))
+    return ", ".join(map(str, numbers)) if gains else NONE
 
 
 def _gain(own: Mapping[str, float], reference: Mapping[str, float], name: str) -> str:
     return signed_text(own[name] - reference[name], 1) if name in own and name in reference else NONE
-
-
-def _by_draw(summary: Summary, where: str, arm: str) -> dict[int, float]:
-    scored = {run["draw"]: number((run.get("unseen") or {}).get(ROUGE_L)) for run in _runs(summary, where, arm)}
-    return {draw: value for draw, value in scored.items() if value is not None}
 
 
 def _runs(summary: Summary, where: str, arm: str) -> list[Row]:

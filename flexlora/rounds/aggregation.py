@@ -12,6 +12,7 @@ from flexlora.rounds.private import Release, privately_aggregated
 from flexlora.rounds.records import ClientRecord
 from flexlora.rounds.robust import robustly_aggregated
 from flexlora.rounds.summed import summed
+from flexlora.uplink.compression import without_memory
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class AggregatedRound:
     kept: Mapping[str, KeptFactors] = field(default_factory=dict)
     parts: Mapping[str, Any] = field(default_factory=dict)
     release: Release | None = None
+
+    @property
+    def kept_by_clients(self) -> dict[str, KeptFactors]:
+        """Return client id -> what it keeps; nothing of what rounding lost if the state has no update in it."""
+        if self.note is None:
+            return dict(self.kept)
+        others = {client_id: without_memory(kept) for client_id, kept in self.kept.items()}
+        return {client_id: kept for client_id, kept in others.items() if kept}
 
     @property
     def num_ok(self) -> int:

@@ -43,7 +43,7 @@ def run_rounds(loop: Loop) -> Outcome:
             work = cohort_work(loop, server_round, state, progress, watch)
             loop.notify(RoundEvent("cohort", server_round, len(work.clients)))
             came = aggregate_cohort(loop, server_round, work, state, watch)
-            state, progress = came.state, work.progress.keeping(came.kept)
+            state, progress = came.state, work.progress.keeping(came.kept_by_clients)
             # A cohort drawn by Poisson sampling may be empty, which is no failure.
             if work.clients:
                 progress = progress.after_updates(came.num_ok, settings.max_failed_rounds)

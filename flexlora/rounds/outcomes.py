@@ -182,7 +182,7 @@ def _validated(update: Update, sent: Broadcast, federation: Federation) -> Updat
             raise UpdateError(f"weight must be positive and finite; got {update.weight}")
         for module, factor in sorted((update.kept or {}).items()):
             if not factor.isfinite().all():
-                raise UpdateError(f"{module}: the {sent.kept} that the client keeps must be finite")
+                raise UpdateError(f"{module}: the {sent.kept or 'memory'} that the client keeps must be finite")
     except UpdateError as error:
         return ClientFailure(str(update.client_id), "validate", str(error), update.down_bytes, update.up_bytes)
     return update

@@ -6,6 +6,7 @@ bytes.
 """
 
 import json
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from flexlora.errors import FlexLoraError
 
 _METADATA_KEY = "flexlora"
 _VERSION = 1
+_LARGEST = sys.float_info.max
 
 
 class WireError(FlexLoraError, ValueError):
@@ -75,7 +77,25 @@ def unpack(data: bytes) -> Blob:
             f"the payload of {len(data)} bytes does not match its checksum or version; it was altered on the way or "
             "written by another version of flexlora"
         )
-    return Blob(tensors, content["scalings"], cast("dict[str, Any]", content["fields"]))
+    scalings, fields = content.get("scalings"), content.get("fields")
+    if not (_is_of_mappings(scalings) and isinstance(fields, dict)):
+        raise WireError(
+            f"the payload of {len(data)} bytes must have scalings, a finite number for each module, and fields; it was "
+            "not written by flexlora"
+        )
+    return Blob(tensors, scalings, cast("dict[str, Any]", fields))
+
+
+def _is_of_mappings(scalings: Any) -> bool:
+    """Return whether what a stranger may have written is branch -> module -> finite number."""
+    if not isinstance(scalings, dict):
+        return False
+    branches = cast("dict[str, Any]", scalings).values()
+    return all(isinstance(one, dict) and all(map(_is_finite, cast("dict[str, Any]", one).values())) for one in branches)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _checksum(content: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:

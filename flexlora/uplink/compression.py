@@ -7,7 +7,9 @@ right in the mean too: ``E[(B + b)(A + a)] = B A``.
 
 With error feedback a client remembers what of its product has not arrived, ``E = s B A - s B' A'`` (``A'``, ``B'`` as
 they arrived), as a change of rank at most twice its own. Next time it adds to ``B`` what ``E`` says in the directions
-of the new ``A``, by least squares: ``B <- B + E A^T (A A^T)^-1 / s``. What these directions cannot say stays
+of the new ``A``: ``B <- B + X / s`` with the ``X`` that minimises ``|E - X A|^2 + d^2 sum_j |X_j|^2 |A_j|^2``, where
+``d^2`` is the relative variance of rounding. The second term is the noise that rounding ``X`` will add; without it,
+nearly parallel rows of ``A`` make ``X`` so large that the memory grows from round to round. What ``X`` cannot say stays
 remembered. The memory is a product, so it does not depend on coordinates, which the server changes between rounds.
 """
 
@@ -26,7 +28,7 @@ from flexlora.federation.messages import Broadcast, KeptFactors, Update
 from flexlora.lora.factors import AdapterState, LoraFactors
 from flexlora.lora.product import ProductSum, add_product, decompose
 from flexlora.uplink.blob import Blob, WireError, pack, unpack
-from flexlora.uplink.quantise import Bits, Quantised, quantised, quantised_shapes, restored
+from flexlora.uplink.quantise import Bits, Quantised, levels_of, quantised, quantised_shapes, restored
 from flexlora.uplink.travelling import (
     Parts,
     masked,
@@ -40,8 +42,14 @@ from flexlora.uplink.travelling import (
 _MEMORY = "residual/"
 """Before the names under which a client keeps what rounding lost."""
 
+_ROUND = _MEMORY + "round"
+"""What a server keeps for a client that has a memory of its own: the round of the update that counted."""
+
 _BITS = "bits"
-_DIRECTION_FLOOR = 1e-6
+ROUNDING_VARIANCE = 1.2
+"""Variance of a rounded number times ``L^2``, over its mean square: of 128 normal numbers, the largest being 2.7."""
+
+_DIRECTION_FLOOR = 1e-12
 """Directions of ``A A^T`` below this share of the largest are not written to: its inverse would blow them up."""
 
 
@@ -77,15 +85,20 @@ def compressed(
     # What is not finite travels as it is, for the server to refuse; nothing can be learnt from it.
     feeds_back = how.error_feedback and _has_feedback(sent) and _is_finite(update)
     memory = _remembered(kept) if feeds_back else {}
-    wanted = {module: _with_memory(own, sent, memory.get(module)) for module, own in update.payload.items()}
-    cores = update.cores or {}
+    noise = ROUNDING_VARIANCE / levels_of(how.bits) ** 2
+    wanted, cores = update.payload, update.cores or {}
     if sent.train_factors == "core":
-        cores = {module: _core_with_memory(own, cores[module], memory.get(module)) for module, own in wanted.items()}
+        cores = {
+            module: _core_with_memory(own, cores[module], memory.get(module), noise) for module, own in wanted.items()
+        }
+    else:
+        wanted = {module: _with_memory(own, sent, memory.get(module), noise) for module, own in wanted.items()}
     data = _packed(wanted, cores, sent, how.bits, rng)
     if not feeds_back:
         return data, {}
     arrived = read_compressed(data, update, sent, how)
-    return data, dict(_kept(_errors(update, arrived, memory)))
+    remembered = dict(_kept(_errors(update, arrived, memory)))
+    return data, remembered if all(bool(one.isfinite().all()) for one in remembered.values()) else {}
 
 
 def read_compressed(data: bytes, update: Update, sent: Broadcast, how: Compression) -> Update:
@@ -96,9 +109,10 @@ def read_compressed(data: bytes, update: Update, sent: Broadcast, how: Compressi
     """
     blob, parts = unpack(data), returned_parts(sent)
     require_update(blob)
-    if blob.fields.get(_BITS) != how.bits:
-        got = blob.fields.get(_BITS)
-        raise WireError(f"an update of {how.bits} bits a number was expected; got {got if got else 'whole numbers'}")
+    got = blob.fields.get(_BITS)
+    if type(got) is not int or got != how.bits:
+        told = "whole numbers" if got is None else f"{got!r:.20}"
+        raise WireError(f"an update of {how.bits} bits a number was expected; got {told}")
     payload: dict[str, LoraFactors] = {}
     cores: dict[str, Tensor] = {}
     for module, scaling in sorted(blob.scalings["adapter"].items()):
@@ -116,6 +130,21 @@ def read_compressed(data: bytes, update: Update, sent: Broadcast, how: Compressi
         if "core" in found:
             cores[module] = found["core"]
     return replace(update, payload=payload, cores=cores or None, up_bytes=len(data))
+
+
+def memory_of_round(server_round: int) -> KeptFactors:
+    """Return what a server keeps of a client that has its memory itself: the round that counted."""
+    return {_ROUND: torch.tensor([server_round])}
+
+
+def remembered_round(kept: KeptFactors | None) -> int | None:
+    """Return the round whose memory a client shall use, by what a server keeps of it; None is no memory."""
+    return None if kept is None or _ROUND not in kept else int(kept[_ROUND])
+
+
+def without_memory(kept: KeptFactors) -> KeptFactors:
+    """Return what else a client keeps: where an update did not count, the memory before it holds."""
+    return {name: one for name, one in kept.items() if not name.startswith(_MEMORY)}
 
 
 def compressed_size(sent: Broadcast, how: Compression) -> int:
@@ -192,6 +221,8 @@ def _has_feedback(sent: Broadcast) -> bool:
 def _remembered(kept: KeptFactors | None) -> dict[str, LoraFactors]:
     """Return module -> what a client remembers that rounding lost."""
     found = {name.removeprefix(_MEMORY): one for name, one in (kept or {}).items() if name.startswith(_MEMORY)}
+    if not all(bool(one.isfinite().all()) for one in found.values()):
+        return {}
     modules = sorted({name.removesuffix(".A") for name in found if name.endswith(".A")})
     return {module: LoraFactors(found[f"{module}.A"], found[f"{module}.B"], 1.0) for module in modules}
 
@@ -202,30 +233,31 @@ def _kept(errors: Mapping[str, LoraFactors]) -> Iterator[tuple[str, Tensor]]:
         yield f"{_MEMORY}{module}.B", own.B
 
 
-def _with_memory(own: LoraFactors, sent: Broadcast, memory: LoraFactors | None) -> LoraFactors:
+def _with_memory(own: LoraFactors, sent: Broadcast, memory: LoraFactors | None, noise: float) -> LoraFactors:
     """Return factors with what is remembered added to the one that travels: ``B``, or ``A`` where it alone does."""
-    if memory is None or sent.train_factors == "core":
+    if memory is None:
         return own
     A, B = own.A.to("cpu", torch.float64), own.B.to("cpu", torch.float64)
     left, right = memory.B.to(torch.float64), memory.A.to(torch.float64)
     if sent.train_factors == "A":
-        more = _inverse(B.T @ B) @ (B.T @ left) @ right / own.scaling
+        more = _inverse(B.T @ B, noise) @ (B.T @ left) @ right / own.scaling
         return LoraFactors((A + more).to(own.A.dtype), own.B, own.scaling)
-    more = left @ (right @ A.T) @ _inverse(A @ A.T) / own.scaling
+    more = left @ (right @ A.T) @ _inverse(A @ A.T, noise) / own.scaling
     return LoraFactors(own.A, (B + more).to(own.B.dtype), own.scaling)
 
 
-def _core_with_memory(own: LoraFactors, core: Tensor, memory: LoraFactors | None) -> Tensor:
+def _core_with_memory(own: LoraFactors, core: Tensor, memory: LoraFactors | None, noise: float) -> Tensor:
     if memory is None:
         return core
     A, B = own.A.to("cpu", torch.float64), own.B.to("cpu", torch.float64)
     left, right = memory.B.to(torch.float64), memory.A.to(torch.float64)
-    more = _inverse(B.T @ B) @ (B.T @ left) @ (right @ A.T) @ _inverse(A @ A.T) / own.scaling
+    more = _inverse(B.T @ B, noise) @ (B.T @ left) @ (right @ A.T) @ _inverse(A @ A.T, noise) / own.scaling
     return core + more.to(core.dtype)
 
 
-def _inverse(inner: Tensor) -> Tensor:
-    return torch.linalg.pinv(inner, rtol=_DIRECTION_FLOOR, hermitian=True)
+def _inverse(inner: Tensor, noise: float) -> Tensor:
+    """Return the inverse of a Gram matrix whose diagonal is raised by the share that rounding adds."""
+    return torch.linalg.pinv(inner + noise * torch.diag(inner.diagonal()), rtol=_DIRECTION_FLOOR, hermitian=True)
 
 
 def _errors(trained: Update, arrived: Update, memory: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:

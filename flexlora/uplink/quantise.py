@@ -2,7 +2,7 @@
 
 A block of consecutive numbers shares a scale, the largest magnitude in it. With ``L = 2^(bits - 1) - 1``, a number
 ``x`` of a block with scale ``s`` travels as ``q = floor(L x / s + u)``, ``u`` uniform on [0, 1), and arrives as
-``s q / L``: the grid point below or above, whose mean is ``x`` exactly (as QSGD, arXiv:1610.02132, with the maximum
+``s q / L``: the grid point below or above, whose mean is ``x`` (as QSGD, arXiv:1610.02132, with the maximum
 norm of a block in place of the 2-norm of all). The standard deviation is at most ``s / (2 L)``.
 """
 
@@ -39,7 +39,7 @@ class Quantised:
 def quantised(values: Float[Tensor, "rows width"], bits: Bits, rng: np.random.Generator) -> Quantised:
     """Return ``values`` rounded at random; numbers that are not finite make the scale of their block so."""
     rows, width = values.shape
-    levels = _levels(bits)
+    levels = levels_of(bits)
     blocks = _blocks(width)
     padded = torch.nn.functional.pad(values.detach().to("cpu", torch.float32), (0, blocks * BLOCK - width))
     in_blocks = padded.reshape(rows, blocks, BLOCK)
@@ -61,7 +61,7 @@ def restored(found: Quantised, rows: int, width: int, bits: Bits) -> Float[Tenso
         width: Of the matrix.
         bits: Of a code.
     """
-    levels = _levels(bits)
+    levels = levels_of(bits)
     codes = found.codes if bits == 8 else _unpacked_pairs(found.codes, rows * width)
     numbers = (codes.reshape(rows, width).to(torch.int16) - levels).to(torch.float32)
     steps = (found.scales / levels).repeat_interleave(BLOCK, dim=1)[:, :width]
@@ -74,7 +74,8 @@ def quantised_shapes(rows: int, width: int, bits: Bits) -> tuple[tuple[int, ...]
     return (count if bits == 8 else (count + 1) // 2,), (rows, _blocks(width))
 
 
-def _levels(bits: Bits) -> int:
+def levels_of(bits: Bits) -> int:
+    """Return ``L``, the steps of the grid between zero and the largest number."""
     return 2 ** (bits - 1) - 1
 
 

@@ -16,7 +16,9 @@ from flexlora.experiment.compare_study import make_study, reference_of
 from flexlora.experiment.config_file import load_config
 from flexlora.federation.client_types import four_types
 from flexlora.federation.clients import ClientSpec
-from flexlora.rounds.loop_parts import Loop
+from flexlora.lora.factors import Scaling
+from flexlora.rounds.loop_parts import Federation, Loop
+from flexlora.uplink.compression import Compression
 
 DEMO = "configs/demo.yaml"
 
@@ -131,7 +133,8 @@ def test_pooled_training_has_no_simulated_device_and_as_many_steps_as_a_cohort()
         config=config, participants=SimpleNamespace(clients=clients), model=None, train_one=None
     )
     parts: dict[str, Any] = {field.name: None for field in dataclasses.fields(Loop)}
-    loop = pooled(Loop(**(parts | {"clock": "a clock"})), loaded)
+    federation = Federation([], {}, {}, {}, Scaling("rslora", 1.0), compression=Compression(4))
+    loop = pooled(Loop(**(parts | {"clock": "a clock", "federation": federation})), loaded)
     engine: Any = loop.engine
-    assert loop.clock is None
+    assert loop.clock is None and loop.federation.compression is None
     assert engine.settings.max_steps == 3 * 4

@@ -29,12 +29,15 @@ def test_improvements_are_paired_by_draw_and_corrected_together(study_row: MakeR
     assert second.p_holm == pytest.approx(2 * p_second)
 
 
-def test_draws_of_one_arm_alone_and_failed_runs_are_in_no_pair(study_row: MakeRow) -> None:
+def test_draws_of_one_arm_alone_are_in_no_pair_and_a_failed_run_is_the_worst_of_its_draw(study_row: MakeRow) -> None:
     rows = [study_row("slora", draw, unseen=scored(30.0 + draw)) for draw in range(3)]
     rows += [study_row("slora_flexlora", draw, unseen=scored(31.0 + 2 * draw)) for draw in (1, 2, 3)]
-    rows += [study_row("slora_flexlora", 0, None)]
     (one,) = improvements(summary(rows, "slora"))
     assert one.pairs.num_pairs == 2 and one.pairs.mean == pytest.approx(2.5)
+    assert (one.plain_mean, one.mixed_mean) == (31.5, 34.0)
+    failed = study_row("slora_flexlora", 0, None)
+    (one,) = improvements(summary([*rows, failed, study_row("base", 0, unseen=scored(2.0))], "slora"))
+    assert one.pairs.num_pairs == 3 and one.pairs.mean == pytest.approx((2.0 - 30.0 + 2.0 + 3.0) / 3)
 
 
 def test_categories_are_means_over_draws(study_row: MakeRow) -> None:
@@ -44,7 +47,7 @@ def test_categories_are_means_over_draws(study_row: MakeRow) -> None:
     assert category_scores(found, "uniform", "aligned") == {"A": 15.0, "B": 5.0}
     assert category_scores(found, "elsewhere", "aligned") == {}
     text = "\n".join(paper_part(found))
-    assert "| `aligned` | 1, 1 |" in text and "| `flexlora` | – |" in text
+    assert "| `aligned` | 1, 0, 1 |" in text and "| `flexlora` | – |" in text
     assert "| `A` | – | 12.0 | – | +3.0 |" in text
 
 

@@ -135,6 +135,41 @@ def test_memory_is_added_by_least_squares_in_the_directions_that_are_trained():
         assert np.abs(got - expected).max() <= 2 * (np.abs(expected).max() + 0.5) / 127
 
 
+@pytest.mark.parametrize("condition", [1, 100, 1000])
+def test_what_is_remembered_does_not_grow_however_parallel_the_rows_of_A_are(condition):
+    rank, height, width, how, kept = 8, 96, 128, Compression(4, True), None
+    rng = np.random.default_rng(0)
+    sizes = np.geomspace(1.0, 1.0 / condition, rank)
+    errors = []
+    for number in range(25):
+        rows = np.linalg.qr(rng.normal(size=(width, rank)))[0].T
+        mixing = np.linalg.qr(rng.normal(size=(rank, rank)))[0]
+        A = torch.from_numpy((mixing * sizes) @ rows).float()
+        start = {"m": LoraFactors(A, torch.zeros(height, rank), 1.0)}
+        B = torch.from_numpy(rng.normal(size=(height, rank))).float()
+        update = Update("c", {"m": LoraFactors(A, B, 1.0)}, 1.0)
+        data, kept = compressed(update, Broadcast(start), how, np.random.default_rng(number), kept)
+        arrived = product(read_compressed(data, update, Broadcast(start), how).payload["m"])
+        errors.append(
+            np.linalg.norm(arrived - product(update.payload["m"])) / np.linalg.norm(product(update.payload["m"]))
+        )
+    # The error of one rounding is 0.16 of the change; what is added of the last one is about as large.
+    assert max(errors) < 0.5
+
+
+def test_memory_that_is_not_finite_is_forgotten():
+    sent, how = Broadcast(factors(0)), Compression(4, True)
+    memory = {f"residual/{name}.{part}": getattr(one, part) for name, one in factors(1).items() for part in ("A", "B")}
+    memory["residual/layers.0.q_proj.A"][0, 0] = float("inf")
+    update = Update("c", moved(sent.trainable, 1), 1.0)
+    data, remembered = compressed(update, sent, how, np.random.default_rng(0), memory)
+    assert data == compressed(update, sent, how, np.random.default_rng(0))[0]
+    assert all(one.isfinite().all() for one in remembered.values())
+    huge = Update("c", {name: LoraFactors(1e20 * own.A, 1e20 * own.B, 2.0) for name, own in factors(2).items()}, 1.0)
+    _, remembered = compressed(huge, sent, how, np.random.default_rng(0))
+    assert all(one.isfinite().all() for one in remembered.values())
+
+
 @pytest.mark.parametrize("trains", ["A", "B"])
 def test_only_what_was_trained_travels_and_the_rest_is_as_it_was_sent(trains):
     sent = Broadcast(factors(0), train_factors=trains)

@@ -66,8 +66,8 @@ class ClientWork:
         self._plan: RankPlan | None = own.plan
         # The engine that holds what was trained for the further phases of a round, and that round.
         self._holding: tuple[SimulationEngine, int] | None = None
-        # What rounding lost of the last update; lost itself if this process ends, which costs accuracy only.
-        self._kept: KeptFactors | None = None
+        # Round -> what rounding lost of its update; forgotten if this process ends, which costs accuracy only.
+        self._memories: dict[int, KeptFactors] = {}
 
     def answer(self, request: bytes) -> bytes:
         """Return the reply to a request; anything that goes wrong is a reply of kind ``failure``, never an error.
@@ -103,7 +103,7 @@ class ClientWork:
         """Return the base model, with everything ready for a run."""
         if self._run == run and self._model is not None:
             return self._model
-        self._holding = self._kept = None
+        self._holding, self._memories = None, {}
         self._check_base_name(run)
         model = self._loaded(run)
         if self._digest != run.base_sha256:
@@ -191,6 +191,8 @@ class ClientWork:
             raise ClientRefusal(f"this client is {self._own.client_id!r}; the request is for {client_id!r}")
         sent, phases = decode_broadcast(asked.payload), _phases(asked)
         _check_broadcast_ranks(sent, self._plan)
+        counted = asked.fields.get("remembers")
+        before = {number: memory for number, memory in self._memories.items() if number == counted}
         # Whatever was held belongs to an earlier round.
         self._holding = None
         client = ClientSpec(client_id, self._plan, len(self._examples))
@@ -203,7 +205,7 @@ class ClientWork:
             cohort=(client,),
             parcels={client_id: Parcel(sent, run.wire_dtype, asked.payload)},
             phases=phases,
-            kept={client_id: self._kept} if self._kept else {},
+            kept={client_id: before[counted]} if counted in before else {},
             compression=run.compression,
         )
         engine = SimulationEngine(model, lambda _: self._examples, run.training.settings(), self._train_one)
@@ -214,7 +216,8 @@ class ClientWork:
         if outcome.is_held:
             self._holding = engine, server_round
             return Envelope("held", {**_echo(asked), **told, "base_sha256": self._digest})
-        self._kept = outcome.kept
+        # The server says next time which of these rounds counted.
+        self._memories = before if outcome.kept is None else {**before, server_round: outcome.kept}
         packet = encode_update(outcome, sent, run.wire_dtype) if outcome.packet is None else outcome.packet
         told |= {
             "metrics": dict(outcome.metrics),

@@ -20,6 +20,7 @@ from flexlora.engines.simulation import reason_of
 from flexlora.errors import FlexLoraError
 from flexlora.federation.clients import ClientSpec
 from flexlora.federation.messages import ClientFailure, Reply, Update
+from flexlora.uplink.compression import remembered_round
 
 _SPARE_SECONDS = 60.0
 
@@ -160,6 +161,7 @@ class FlowerEngine:
             "server_round": order.server_round,
             "learning_rate": order.learning_rate,
             "phases": None if order.phases is None else phases_name(order.phases),
+            "remembers": remembered_round(order.kept.get(client.client_id)),
         }
         request = Envelope("train", fields, packet)
         return send(self.grid, node_id, request, str(order.server_round), self._expires, records[key])
@@ -194,4 +196,8 @@ class FlowerEngine:
     def _outcome(self, reply: Envelope | Fault, client: ClientSpec, order: RoundOrder) -> Update | ClientFailure:
         if isinstance(reply, Fault):
             return ClientFailure(client.client_id, reply.stage, reply.reason, len(order.parcel_of(client).packet))
-        return update_of(reply, client, order, self.run)
+        try:
+            return update_of(reply, client, order, self.run)
+        except Exception as error:  # What a stranger may send cannot be listed; the others' round goes on.
+            size = len(order.parcel_of(client).packet)
+            return ClientFailure(client.client_id, "validate", reason_of(error), size, len(reply.payload))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flexlora.engines.base import RoundOrder
@@ -12,7 +12,7 @@ from flexlora.federation.clients import ClientSpec, RankPlan
 from flexlora.federation.messages import ClientFailure, Reply, Update
 from flexlora.patterns import PatternError, bounded_pattern
 from flexlora.text import printable
-from flexlora.uplink.compression import compressed_size, read_compressed
+from flexlora.uplink.compression import compressed_size, memory_of_round, read_compressed
 from flexlora.uplink.wire import WireError, decode_update, update_size
 
 _STAGES = ("refused", "broadcast", "train", "upload")
@@ -144,9 +144,10 @@ def update_of(reply: Envelope, client: ClientSpec, order: RoundOrder, run: RunSe
             down_bytes=down_bytes,
             train_seconds=max(0.0, _finite(reply.fields.get("train_seconds")) or 0.0),
         )
-        return (
-            decode_update(reply.payload, own, sent) if how is None else read_compressed(reply.payload, own, sent, how)
-        )
+        if how is None:
+            return decode_update(reply.payload, own, sent)
+        update = read_compressed(reply.payload, own, sent, how)
+        return replace(update, kept=memory_of_round(order.server_round)) if how.error_feedback else update
     except (EnvelopeError, WireError) as error:
         return failed("validate", str(error))
 

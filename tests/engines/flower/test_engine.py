@@ -1,17 +1,21 @@
 """A cohort trained over Flower's messages, and every way in which a client can fail to come back."""
 
+import contextlib
 import dataclasses
+import json
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from flwr.app import Array, ArrayRecord, Error, RecordDict
 
 from flexlora.engines.base import Engine, PhasedEngine, RoundOrder
 from flexlora.engines.flower import records
 from flexlora.engines.flower.engine import FlowerEngine, FlowerEngineError, Patience
-from flexlora.engines.flower.envelope import Envelope
+from flexlora.engines.flower.envelope import Envelope, from_bytes
 from flexlora.engines.flower.exchange import MOST_HELD
 from flexlora.engines.flower.nodes import ClientNodes
 from flexlora.engines.flower.records import FACTORS, to_records
@@ -19,7 +23,7 @@ from flexlora.engines.flower.run_settings import RunSettings
 from flexlora.federation.clients import ClientSpec
 from flexlora.federation.message_checks import check_update
 from flexlora.federation.messages import Broadcast, ClientFailure, Reply, Update
-from flexlora.uplink.compression import Compression, compressed_size
+from flexlora.uplink.compression import Compression, compressed_size, memory_of_round, remembered_round
 from flexlora.uplink.phase_messages import message
 from flexlora.uplink.secure_sum import SecureSum
 from flexlora.uplink.wire import decode_broadcast, encode_update
@@ -97,11 +101,56 @@ def test_compressed_updates_arrive_in_the_bytes_announced_and_whole_ones_are_ref
         assert update.up_bytes == compressed_size(sent, how)
         check_update(update, sent, {name: own.shape for name, own in sent.trainable.items()})
         assert any(own.B.any() for own in update.payload.values())
+        assert update.kept is None
     eight = dataclasses.replace(order, compression=Compression(8))
     refused = list(engine.train(eight))
     assert all(
         isinstance(one, ClientFailure) and "8 bits a number was expected; got 4" in one.reason for one in refused
     )
+
+
+def test_a_client_is_told_which_of_its_updates_counted_last(
+    grid: Any,
+    flower_run: RunSettings,
+    order_of: Callable[..., RoundOrder],
+    first_broadcast: Callable[[int], Broadcast],
+) -> None:
+    run = flower_run.model_copy(update={"upload_bits": 8, "error_feedback": True})
+    nodes = ClientNodes(grid, run)
+    assert nodes.wait_for(lambda names: len(names) == 2, 60)
+    engine = FlowerEngine(grid, run, nodes, Patience(rejoin_seconds=0.0))
+    cohort = [found.spec for found in engine.nodes.connected().values()]
+    broadcasts = {client.plan: first_broadcast(max(rank for _, rank in client.plan.patterns)) for client in cohort}
+    options = {"seed": 7, "wire_dtype": "bfloat16", "compression": Compression(8, True)}
+    first = {one.client_id: one for one in engine.train(order_of(5, cohort, broadcasts, **options))}
+    assert [remembered_round(one.kept) for one in first.values() if isinstance(one, Update)] == [5, 5]
+    asked = []
+    grid.nodes = {node: lambda request, node=node: asked.append(from_bytes(request)) for node in grid.nodes}
+    kept = {"north": memory_of_round(5)}
+    with contextlib.suppress(Exception):
+        list(engine.train(order_of(6, cohort, broadcasts, kept=kept, **options)))
+    told = {request.fields["client_id"]: request.fields["remembers"] for request in asked}
+    assert told == {"north": 5} or told == {"north": 5, "south": None}
+
+
+@pytest.mark.parametrize(
+    "metadata", ['{"scalings": ["adapter"]}', '{"fields": null}', '{"scalings": {"adapter": null}}']
+)
+def test_no_payload_of_a_client_ends_the_round(
+    engine: FlowerEngine, grid: Any, order: RoundOrder, metadata: str
+) -> None:
+    changed = json.loads(metadata)
+
+    def forged(reply: Envelope) -> Envelope:
+        content = {"version": 1, "scalings": {"adapter": {}}, "fields": {}, **changed}
+        content["checksum"] = f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+        payload = safetensors.torch.save({}, {"flexlora": json.dumps(content, sort_keys=True)})
+        return dataclasses.replace(reply, payload=payload)
+
+    grid.faults = {11: forged}
+    outcomes = list(engine.train(order))
+    assert "must have scalings" in failure_of(outcomes, "north").reason
+    assert isinstance(outcomes[1], Update)
 
 
 def test_a_round_gives_the_same_twice(engine: FlowerEngine, order: RoundOrder) -> None:
