@@ -205,8 +205,8 @@ class RoundsConfig(Section):
     upload_bits: Literal[8, 4] | None = Field(
         default=None,
         description=(
-            "Bits per number in what clients send: what training changed is rounded at random, correct on average; null "
-            "sends factors in `wire_dtype`."
+            "Bits per number in what clients send: what training changed is rounded at random, right on average. Null "
+            "is `wire_dtype`."
         ),
     )
     error_feedback: bool = Field(
