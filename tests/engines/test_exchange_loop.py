@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,23 @@ def rows(tokenizer: PreTrainedTokenizerBase, number: int) -> list[dict[str, list
     ]
 
 
-def trainer_of(base: tuple[Any, PreTrainedTokenizerBase], folder: Path, **arguments: Any) -> Trainer:
+def stock_trainer_of(base: tuple[Any, PreTrainedTokenizerBase], folder: Path, **arguments: Any) -> Trainer:
     network, tokenizer = copy.deepcopy(base[0]), base[1]
     told = {"optim": "sgd", "max_grad_norm": 0.0, "per_device_train_batch_size": 4, "max_steps": 2, "seed": 5}
     told |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, **arguments}
     settings = TrainingArguments(str(folder), **told)
     return Trainer(model=network, args=settings, train_dataset=rows(tokenizer, 8), processing_class=tokenizer)
+
+
+def trl_trainer_of(base: tuple[Any, PreTrainedTokenizerBase], folder: Path, **arguments: Any) -> Trainer:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    network, tokenizer = copy.deepcopy(base[0]), base[1]
+    told = {"optim": "sgd", "max_grad_norm": 0.0, "per_device_train_batch_size": 4, "max_steps": 2, "seed": 5}
+    told |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "bf16": False}
+    told |= {"activation_checkpointing": False, "dataset_kwargs": {"skip_prepare_dataset": True}, **arguments}
+    data = datasets.Dataset.from_list(rows(tokenizer, 8))
+    settings = trl.SFTConfig(output_dir=str(folder), **told)
+    return trl.SFTTrainer(model=network, args=settings, train_dataset=data, processing_class=tokenizer)
 
 
 def expected_factors(base: tuple[Any, PreTrainedTokenizerBase], sent: Broadcast, batches: list[Any]) -> AdapterState:
@@ -122,9 +134,13 @@ def expected_factors(base: tuple[Any, PreTrainedTokenizerBase], sent: Broadcast,
     return {path: LoraFactors(A.detach(), B.detach(), scaling[path]) for path, (A, B) in factors.items()}
 
 
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("trainer_of", "passes"), [(stock_trainer_of, 1), (stock_trainer_of, 2), (trl_trainer_of, 1)])
 def test_a_patched_trainer_does_what_the_definitions_say(
-    base: tuple[Any, PreTrainedTokenizerBase], broadcast: Path, tmp_path: Path, passes: int
+    base: tuple[Any, PreTrainedTokenizerBase],
+    broadcast: Path,
+    tmp_path: Path,
+    trainer_of: Callable[..., Trainer],
+    passes: int,
 ) -> None:
     trainer = trainer_of(
         base, tmp_path / "out", gradient_accumulation_steps=passes, per_device_train_batch_size=4 // passes
@@ -184,7 +200,7 @@ def test_what_cannot_take_part_is_named(
 ) -> None:
     from peft import LoraConfig, get_peft_model
 
-    trainer = trainer_of(base, tmp_path / "out")
+    trainer = stock_trainer_of(base, tmp_path / "out")
     with pytest.raises(ExchangeError, match=r"patch needs a transformers.Trainer"):
         patch(trainer.model, broadcast, client="north")  # type: ignore[arg-type]
     with pytest.raises(ExchangeError, match="one word"):
@@ -198,7 +214,7 @@ def test_what_cannot_take_part_is_named(
     network = get_peft_model(copy.deepcopy(base[0]), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ExchangeError, match="Leave peft_config out"):
         take_part(network, base[1], broadcast, client="north")  # type: ignore[arg-type]
-    trainer = trainer_of(base, tmp_path / "out")
+    trainer = stock_trainer_of(base, tmp_path / "out")
     trainer.create_optimizer()
     with pytest.raises(ExchangeError, match="must not have an optimizer yet"):
         patch(trainer, broadcast, client="north")

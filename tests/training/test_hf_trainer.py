@@ -29,6 +29,25 @@ def stock_trainer(model, train_dataset, tokenizer, settings, output_dir, **optio
     return Trainer(model=model, args=arguments, train_dataset=train_dataset, processing_class=tokenizer)
 
 
+def trl_trainer(model, train_dataset, tokenizer, settings, output_dir):
+    trl = pytest.importorskip("trl")
+    arguments = trl.SFTConfig(
+        output_dir=output_dir,
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        num_train_epochs=settings.num_epochs,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    rows = pytest.importorskip("datasets").Dataset.from_list(train_dataset)
+    return trl.SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+
+
 def with_options(**options):
     return as_train_client(from_hf(lambda *arguments: stock_trainer(*arguments, **options)))
 
@@ -42,6 +61,15 @@ def broadcast(model, random_adapter, scaling):
 def distance(left, right):
     pairs = [(getattr(left[path], name), getattr(right[path], name)) for path in left for name in "AB"]
     return max(float((first - second).abs().max()) for first, second in pairs)
+
+
+def test_an_sft_trainer_trains_as_a_stock_one_does(model, broadcast, make_examples):
+    examples = make_examples(8)
+    stock, expected = with_options()(model, broadcast, examples, SETTINGS, 0.01, seed=5)
+    adapter, metrics = as_train_client(from_hf(trl_trainer))(model, broadcast, examples, SETTINGS, 0.01, seed=5)
+    assert distance(adapter, stock) < 0.01 * distance(stock, broadcast.trainable)
+    assert metrics["steps"] == expected["steps"] == 6
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
 def test_a_stock_trainer_lowers_the_loss_and_leaves_the_base_alone(model, broadcast, make_examples, tmp_path, capsys):
