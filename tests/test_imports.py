@@ -13,7 +13,7 @@ import flexlora
 
 PACKAGE = Path(__file__).parents[1] / "flexlora"
 ROOT_FILE = PACKAGE / "__init__.py"
-HEAVY = {"torch", "transformers", "peft", "datasets", "flwr", "matplotlib", "ray", "pandas"}
+HEAVY = {"torch", "transformers", "peft", "datasets", "flwr", "matplotlib", "nvflare", "ray", "pandas"}
 
 RANKS = {
     "text": -1,
@@ -46,6 +46,7 @@ RANKS = {
     "testing": 9,
     "trainers": 9,
     "flower": 9,
+    "nvflare": 9,
     "verbs": 9,
 }
 # What rooms may see of lower rooms, where that is less than all of it.
