@@ -39,16 +39,13 @@ from flexlora.engines.nvflare.params import (
 from flexlora.engines.nvflare.persistor import AdapterPersistor
 from flexlora.errors import FlexLoraError
 from flexlora.experiment.method_config import read_method
-from flexlora.federation.message_checks import check_update
+from flexlora.federation.message_checks import MOST_EXAMPLES, check_update
 from flexlora.federation.messages import Broadcast, Update
 from flexlora.lora.factors import AdapterState, Scaling, ScalingPolicy
 from flexlora.rounds.checkpoint import TENSORS_FILE, TREE_FILE, Checkpoint, load_latest, save_checkpoint
 from flexlora.text import printable
 
 __all__ = ["AdapterPersistor", "FlexLoraAggregator", "NvflareError", "load_received", "reply_of"]
-
-MOST_EXAMPLES = 2**53
-"""Largest weight of a reply. With a larger one, a single client could make the sum of a round infinite."""
 
 _GIVEN = "given"
 

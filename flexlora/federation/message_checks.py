@@ -11,6 +11,9 @@ from flexlora.federation.known_rows import known_rows, mask_of
 from flexlora.federation.messages import Broadcast, SparseMask, Update
 from flexlora.lora.factors import LoraFactors
 
+MOST_EXAMPLES = 2**53
+"""Largest weight of a reply. With a larger one, a single client could make the sum of a round infinite."""
+
 
 class UpdateError(FlexLoraError, ValueError):
     """An update that is not what its client was asked for."""

@@ -19,7 +19,7 @@ from flexlora.aggregators.registry import method_class
 from flexlora.aggregators.settings import traits_of
 from flexlora.engines.flower.peft_records import PeftRecordError, from_record, to_record
 from flexlora.errors import FlexLoraError
-from flexlora.federation.message_checks import check_update
+from flexlora.federation.message_checks import MOST_EXAMPLES, check_update
 from flexlora.federation.messages import Broadcast, Update
 from flexlora.federation.streams import stream
 from flexlora.lora.factors import Scaling, ScalingPolicy
@@ -264,8 +264,11 @@ class FlexLoraStrategy(Strategy):
             raise StrategyError(f"Flower reported error {reply.error.code}: {reply.error.reason or 'no reason'}")
         records = list(reply.content.metric_records.values())
         weight = records[0].get(self._weight) if len(records) == 1 else None
-        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
-            raise StrategyError(f"a reply must hold one MetricRecord with {self._weight!r} above 0; got {weight!r:.60}")
+        if not isinstance(weight, int | float) or not 0 < weight <= MOST_EXAMPLES:
+            raise StrategyError(
+                f"a reply must hold one MetricRecord with {self._weight!r} above 0 and at most 2**53; got "
+                f"{weight!r:.60}"
+            )
         return float(weight), records[0]
 
     def _exclude(self, server_round: int, reply: Message, reason: str) -> None:

@@ -143,6 +143,11 @@ def without_weight(content: RecordDict) -> RecordDict:
     return content
 
 
+def huge_weight(content: RecordDict) -> RecordDict:
+    content["metrics"] = MetricRecord({"num-examples": 1e300})
+    return content
+
+
 def pickled(content: RecordDict) -> RecordDict:
     arrays = content.array_records["arrays"]
     arrays[sorted(arrays)[0]] = Array("float32", (1, 5), "numpy.ndarray", b"\x93NUMPY\x01\x00garbage")
@@ -156,6 +161,7 @@ def pickled(content: RecordDict) -> RecordDict:
         (bad_shape, "rank must be 1"),
         (with_nan, "must be finite"),
         (without_weight, "num-examples"),
+        (huge_weight, "at most 2**53; got 1e+300"),
         (pickled, "cannot be read"),
         (lambda content: RecordDict({"metrics": content["metrics"]}), "one ArrayRecord"),
     ],
