@@ -1,9 +1,8 @@
 """Puts what NVFlare's Client API receives into a PEFT model at the client's rank, and makes a reply of it.
 
-received = flare.receive()
-load_received(model, received)
+load_received(model, flare.receive())
 num_examples = train(model)
-flare.send(reply_to(received, model, num_examples))
+flare.send(reply_of(model, num_examples))
 """
 
 from dataclasses import replace
